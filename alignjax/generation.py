@@ -1,0 +1,87 @@
+"""Text in, text out: batches of prompts of any length through the compiled sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from alignjax.decoding import Process, Sampling, sample
+from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad
+from alignjax.models.transformer import Model
+from alignjax.types import Completion, Key, LogProb, Params, Prompt, UserError
+
+
+class Reply(NamedTuple):
+    """One sampled continuation."""
+
+    text: str  # raw, with its stop token if it met one
+    length: int  # tokens, the stop token included
+    kl: float  # nats: log pi(y) - log mu(y) of this sample; its mean estimates KL(pi, mu)
+
+
+Generate = Callable[[Sequence[str], Sequence[int], int], list[Reply]]
+"""(prompts, example numbers, seed) -> one Reply each. A reply depends on its prompt, number and seed alone,
+not on its neighbours in the batch."""
+
+
+def generator(
+    model: Model,
+    params: Params,
+    tokenizer: Tokenizer,
+    *,
+    stop: tuple[int, ...],
+    max_new_tokens: int,
+    buckets: tuple[int, ...],
+    batch: int,
+    sampling: Sampling,
+    key: Key,
+    reference: tuple[LogProb, Params] | None,
+    rows: jax.sharding.NamedSharding,
+) -> Generate:
+    """Builds a Generate; compiled once a bucket. Without ``reference`` every kl is NaN."""
+
+    @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=rows)
+    def run(params: Params, prompt: Prompt, numbers: jax.Array, seed: jax.Array):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, seed), numbers)
+        drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
+        return drawn.completion, drawn.logp
+
+    ref_logp = jax.jit(reference[0], in_shardings=(None, rows, rows), out_shardings=rows) if reference else None
+
+    def score(prompt: Prompt, completion: Completion, logp: jax.Array) -> np.ndarray:
+        if ref_logp is None or reference is None:
+            return np.full(len(logp), np.nan)
+        return np.asarray((logp - ref_logp(reference[1], prompt, completion)).sum(-1))
+
+    def generate(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[Reply]:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+        replies: dict[int, Reply] = {}
+        for length, members in bucketed([len(row) for row in ids], buckets).items():
+            for at in range(0, len(members), batch):
+                mine = members[at : at + batch]
+                full = [*mine, *[mine[0]] * (batch - len(mine))]  # whole batches compile once
+                prompt = pad([ids[i] for i in full], length)
+                completion, logp = run(params, prompt, np.array([numbers[i] for i in full]), np.int32(seed))
+                kl = score(prompt, completion, logp)
+                tokens, mask = np.asarray(completion.tokens), np.asarray(completion.mask)
+                for row, i in enumerate(mine):
+                    text = decode_continuation(tokenizer, tokens[row][mask[row]])
+                    replies[i] = Reply(text, int(mask[row].sum()), float(kl[row]))
+        return [replies[i] for i in range(len(prompts))]
+
+    return generate
+
+
+def bucketed(lengths: Sequence[int], buckets: Sequence[int]) -> dict[int, list[int]]:
+    """Bucket length -> the members it holds. Raises UserError when a prompt is longer than every bucket."""
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        fits = [bucket for bucket in buckets if bucket >= length]
+        if not fits:
+            raise UserError(f"a prompt of {length} tokens is longer than every bucket of {buckets}; add a larger one")
+        groups.setdefault(min(fits), []).append(i)
+    return dict(sorted(groups.items()))

@@ -1,0 +1,124 @@
+"""From prompts to preference pairs without human labels (RLCD, 2307.12950)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from alignjax.generation import Generate
+from alignjax.tasks.task import Clean, Task
+from alignjax.types import UserError
+
+ROLE = "\n\nAssistant"
+
+
+def contrast_dialogue(prompt: str, last: str, earlier: str) -> str:
+    """The prompt with ``last`` after its final role marker and ``earlier`` after every other one.
+
+    2307.12950 section 3 and the released code: the opposite polarity on earlier turns sets the last
+    turn apart. The prompt must end in "Assistant:".
+    """
+    if not prompt.endswith(f"{ROLE}:"):
+        raise UserError(f"the prompt {prompt[-40:]!r} does not end in 'Assistant:'; cut it there")
+    turns = prompt.removesuffix(f"{ROLE}:").replace(f"{ROLE}:", f"{ROLE} {earlier}:")
+    return f"{turns}{ROLE} {last}:"
+
+
+def clean_reply(raw: str) -> str | None:
+    """The reply in a base model's continuation, or None when it must be sampled again.
+
+    2307.12950, released filter: a next human turn must follow; the reply ends at the last newline
+    before it; a stray role marker at the start is dropped; nothing left is a failure.
+    """
+    if "Human" not in raw:
+        return None
+    text = raw.split("Human")[0]
+    if "\n" not in text:
+        return None
+    text = text[: text.rindex("\n")].strip()
+    if "Assistant:" in text:
+        text = text.split("Assistant:", 1)[1].strip()
+    return text or None
+
+
+class Labeled(NamedTuple):
+    """A pair as text, with what made it."""
+
+    prompt: str  # the plain prompt, without affixes
+    first: str
+    second: str
+    p: float  # P(first is preferred)
+    affix: int  # index of the affix pair, -1 without one
+
+
+Method = Callable[[Generate, Task, Sequence[str], Sequence[int], int], tuple[list[Labeled], int]]
+"""(generate, task, prompts, example numbers, seed) -> (pairs, tries): what could not be had is left out."""
+
+
+def rlcd(
+    generate: Generate, task: Task, prompts: Sequence[str], numbers: Sequence[int], seed: int, *, attempts: int = 5
+) -> tuple[list[Labeled], int]:
+    """RLCD (2307.12950 section 3): the answer under the positive affix is labelled preferred.
+
+    One affix pair a prompt, drawn uniformly; earlier turns carry the opposite polarity. A side that the
+    filter refuses is sampled again, at most ``attempts`` times in all; then the example is dropped. Which
+    side is stored first is a coin.
+    """
+    draws = [np.random.default_rng((seed, number)) for number in numbers]
+    affixes = [int(rng.integers(len(task.affixes))) for rng in draws]
+    pairs = [task.affixes[i] for i in affixes]
+    good = [task.contrast(x, plus, minus) for x, (plus, minus) in zip(prompts, pairs, strict=True)]
+    bad = [task.contrast(x, minus, plus) for x, (plus, minus) in zip(prompts, pairs, strict=True)]
+    (better, tries), (worse, more) = (
+        filtered(generate, task.clean, side, numbers, i, attempts) for i, side in enumerate((good, bad))
+    )
+    labeled = []
+    for x, y, z, affix, rng in zip(prompts, better, worse, affixes, draws, strict=True):
+        if y is not None and z is not None:
+            swapped = bool(rng.random() < 0.5)
+            labeled.append(Labeled(x, z if swapped else y, y if swapped else z, float(not swapped), affix))
+    return labeled, tries + more
+
+
+def by_oracle(
+    generate: Generate,
+    task: Task,
+    prompts: Sequence[str],
+    numbers: Sequence[int],
+    seed: int,
+    *,
+    oracle: str,
+    error: float,
+    attempts: int = 5,
+) -> tuple[list[Labeled], int]:
+    """Two answers to the plain prompt, labelled by one of the task's oracles as an annotator who errs with
+    probability ``error``; ties are left out. With error 0 this is the truth that models are held to."""
+    (first, tries), (second, more) = (
+        filtered(generate, task.clean, prompts, numbers, i, attempts) for i in range(2)
+    )
+    labeled = []
+    for x, y, z, number in zip(prompts, first, second, numbers, strict=True):
+        p = 0.5 if y is None or z is None else task.oracles[oracle](x, y, z)
+        if y is not None and z is not None and p != 0.5:
+            wrong = np.random.default_rng((seed, number)).random() < error
+            labeled.append(Labeled(x, y, z, 1 - p if wrong else p, -1))
+    return labeled, tries + more
+
+
+def filtered(
+    generate: Generate, clean: Clean, prompts: Sequence[str], numbers: Sequence[int], side: int, attempts: int
+) -> tuple[list[str | None], int]:
+    """A clean reply to each prompt, or None after ``attempts`` tries; and how many tries were made."""
+    replies: list[str | None] = [None] * len(prompts)
+    tries = 0
+    for attempt in range(attempts):
+        left = [i for i, reply in enumerate(replies) if reply is None]
+        if not left:
+            break
+        tries += len(left)
+        drawn = generate([prompts[i] for i in left], [numbers[i] for i in left], side * attempts + attempt)
+        for i, reply in zip(left, drawn, strict=True):
+            replies[i] = clean(reply.text)
+    return replies, tries

@@ -1,0 +1,174 @@
+"""Hugging Face folder <-> (config, params) and tokenizer. The only file that imports transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import tokenizers
+import transformers
+
+from alignjax.models.tokenizer import Tokenizer
+from alignjax.models.transformer import TransformerConfig
+from alignjax.types import Params, UserError
+
+BLOCK_NAMES = {  # ours -> Hugging Face's, inside model.layers.N; True where the matrix is transposed
+    ("attention_norm", "scale"): ("input_layernorm.weight", False),
+    ("mlp_norm", "scale"): ("post_attention_layernorm.weight", False),
+    ("q", "kernel"): ("self_attn.q_proj.weight", True),
+    ("k", "kernel"): ("self_attn.k_proj.weight", True),
+    ("v", "kernel"): ("self_attn.v_proj.weight", True),
+    ("o", "kernel"): ("self_attn.o_proj.weight", True),
+    ("gate", "kernel"): ("mlp.gate_proj.weight", True),
+    ("up", "kernel"): ("mlp.up_proj.weight", True),
+    ("down", "kernel"): ("mlp.down_proj.weight", True),
+}
+
+
+def read_config(folder: Path) -> TransformerConfig:
+    """config.json -> TransformerConfig. UserError on a family or an option not built yet, by name."""
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read ({error}); give a Hugging Face folder") from None
+    if raw.get("model_type") != "llama":
+        raise UserError(f"{folder}: model_type {raw.get('model_type')!r} is not supported; Llama folders are")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    refused = {
+        f"rope type {kind!r}": kind != "default",
+        f"hidden_act {raw.get('hidden_act')!r}": raw.get("hidden_act", "silu") != "silu",
+        "attention_bias": raw.get("attention_bias", False),
+        "mlp_bias": raw.get("mlp_bias", False),
+        "quantization_config": "quantization_config" in raw,
+    }
+    for option, present in refused.items():
+        if present:
+            raise UserError(f"{folder}: {option} is not supported; use a checkpoint without it")
+    try:
+        heads, width = raw["num_attention_heads"], raw["hidden_size"]
+        return TransformerConfig(
+            vocab_size=raw["vocab_size"],
+            width=width,
+            layers=raw["num_hidden_layers"],
+            heads=heads,
+            kv_heads=raw.get("num_key_value_heads", heads),
+            head_dim=raw.get("head_dim") or width // heads,
+            hidden=raw["intermediate_size"],
+            rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
+            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            tied=raw.get("tie_word_embeddings", False),
+        )
+    except KeyError as error:
+        raise UserError(f"{folder}/config.json lacks {error}; it is not a whole Llama configuration") from None
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it (one file, or shards with an index)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text())["weight_map"]
+        outside = [file for file in names.values() if Path(file).name != file]
+        if outside:
+            raise UserError(f"{index}: shard {outside[0]!r} points outside the folder; mend the index")
+        return {name: folder / file for name, file in names.items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        mend = "convert it to safetensors" if list(folder.glob("*.bin")) else "give a folder that has it"
+        raise UserError(f"{single} is missing; {mend}")
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_tensors(path: Path):
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is damaged or missing ({error}); fetch it again") from None
+
+
+def read_params(folder: Path, config: TransformerConfig) -> Params:
+    """Safetensors -> params (float32 NumPy arrays, layers stacked). UserError names a tensor that is
+    missing, left over or misshapen."""
+    files, c = tensor_files(folder), config
+    left = set(files) - {"lm_head.weight"} - {n for n in files if n.endswith("rotary_emb.inv_freq")}
+
+    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name not in files:
+            raise UserError(f"{folder}: tensor {name} is missing; the checkpoint is not whole")
+        left.discard(name)
+        with open_tensors(files[name]) as file:
+            value = file.get_tensor(name).astype(np.float32)
+        if value.shape != shape:
+            raise UserError(f"{folder}: tensor {name} has shape {value.shape}, config.json says {shape}")
+        return value
+
+    q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    shapes = {"q": (q, c.width), "k": (kv, c.width), "v": (kv, c.width), "o": (c.width, q)}
+    shapes |= {"gate": (c.hidden, c.width), "up": (c.hidden, c.width), "down": (c.width, c.hidden)}
+    blocks: Params = {}
+    for (module, leaf), (name, transposed) in BLOCK_NAMES.items():
+        rows = [tensor(f"model.layers.{i}.{name}", shapes.get(module, (c.width,))) for i in range(c.layers)]
+        blocks.setdefault(module, {})[leaf] = np.stack([row.T if transposed else row for row in rows])
+    params: Params = {
+        "embed": {"embedding": tensor("model.embed_tokens.weight", (c.vocab_size, c.width))},
+        "norm": {"scale": tensor("model.norm.weight", (c.width,))},
+        "blocks": blocks,
+    }
+    if not c.tied:
+        params["head"] = {"kernel": tensor("lm_head.weight", (c.vocab_size, c.width)).T}
+    if left:
+        raise UserError(f"{folder}: tensor {min(left)} has no place in a Llama; is config.json of this checkpoint?")
+    return params
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """A folder with tokenizer.json. UserError when it cannot be read."""
+    try:
+        fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the library raises, the user hears one line
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed") from None
+    return wrap_tokenizer(fast)
+
+
+def wrap_tokenizer(fast) -> Tokenizer:
+    vocabulary = fast.get_vocab()
+    return Tokenizer(
+        encode=lambda text: fast(text)["input_ids"],
+        encode_bare=lambda text: fast(text, add_special_tokens=False)["input_ids"],
+        decode_all=lambda ids: fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
+        token_id=vocabulary.get,
+        vocab_size=len(fast),
+        save=fast.save_pretrained,
+    )
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, markers: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE trained on the texts; ``markers`` are strings that are one token each.
+
+    Specials: <pad> 0, <s> 1 (put before every text), </s> 2.
+    """
+    specials = ["<pad>", "<s>", "</s>"]
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.add_special_tokens(specials)
+    bpe.add_tokens(list(markers))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(markers),
+        special_tokens=specials,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    bpe.add_tokens(list(markers))
+    bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return wrap_tokenizer(
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        )
+    )

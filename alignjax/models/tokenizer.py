@@ -1,0 +1,61 @@
+"""Text <-> token ids, as a record of functions. Text is the interface between models that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from alignjax.types import Tokens, UserError
+
+ANCHORS = ("a", ".", "\n")
+
+
+class Tokenizer(NamedTuple):
+    """``encode`` adds what the tokenizer puts before a text (BOS); ``encode_bare`` adds nothing."""
+
+    encode: Callable[[str], list[int]]
+    encode_bare: Callable[[str], list[int]]
+    decode_all: Callable[[Sequence[int]], str]  # special tokens written out
+    token_id: Callable[[str], int | None]  # of a piece that is one token as it stands
+    vocab_size: int
+    save: Callable[[Path], None]  # a Hugging Face tokenizer folder
+
+
+def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of text that stands after other text: no BOS, no space put in front by the tokenizer."""
+    for anchor in ANCHORS:
+        head = tokenizer.encode_bare(anchor)
+        ids = tokenizer.encode_bare(anchor + text)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return tokenizer.encode_bare(text)
+
+
+def decode_continuation(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+    """Text of ids that stand after other text, its first space kept."""
+    head = tokenizer.encode_bare(ANCHORS[0])
+    return tokenizer.decode_all([*head, *map(int, ids)]).removeprefix(tokenizer.decode_all(head))
+
+
+def single_token(tokenizer: Tokenizer, piece: str) -> int:
+    """The id of a piece that must be one token. UserError names it and what it splits into."""
+    known = tokenizer.token_id(piece)
+    ids = [known] if known is not None else encode_continuation(tokenizer, piece)
+    if len(ids) != 1:
+        raise UserError(f"{piece!r} is {len(ids)} tokens ({ids}) in this tokenizer; name a piece that is one")
+    return ids[0]
+
+
+def pad(rows: Sequence[Sequence[int]], length: int, side: str = "right") -> Tokens:
+    """Ragged ids -> Tokens [B, length] of NumPy arrays. UserError when a row is longer."""
+    longest = max(map(len, rows), default=0)
+    if longest > length:
+        raise UserError(f"a row of {longest} tokens does not fit {length}; raise the limit or drop the row")
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens[i, where], mask[i, where] = row, True
+    return Tokens(tokens, mask)

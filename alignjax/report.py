@@ -1,0 +1,126 @@
+"""Tables and pictures of a finished run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
+
+from alignjax.runtime.metrics import read_metrics, write_atomic  # noqa: E402
+
+CURVES = ("nll", "loss", "accuracy", "preference", "kl", "objective", "length")
+
+
+def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Writes ``report.md``, one heat map a judge and ``curves.png``; returns the tables as text."""
+    tournaments = [name for name in records if (workdir / name / "win_rates.json").exists()]
+    sections, shown = [f"# {workdir.name}\n"], []
+    for name in tournaments:
+        for table in json.loads((workdir / name / "win_rates.json").read_text()):
+            text = win_table(table)
+            picture = f"{name}-{table['judge']}.png"
+            heat_map(workdir / picture, table)
+            shown.append(text)
+            sections += [text, f"![row beats column]({picture})\n"]
+    for name in tournaments:
+        sections.append(side_by_side(json.loads((workdir / name / "samples.json").read_text())))
+    if curves(workdir / "curves.png", workdir, list(records)):
+        sections.append("## Training\n\n![training curves](curves.png)\n")
+    sections += [figures_table(records), time_table(records)]
+    write_atomic(workdir / "report.md", "\n".join(sections))
+    return "\n".join([*shown, f"report: {workdir / 'report.md'}"])
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table with columns padded, so that it reads on a terminal too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def win_table(table: Mapping[str, Any]) -> str:
+    """Row beats column, with the 95% interval; then each policy's length, KL and score."""
+    names = table["policies"]
+    rows = []
+    for i, name in enumerate(names):
+        cells = [
+            "–" if i == j else f"{table['win_rate'][i][j]:.3f} [{table['low'][i][j]:.3f}, {table['high'][i][j]:.3f}]"
+            for j in range(len(names))
+        ]
+        measures = [table["mean_length"][i], table["kl_to_reference"][i], table["mean_score"][i]]
+        rows.append([name, *cells, *(f"{value:.2f}" for value in measures)])
+    header = [f"{table['judge']} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
+    return f"## Win rate of row over column, judge: {table['judge']}\n\n{markdown(header, rows)}"
+
+
+def heat_map(path: Path, table: Mapping[str, Any]) -> None:
+    names, rate = table["policies"], table["win_rate"]
+    size = 1.6 + 0.9 * len(names)
+    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    image = axes.imshow(rate, cmap="RdBu", vmin=0, vmax=1)
+    axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
+    axes.set_title(f"row beats column, judge: {table['judge']}")
+    for i, row in enumerate(rate):
+        for j, value in enumerate(row):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if abs(value - 0.5) > 0.3 else "k")
+    figure.colorbar(image, shrink=0.8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def curves(path: Path, workdir: Path, names: list[str]) -> bool:
+    """One panel a metric, one line a stage; False when nothing was trained."""
+    runs = {name: rows for name in names if (rows := read_metrics(workdir / name / "metrics.jsonl"))}
+    panels = [metric for metric in CURVES if any(metric in rows[0] for rows in runs.values())]
+    if not panels:
+        return False
+    columns = min(4, len(panels))
+    grid = (-(-len(panels) // columns), columns)
+    figure, axes = plt.subplots(*grid, figsize=(3.4 * grid[1], 2.6 * grid[0]), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, metric in zip(axes.flat, panels, strict=False):
+        for name, rows in runs.items():
+            if metric in rows[0]:
+                axis.plot([row["step"] for row in rows], [row[metric] for row in rows], label=name, linewidth=1)
+        axis.set(title=metric, xlabel="step")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def side_by_side(samples: list[Mapping[str, str]]) -> str:
+    lines = ["## Samples\n"]
+    for sample in samples:
+        prompt, *replies = sample.items()
+        lines.append("\n".join(f"> {line}" for line in prompt[1].splitlines()) + "\n")
+        lines += [f"- **{name}**: {' '.join(text.split()) or '(nothing)'}" for name, text in replies]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def figures_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, record in records.items():
+        for figure, value in record["figures"].items():
+            inner = value.items() if isinstance(value, Mapping) else [("", value)]
+            for part, number in inner:
+                text = f"{number:.4g}" if isinstance(number, float) else str(number)
+                rows.append([name, f"{figure} {part}".strip().replace("_", " "), text])
+    return f"## Figures\n\n{markdown(['stage', 'figure', 'value'], rows)}"
+
+
+def time_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    total = sum(record["seconds"] for record in records.values()) or 1.0
+    rows = [[n, f"{r['seconds']:.1f}", f"{100 * r['seconds'] / total:.0f}%"] for n, r in records.items()]
+    rows.append(["all", f"{total:.1f}", "100%"])
+    code = next(iter(records.values())).get("code", "")
+    return f"## Where the time went\n\n{markdown(['stage', 'seconds', 'share'], rows)}\nCode: {code}\n"

@@ -1,0 +1,80 @@
+"""prompts -> Rollout, inside the compiled step: the policy answers, the opponent answers, P compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alignjax.decoding import Process, Sample, geometric_mixture, sample
+from alignjax.models.transformer import Model
+from alignjax.preference import probability
+from alignjax.types import Array, Batch, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout
+
+Opponent = Callable[[Callable[[Params], Process], Params, Params, Params], Process]
+"""(start, policy, reference, average) -> the process that answers; ``start(params)`` prefills a prompt."""
+
+
+def mixture(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params, *, beta: float):
+    """Nash-MD's opponent pi^(1-beta) mu^beta (2312.00886, Eq. 15); beta 0 is self-play, 1 the reference."""
+    return geometric_mixture(start(policy), start(reference), beta)
+
+
+def self_play(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
+    """beta = 0, without the second model's work."""
+    return start(policy)
+
+
+def best_response(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
+    """beta = 1: the policy becomes a best response to the reference."""
+    return start(reference)
+
+
+def moving_average(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
+    """Nash-EMA: the exponential moving average of the policy's weights; needs ``average_decay``."""
+    if not average:
+        raise ValueError("the opponent moving_average needs average_decay; set it in the stage")
+    return start(average)
+
+
+def collector(
+    model: Model,
+    log_prob: LogProb,
+    logit: PreferenceLogit,
+    opponent: Opponent,
+    max_new_tokens: int,
+    stop: tuple[int, ...],
+    unfinished_loses: bool,
+) -> Callable[[Params, Params, Any, Batch, Key], Rollout]:
+    """A Collect (runtime.train) of on-policy data at temperature 1.
+
+    ``frozen`` holds the trees "reference" and "preference". With ``unfinished_loses`` a response that met
+    no stop token loses to one that did, and two such tie.
+    """
+
+    def collect(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Rollout:
+        def start(weights: Params) -> Process:
+            return Process(*model.start(weights, prompt, max_new_tokens))
+
+        def draw(process: Process, number: int) -> Sample:
+            rows = jax.random.fold_in(key, number)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(rows, jnp.arange(prompt.tokens.shape[0]))
+            return sample(process, keys, max_new_tokens, stop)
+
+        y = draw(start(params), 0)
+        other = draw(opponent(start, params, frozen["reference"], average), 1)
+        p = probability(logit(frozen["preference"], prompt, y.completion, other.completion))
+        if unfinished_loses:
+            p = finished_first(p, y.finished, other.finished)
+        ref_logp = log_prob(frozen["reference"], prompt, y.completion)
+        return lax.stop_gradient(Rollout(prompt, y.completion, other.completion, p, ref_logp))
+
+    return collect
+
+
+def finished_first(p: Array, y: Array, other: Array) -> Array:
+    """p where both responses are finished; 1 or 0 where one is; 1/2 where neither is."""
+    return jnp.where(y & other, p, 0.5 + 0.5 * (y.astype(p.dtype) - other.astype(p.dtype)))

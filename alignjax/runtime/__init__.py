@@ -1,0 +1,1 @@
+"""The machinery. It knows no science: it is handed functions."""

@@ -1,0 +1,68 @@
+"""What a run tells: JSON lines always, TensorBoard beside them, a progress bar while it lasts."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+class MetricsWriter:
+    """Appends one JSON object a line to ``metrics.jsonl`` and the same scalars to TensorBoard files."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        """Keeps the lines of steps before ``resume_step``: what a killed run wrote past its checkpoint goes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        kept = [r for r in read_metrics(self.path) if r["step"] < resume_step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = self.path.open("a")
+        self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        row = {name: float(value) for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, **row}) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a torn last line, which a kill can leave, is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def progress(total: int, initial: int, name: str, unit: str) -> tqdm.tqdm:
+    """A bar with rate and time left; where nobody watches a terminal, a line every half minute."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm.tqdm(total=total, initial=initial, desc=name, unit=unit, mininterval=interval, leave=True)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes beside the file and renames: readers see the old text or the new, never half."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=1, sort_keys=False) + "\n")

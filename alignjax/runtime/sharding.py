@@ -1,0 +1,107 @@
+"""Meshes and shardings as data: a mesh by its axis sizes, parameters by rules over their paths."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from alignjax.types import Rules, UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Sizes of the mesh axes; one of them may be -1, "all the remaining devices"."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+def make_mesh(sizes: Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The device mesh. Raises UserError when the sizes do not make up the devices."""
+    devices = devices or jax.devices()
+    shape = [getattr(sizes, axis) for axis in AXES]
+    known = 1
+    for size in shape:
+        known *= size if size > 0 else 1
+    if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
+        raise UserError(f"mesh {dataclasses.asdict(sizes)} needs positive sizes and at most one -1")
+    if len(devices) % known or (-1 not in shape and known != len(devices)):
+        raise UserError(
+            f"mesh {dataclasses.asdict(sizes)} does not divide {len(devices)} devices; "
+            "choose sizes whose product is the device count, or set one to -1"
+        )
+    shape = [len(devices) // known if size == -1 else size for size in shape]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A key path as text: ("blocks", "q", "kernel") -> "blocks/q/kernel"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def shardings(tree: Any, rules: Rules, mesh: jax.sharding.Mesh, strict: bool = True) -> Any:
+    """A NamedSharding for every leaf, by the first rule whose expression is found in its path.
+
+    With ``strict`` every leaf must be claimed and every rule used. Without (optimiser states, whose paths
+    end in parameters' paths) an unclaimed leaf is replicated. Raises UserError naming the leaf or rule,
+    and when a dimension does not divide.
+    """
+    used: set[str] = set()
+
+    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for pattern, spec in rules:
+            if re.search(pattern, name) and len(spec) <= leaf.ndim:
+                used.add(pattern)
+                check_divisible(name, leaf.shape, spec, mesh)
+                return NamedSharding(mesh, spec)
+        if strict:
+            raise UserError(f"no sharding rule claims {name}; add one to the model's rules")
+        return NamedSharding(mesh, PartitionSpec())
+
+    result = jax.tree_util.tree_map_with_path(one, tree)
+    idle = [pattern for pattern, _ in rules if pattern not in used]
+    if strict and idle:
+        raise UserError(f"sharding rule {idle[0]!r} claims nothing; remove it from the model's rules")
+    return result
+
+
+def check_divisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: jax.sharding.Mesh) -> None:
+    for size, axes in zip(shape, spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        parts = 1
+        for axis in names:
+            parts *= mesh.shape[axis]
+        if size % parts:
+            raise UserError(
+                f"{name}: dimension {size} does not divide over {'*'.join(names)}={parts}; "
+                "choose a mesh that does, or pad the model"
+            )
+
+
+def live(rules: Rules, tree: Any) -> Rules:
+    """The rules that claim something in the tree: a tied model has no head to shard."""
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return tuple(rule for rule in rules if any(re.search(rule[0], name) for name in names))
+
+
+def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """How batches lie: the leading axis over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if size % parts:
+        raise UserError(f"{name}={size} does not divide over data*fsdp={parts}; choose a multiple of {parts}")

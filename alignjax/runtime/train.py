@@ -1,0 +1,91 @@
+"""Training as two pure functions, and the loop that calls them. It is handed an objective; it knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from alignjax.types import Batch, Key, Metrics, Objective, Params, TrainState
+
+Collect = Callable[[Params, Params, Any, Batch, Key], Batch]
+"""(params, their average, frozen trees, raw batch, key) -> the batch an objective takes."""
+Update = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+
+
+def given(params: Params, average: Params, frozen: Any, batch: Batch, key: Key) -> Batch:
+    """The Collect of offline objectives: the data is the batch."""
+    return batch
+
+
+def init(params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool) -> TrainState:
+    """The state before the first update. With ``average`` the moving average starts at the parameters."""
+    copy = jax.tree.map(jnp.array, params) if average else {}
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key)
+
+
+def make_update(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    collect: Collect = given,
+    accumulate: int = 1,
+    average_decay: float | None = None,
+) -> Update:
+    """One update: collect a batch, average the gradient over ``accumulate`` parts of it, step, and move
+
+        average <- average_decay * average + (1 - average_decay) * params.
+
+    Keys are fold_in(state.key, state.step), then 0 for collecting and 1 for the objective.
+    """
+
+    def gradient(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+        return grads, metrics
+
+    def accumulated(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        if accumulate == 1:
+            return gradient(params, batch, key)
+
+        def part(total: Any, one: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *one)), None
+
+        # Rows are dealt round-robin, so that each part stays spread over the whole mesh.
+        parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, accumulate)
+        first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+        total, _ = jax.lax.scan(part, zeros, (parts, keys))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def update(state: TrainState, frozen: Any, raw: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        batch = collect(state.params, state.average, frozen, raw, jax.random.fold_in(key, 0))
+        grads, metrics = accumulated(state.params, batch, jax.random.fold_in(key, 1))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average_decay is not None:
+            average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, params)
+        metrics = {**metrics, "gradient_norm": optax.global_norm(grads)}
+        return TrainState(state.step + 1, params, opt_state, average, state.key), metrics
+
+    return update
+
+
+def fit(
+    state: TrainState,
+    start: int,
+    frozen: Any,
+    data: Iterable[Batch],
+    update: Update,
+    every: Callable[[TrainState, int, Metrics], None],
+) -> TrainState:
+    """Applies the compiled ``update`` to each batch, from step ``start``. ``every(state, steps_done,
+    metrics)`` sees each result; the loop itself never waits for the device."""
+    for step, batch in enumerate(data, start):
+        state, metrics = update(state, frozen, batch)
+        every(state, step + 1, metrics)
+    return state
