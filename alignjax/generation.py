@@ -42,7 +42,10 @@ def generator(
     reference: tuple[LogProb, Params] | None,
     rows: jax.sharding.NamedSharding,
 ) -> Generate:
-    """Builds a Generate; compiled once a bucket. Without ``reference`` every kl is NaN."""
+    """Builds a Generate; compiled at most twice a bucket, for whole batches and for the small ones that
+    retries leave. Without ``reference`` every kl is NaN."""
+    mesh = rows.mesh.shape
+    small = max(batch // 8, mesh["data"] * mesh["fsdp"])
 
     @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=rows)
     def run(params: Params, prompt: Prompt, numbers: jax.Array, seed: jax.Array):
@@ -61,9 +64,8 @@ def generator(
         ids = [tokenizer.encode(prompt) for prompt in prompts]
         replies: dict[int, Reply] = {}
         for length, members in bucketed([len(row) for row in ids], buckets).items():
-            for at in range(0, len(members), batch):
-                mine = members[at : at + batch]
-                full = [*mine, *[mine[0]] * (batch - len(mine))]  # whole batches compile once
+            for mine, size in cut(members, batch, small):
+                full = [*mine, *[mine[0]] * (size - len(mine))]
                 prompt = pad([ids[i] for i in full], length)
                 completion, logp = run(params, prompt, np.array([numbers[i] for i in full]), np.int32(seed))
                 kl = score(prompt, completion, logp)
@@ -74,6 +76,14 @@ def generator(
         return [replies[i] for i in range(len(prompts))]
 
     return generate
+
+
+def cut(members: list[int], batch: int, small: int) -> list[tuple[list[int], int]]:
+    """Whole batches, then one more batch or as many small ones as hold the rest: (members, size)."""
+    whole = len(members) // batch * batch
+    rest, size = members[whole:], small if len(members) - whole <= 2 * small else batch
+    pieces = [(members[at : at + batch], batch) for at in range(0, whole, batch)]
+    return pieces + [(rest[at : at + size], size) for at in range(0, len(rest), size)]
 
 
 def bucketed(lengths: Sequence[int], buckets: Sequence[int]) -> dict[int, list[int]]:

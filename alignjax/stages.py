@@ -348,7 +348,7 @@ class Label:
         chunks = context.folder / "chunks.jsonl"
         done = metrics.read_metrics(chunks)
         metrics.write_atomic(chunks, "".join(json.dumps(row) + "\n" for row in done))  # a torn line goes
-        size = self.writing.batch
+        size = 4 * self.writing.batch  # prompts a chunk: retries are few, and fill their batches
         with chunks.open("a") as file, metrics.progress(len(prompts), len(done) * size, context.name, "prompt") as bar:
             for at in range(len(done) * size, len(prompts), size):
                 numbers = range(at, min(at + size, len(prompts)))

@@ -15,7 +15,7 @@ BUCKETS = (32, 96)  # prompt lengths in tokens: one turn, two turns
 
 
 def get_config() -> Experiment:
-    writing = Writing(max_new_tokens=56, buckets=(48, 128), batch=256)
+    writing = Writing(max_new_tokens=56, buckets=(36, 128), batch=128)
     fit = FitPreference(
         start="base",
         pairs="pairs",

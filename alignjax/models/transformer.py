@@ -48,7 +48,7 @@ class TransformerConfig:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, [B, S, K, head_dim] each."""
+    """Keys and values of one layer, [B, K, S, head_dim] each: a step reads them without moving them."""
 
     k: Array
     v: Array
@@ -103,19 +103,19 @@ def rotary(x: Array, positions: Array, theta: float) -> Array:
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Softmax attention: q [B, T, H, h], k and v [B, S, K, h], mask [B, T, S] -> [B, T, H, h].
+    """Softmax attention: q [B, T, H, h], k and v [B, K, S, h], mask [B, T, S] -> [B, T, H, h].
 
     H is a multiple of K: consecutive query heads share a key/value head (2305.13245).
     """
     batch, length, heads, dim = q.shape
-    kv_heads = k.shape[2]
-    # One batch axis and plain matrix products: on CPU the five-axis einsum is several times slower.
-    grouped = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch * kv_heads, -1, dim)
-    keys, values = (x.transpose(0, 2, 1, 3).reshape(batch * kv_heads, -1, dim) for x in (k, v))
-    scores = (grouped @ keys.mT).reshape(batch, kv_heads, heads // kv_heads, length, -1)
-    scores = jnp.where(mask[:, None, None], scores.astype(jnp.float32) * dim**-0.5, -1e30)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(*grouped.shape[:2], -1)
-    mixed = (weights @ values).reshape(batch, kv_heads, -1, length, dim)
+    kv_heads = k.shape[1]
+    # Heads of a group side by side with the queries: plain products over two batch axes, which is
+    # several times faster on CPU than a five-axis einsum and the same to an accelerator.
+    grouped = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
+    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k).astype(jnp.float32) * dim**-0.5
+    mask = jnp.tile(mask, (1, heads // kv_heads, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(batch, kv_heads, -1, length, dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
 
 
@@ -152,9 +152,10 @@ class Block(nnx.Module):
         q = rotary(self.q(h).reshape(*positions.shape, c.heads, c.head_dim), positions, c.rope_theta)
         k = rotary(self.k(h).reshape(*positions.shape, c.kv_heads, c.head_dim), positions, c.rope_theta)
         v = self.v(h).reshape(*positions.shape, c.kv_heads, c.head_dim)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if cache is not None:
-            k = lax.dynamic_update_slice_in_dim(cache.k, k, slot, axis=1)
-            v = lax.dynamic_update_slice_in_dim(cache.v, v, slot, axis=1)
+            k = lax.dynamic_update_slice_in_dim(cache.k, k, slot, axis=2)
+            v = lax.dynamic_update_slice_in_dim(cache.v, v, slot, axis=2)
         x = x + self.o(attend(q, k, v, mask).reshape(len(x), -1))
         h = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h)), Cache(k, v)
@@ -246,14 +247,14 @@ def transformer(config: TransformerConfig) -> Model:
         segments = prompt.mask.astype(jnp.int32)
         positions, mask = segment_positions(segments), causal_mask(segments)
         x = ends.apply(outer(params), prompt.tokens.reshape(-1), False)
-        room = ((0, 0), (0, max_new_tokens), (0, 0), (0, 0))
+        room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
         caches = []
         for weights in layers:
             x, cache = block.apply(weights, x, positions, mask)
             caches.append(Cache(jnp.pad(cache.k, room), jnp.pad(cache.v, room)))
         carry = Carry(
             caches=tuple(caches),
-            valid=jnp.pad(prompt.mask, room[:2]),
+            valid=jnp.pad(prompt.mask, room[1:3]),
             position=segments.sum(1),
             slot=jnp.int32(prompt.tokens.shape[1]),
         )

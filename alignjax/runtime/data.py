@@ -6,6 +6,8 @@ sees what the killed one would have.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -70,26 +72,29 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
     Read it with ``tfds.data_source("pairs", split=..., data_dir=folder)``; the metadata is in its info.
     """
 
-    class Pairs(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
+    with tfds.core.registered.skip_registration():  # one process may write several
 
-        def _info(self) -> tfds.core.DatasetInfo:
-            kinds = {"text": tfds.features.Text(), "float": tfds.features.Scalar(np.float32)}
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Preference pairs; p = P(first is preferred to second | prompt).",
-                features=tfds.features.FeaturesDict({n: kinds[k] for n, k in PAIR_FEATURES.items()}),
-                metadata=tfds.core.MetadataDict(metadata),
-            )
+        class Pairs(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            return {name: self._generate_examples(rows) for name, rows in splits.items()}
+            def _info(self) -> tfds.core.DatasetInfo:
+                kinds = {"text": tfds.features.Text(), "float": tfds.features.Scalar(np.float32)}
+                return tfds.core.DatasetInfo(
+                    builder=self,
+                    description="Preference pairs; p = P(first is preferred to second | prompt).",
+                    features=tfds.features.FeaturesDict({n: kinds[k] for n, k in PAIR_FEATURES.items()}),
+                    metadata=tfds.core.MetadataDict(metadata),
+                )
 
-        def _generate_examples(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-            for index, row in enumerate(rows):
-                yield index, {name: row[name] for name in PAIR_FEATURES}
+            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+                return {name: self._generate_examples(rows) for name, rows in splits.items()}
 
-    with tfds.utils.tqdm_utils.disable_progress_bar():
+            def _generate_examples(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+                for index, row in enumerate(rows):
+                    yield index, {name: row[name] for name in PAIR_FEATURES}
+
+    tfds.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that never happens
         Pairs(data_dir=str(folder), file_format="array_record").download_and_prepare()
 
 
