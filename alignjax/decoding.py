@@ -112,7 +112,7 @@ def sample(
         tokens = lax.dynamic_update_index_in_dim(tokens, token, index, 1)
         mask = lax.dynamic_update_index_in_dim(mask, ~done, index, 1)
         logp = lax.dynamic_update_index_in_dim(logp, jnp.where(done, 0.0, chosen), index, 1)
-        done = done | jnp.any(token[:, None] == stops, axis=-1)
+        done = done | jnp.any(token[:, None] == stops[None], axis=-1)
         carry, logits = process.step(carry, token)
         return index + 1, carry, logits, tokens, mask, logp, done
 

@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"alignjax: {config.one_line(error)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output has gone: `alignjax ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
+        return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"alignjax: {where}{error.strerror or config.one_line(error)}; mend that and run again", file=sys.stderr)

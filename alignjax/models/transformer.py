@@ -96,7 +96,7 @@ def rotary(x: Array, positions: Array, theta: float) -> Array:
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -184,7 +184,7 @@ def causal_mask(segments: Array) -> Array:
     """[B, T] segments -> [B, T, T]: query t sees key s <= t of its own, non-zero segment."""
     length = segments.shape[1]
     same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    return same & jnp.tril(jnp.ones((length, length), bool))
+    return same & jnp.tril(jnp.ones((1, length, length), bool))
 
 
 def segment_positions(segments: Array) -> Array:

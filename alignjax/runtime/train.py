@@ -69,7 +69,7 @@ def make_update(
         average = state.average
         if average_decay is not None:
             average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, params)
-        metrics = {**metrics, "gradient_norm": optax.global_norm(grads)}
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, average, state.key), metrics
 
     return update

@@ -96,9 +96,9 @@ class World:
     nouns: int = len(NOUNS)
     verbs: int = len(VERBS)
     mean_gap: float = 2.0  # between the latent means under a positive and a negative affix
-    sharpness: float = 1.0  # how strongly a sentence shows the latent quality
+    sharpness: float = 1.5  # how strongly a sentence shows the latent quality
     two_turns: float = 0.25  # share of prompts with an earlier turn
-    affixed: float = 0.7  # share of the corpus's turns with an affixed role marker
+    affixed: float = 0.8  # share of the corpus's turns with an affixed role marker
     rater: float = 0.25  # share of the corpus that is rater dialogues
     rater_error: float = 0.1  # how often a rater answers wrongly
 

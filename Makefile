@@ -1,0 +1,30 @@
+# make quickstart : install, then the main job, into runs/quickstart/
+# make test       : install, then every test, format and type check
+# make install    : the environment alone (.venv); PYTHON= picks another interpreter
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: install quickstart test lock
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml requirements.lock
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable ".[test,stories]"
+	touch $@
+
+quickstart: install
+	$(BIN)/alignjax run experiments/quickstart.py --workdir runs/quickstart
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# One lock for every Python and platform: universal markers, newest versions that each allows.
+lock: install
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra test --extra stories --extra notebooks \
+		--no-emit-index-url --no-header --upgrade --quiet --output-file requirements.lock setup.cfg

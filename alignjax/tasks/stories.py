@@ -1,0 +1,134 @@
+"""Stories continued from their openings, under two principles whose judges know no model.
+
+``girl``: a story about a girl. Affix sentences name a girl or a boy; the oracle counts pronouns.
+``happy``: a happy story. Open-ended happy or sad affixes; the oracle is the VADER lexicon (an extra
+dependency, ``stories``). Affixes are appended to the opening for generation alone: the policy is trained on
+the plain opening.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from alignjax.tasks.task import Affixes, Format, Score, Task, Template, oracle_from_score
+from alignjax.types import UserError
+
+AFFIXES: dict[str, Affixes] = {
+    "girl": (
+        (" Her name was Lily. She was a girl.", " His name was Tim. He was a boy."),
+        (" There was a girl called Mia. She was little.", " There was a boy called Ben. He was little."),
+    ),
+    "happy": (
+        (
+            " He had fun and smiled. He got a big hug. He felt happy and",
+            " He fell down and got hurt. He was lost and scared. He felt sad and",
+        ),
+        (" It was so much fun. He smiled and felt happy and", " It was so scary. He cried and felt sad and"),
+    ),
+}
+TEMPLATES = {
+    "girl": Template(before="", between="\nOr:", question="\nMore about a girl:", answer=" a"),
+    "happy": Template(before="", between="\nOr:", question="\nThe happy one:", answer=" a"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Openings:
+    """A file and what was in it when the experiment was made, so that a changed file is noticed."""
+
+    path: str
+    sha256: str
+
+
+@lru_cache(maxsize=4)
+def read_openings(path: str) -> dict[str, list[str]]:
+    """Rows {"prompt", "story"} -> split -> openings. A story's rows share a split: they share a prefix.
+
+    Raises UserError when the file is missing, empty or malformed, with the line.
+    """
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a JSON-lines file of openings") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            text, story = str(row["prompt"]), int(row["story"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}, line {number} is not {{"prompt": text, "story": number}}; mend it') from None
+        splits[{0: "test", 1: "test", 2: "validation"}.get(story % 10, "train")].append(text)
+    if not splits["train"]:
+        raise UserError(f"{path} holds no openings; give a JSON-lines file of them")
+    return splits
+
+
+def prompts(openings: Openings, split: str, count: int, seed: int) -> Sequence[str]:
+    """Distinct openings of a split, shuffled by the seed; all of them when there are fewer than ``count``."""
+    found = list(dict.fromkeys(read_openings(openings.path)[split]))
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+
+def append_affix(prompt: str, last: str, earlier: str) -> str:
+    """An opening has one turn: the affix of the last one is put behind it."""
+    return prompt + last
+
+
+def clean_story(raw: str) -> str | None:
+    """The story up to its end marker; nothing left is a failure."""
+    text = re.split(r"</?s>", raw)[0].rstrip()
+    return text if text.strip() else None
+
+
+def girl(prompt: str, text: str) -> float:
+    """Pronouns: count(she, her, girl) - count(he, his, him, boy) in the continuation."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return float(sum(w in ("she", "her", "girl") for w in words) - sum(w in ("he", "his", "him", "boy") for w in words))
+
+
+@lru_cache(maxsize=1)
+def sentiment():
+    try:
+        module = importlib.import_module("vaderSentiment.vaderSentiment")
+    except ImportError:
+        raise UserError("the happy principle needs vaderSentiment; pip install 'alignjax[stories]'") from None
+    return module.SentimentIntensityAnalyzer()
+
+
+def happy(prompt: str, text: str) -> float:
+    """VADER's compound sentiment of the continuation, in [-1, 1] (Hutto and Gilbert 2014)."""
+    return float(sentiment().polarity_scores(text)["compound"])
+
+
+SCORES: dict[str, Score] = {"girl": girl, "happy": happy}
+
+
+def task(openings: str, principle: str = "girl") -> Task:
+    """Raises UserError on an unknown principle or a bad file."""
+    if principle not in SCORES:
+        raise UserError(f"principle={principle!r} is unknown; choose one of {', '.join(SCORES)}")
+    if principle == "happy":
+        sentiment()  # a missing dependency is told before an hour of work
+    score = SCORES[principle]
+    read_openings(openings)
+    mark = hashlib.sha256(Path(openings).read_bytes()).hexdigest()[:16]
+    return Task(
+        name=f"stories-{principle}",
+        prompts=partial(prompts, Openings(openings, mark)),
+        affixes=AFFIXES[principle],
+        contrast=append_affix,
+        clean=clean_story,
+        format=Format(before="", end="", stop=("<s>", "</s>")),
+        template=TEMPLATES[principle],
+        oracles={"oracle": oracle_from_score(score)},
+        score=score,
+    )

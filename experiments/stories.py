@@ -1,0 +1,66 @@
+"""The straight line on a real checkpoint and real text: stories about a girl, or happy ones.
+
+    alignjax run experiments/stories.py --workdir runs/girl \\
+        --set checkpoint=PATH/stories260K --set openings=PATH/story_premises.jsonl [--set principle=happy]
+
+``checkpoint`` is a Hugging Face Llama folder; with network, ``huggingface-cli download
+Xenova/llama2.c-stories15M`` brings a public one of the same family. ``openings`` is a JSON-lines file of
+{"prompt": text, "story": number}. No model judges here: the oracle counts pronouns (girl) or reads the
+VADER lexicon (happy, which needs the extra ``stories``).
+"""
+
+from functools import partial
+
+from alignjax import labeling, objectives, rollout
+from alignjax.stages import Adam, Experiment, FitPreference, Label, Loop, Optimise, Pretrained, Tournament, Writing
+from alignjax.tasks import stories
+
+NEW_TOKENS = 60
+BUCKETS = (32, 48, 80)  # opening lengths in tokens
+
+
+def get_config(checkpoint: str, openings: str, principle: str = "girl") -> Experiment:
+    writing = Writing(max_new_tokens=NEW_TOKENS, buckets=(64, 128), batch=128)
+    return Experiment(
+        task=stories.task(openings, principle),
+        stages={
+            "base": Pretrained(checkpoint),
+            "pairs": Label(generator="base", method=labeling.rlcd, split="train", prompts=2048, writing=writing),
+            "truth": Label(
+                generator="base",
+                method=partial(labeling.by_oracle, oracle="oracle", error=0.0),
+                split="validation",
+                prompts=256,
+                writing=writing,
+            ),
+            "preference": FitPreference(
+                start="base",
+                pairs="pairs",
+                truth="truth",
+                adam=Adam(lr=1e-3),
+                loop=Loop(steps=240, batch=32),
+                buckets=BUCKETS,
+                response=NEW_TOKENS,
+            ),
+            "nash_md": Optimise(
+                start="base",
+                reference="base",
+                preference="preference",
+                objective=partial(objectives.nash_md, tau=0.01),
+                opponent=partial(rollout.mixture, beta=0.25),
+                adam=Adam(lr=1e-3, warmup=5),
+                loop=Loop(steps=100, batch=64),
+                prompts=2048,
+                buckets=BUCKETS,
+                max_new_tokens=NEW_TOKENS,
+                unfinished_loses=False,  # most continuations are cut before their story ends
+            ),
+            "table": Tournament(
+                policies={"base": "base", "nash_md": "nash_md"},
+                reference="base",
+                judges={"oracle": "oracle:oracle"},
+                prompts=600,
+                writing=writing,
+            ),
+        },
+    )

@@ -1,0 +1,70 @@
+"""Eight emulated devices, float32 matmuls, no network; small compiled fixtures shared by the tests."""
+
+import contextlib
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jax
+import numpy as np
+import pytest
+
+from alignjax.models.transformer import TransformerConfig, transformer
+from alignjax.types import Tokens
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TINY = TransformerConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=24)
+
+
+@pytest.fixture(scope="session")
+def model():
+    """The tiny decoder, its functions compiled: tests call them many times."""
+    plain = transformer(TINY)
+    compiled = {name: jax.jit(getattr(plain, name)) for name in ("init", "causal", "predict", "final", "unembed")}
+    return plain._replace(**compiled)
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    """Large enough that every path through the network matters."""
+    return jax.tree.map(lambda x: x * 1.5, model.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def other_params(model):
+    return jax.tree.map(lambda x: x * 1.5, model.init(jax.random.key(1)))
+
+
+@pytest.fixture
+def prompt():
+    """Four prompts of 2 to 5 tokens, right-padded."""
+    return ragged([[5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [10, 11, 12, 13]])
+
+
+@contextlib.contextmanager
+def compilations():
+    """A list that grows by one with every program XLA compiles meanwhile."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def ragged(rows, length=None, side="right", filler=0):
+    """Rows of ids -> Tokens, with any token in the padding."""
+    length = length or max(map(len, rows))
+    tokens, mask = np.full((len(rows), length), filler, np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens[i, where], mask[i, where] = row, True
+    return Tokens(tokens, mask)

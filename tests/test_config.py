@@ -1,0 +1,271 @@
+"""Experiments as files: every leaf can be reached, every mistake is one line, every result has its name."""
+
+import contextlib
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from alignjax import config, objectives, run
+from alignjax.tasks import sandbox
+from alignjax.tasks.task import oracle_from_score
+from alignjax.types import UserError
+
+QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return config.load(QUICKSTART, {})
+
+
+@pytest.fixture(autouse=True)
+def no_git(monkeypatch):
+    monkeypatch.setattr(run, "code_version", lambda: "now")
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes an experiment file; returns its path."""
+
+    def write(text, folder="."):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        path = tmp_path / folder / "experiment.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@contextlib.contextmanager
+def refused(*words):
+    """Expects a UserError of one line that holds the words."""
+    with pytest.raises(UserError) as found:
+        yield
+    message = str(found.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def another(value):
+    """A text that parses to another value of the same type."""
+    if isinstance(value, bool):
+        return str(not value)
+    if isinstance(value, int | float):
+        return repr(value + 1)
+    return "0.25" if value is None else f"{value}-other"
+
+
+def fingerprints(experiment):
+    return {name: run.resolved(experiment, name)["fingerprint"] for name in experiment.stages}
+
+
+def below(experiment, names):
+    """The stages and all that are made from them."""
+    found = set(names)
+    for _ in experiment.stages:
+        found |= {name for name, stage in experiment.stages.items() if found & set(stage.inputs())}
+    return found
+
+
+def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
+    before = dict(config.leaves(quickstart))
+    deep = {"stages.nash_md.objective.tau", "stages.pairs.writing.sampling.temperature", "stages.base.model.width"}
+    assert deep | {"seed", "mesh.fsdp", "task.template.question", "stages.nash_md.buckets.0"} <= set(before)
+    for path, value in before.items():
+        after = dict(config.leaves(config.override(quickstart, {path: another(value)})))
+        changed = {name for name in before if after[name] != before[name]}
+        assert changed == {path} and list(after) == list(before)
+        assert value is None or type(after[path]) is type(value)
+    assert dict(config.leaves(quickstart)) == before
+
+
+def test_the_word_stages_may_be_left_out(quickstart):
+    for path in ("nash_md.objective.tau", "table.judges.oracle", "base.adam.lr"):
+        assert config.describe(config.override(quickstart, {path: "7"})) == config.describe(
+            config.override(quickstart, {f"stages.{path}": "7"})
+        )
+
+
+class Point(NamedTuple):
+    x: int
+    y: float
+
+
+def test_nodes_keep_their_kind_and_neighbours():
+    tree = {"p": Point(1, 2.0), "t": (3, (4, "five")), "f": partial(divmod, 8, 3), "g": partial(int, base=2), "n": None}
+    settings = {"p.y": "3", "t.1.1": "six", "f.1": "5", "g.base": "16", "n": "'text'"}
+    new = config.override(tree, settings)
+    assert new["p"] == Point(1, 3.0) and isinstance(new["p"], Point) and isinstance(new["p"].y, float)
+    assert new["t"] == (3, (4, "six")) and new["f"]() == (1, 3) and new["g"]("ff") == 255 and new["n"] == "text"
+    assert tree["p"] == Point(1, 2.0) and tree["f"]() == (2, 2)
+
+
+@pytest.mark.parametrize(("path", "nearest"), [
+    ("nash_md.objectiv.tau", "nash_md.objective.tau"), ("nash.objective.tau", "nash_md.objective.tau"),
+    ("tau", "nash_md.objective.tau"), ("sed", "seed"), ("nash_md.loop.step", "nash_md.loop.steps"),
+])  # fmt: skip
+def test_a_wrong_name_is_told_with_the_nearest_ones(quickstart, path, nearest):
+    with refused(path, "did you mean", nearest):
+        config.override(quickstart, {path: "1"})
+
+
+@pytest.mark.parametrize("path", ["nash_md", "nash_md.objective", "nash_md.buckets.9", "zzz", "", "task.score"])
+def test_what_is_no_leaf_cannot_be_set(quickstart, path):
+    with refused("unknown field", repr(path)):
+        config.override(quickstart, {path: "1"})
+
+
+@pytest.mark.parametrize(("path", "text", "kind"), [
+    ("nash_md.loop.steps", "many", "int"), ("nash_md.loop.steps", "1.5", "int"), ("nash_md.loop.steps", "True", "int"),
+    ("nash_md.adam.lr", "fast", "float"), ("nash_md.adam.lr", "True", "float"), ("nash_md.adam.lr", "(1,)", "float"),
+    ("nash_md.unfinished_loses", "1", "bool"), ("nash_md.unfinished_loses", "yes", "bool"),
+    ("nash_md.loop.steps", "{[1]: 2}", "int"),
+])  # fmt: skip
+def test_a_value_of_another_type_is_refused(quickstart, path, text, kind):
+    with refused(path, kind):
+        config.override(quickstart, {path: text})
+
+
+@pytest.mark.parametrize("text", ["1e3", "007", "2024_01", "1.50", "None", "a=b", "[1,2]", "two words"])
+def test_a_text_leaf_takes_the_text_as_it_stands(text):
+    assert config.override({"path": "runs"}, {"path": text}) == {"path": text}
+
+
+def test_get_config_takes_its_parameters_from_the_settings(file):
+    path = file("def get_config(size: int, name='a'):\n    return {'size': size, 'name': name, 'lr': 0.5}\n")
+    assert config.load(path, {"size": "3"}) == {"size": 3, "name": "a", "lr": 0.5}
+    assert config.load(path, {"size": "3", "name": "b", "lr": "1"}) == {"size": 3, "name": "b", "lr": 1.0}
+    with refused(str(path), "size", "--set size="):
+        config.load(path, {"name": "b"})
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("def get_config(:\n", "SyntaxError"), ("import nothing_of_the_kind\n", "nothing_of_the_kind"),
+    ("x = 1\n", "get_config"), ("def get_config():\n    raise ValueError('two\\nlines')\n", "two lines"),
+    ("def get_config():\n    return dict(steps=1, **{'steps': 2})\n", "steps"), ("1 / 0\n", "ZeroDivisionError"),
+])  # fmt: skip
+def test_a_broken_file_is_one_line_that_names_it(file, text, word):
+    path = file(text)
+    with refused(str(path), word):
+        config.load(path, {})
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with refused("nowhere.py"):
+        config.load(tmp_path / "nowhere.py", {})
+
+
+def test_an_edited_file_is_read_anew(file, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for value in (0.1, 0.2):
+        path = file(f"def get_config():\n    return {{'lr': {value}}}\n")
+        os.utime(path, (1e9, 1e9))  # within the clock's tick, and of the same size
+        assert config.load(path, {}) == {"lr": value}
+
+
+OWN = """
+from functools import partial
+RATE = 2
+def make(k):
+    def loss(x, tau):
+        return {body} + k
+    return loss
+def get_config():
+    return {{"objective": partial(make({k}), tau=0.1), "other": [1], "name": "n"}}
+"""
+
+
+def test_describe_notices_an_edited_function_and_what_it_closes_over(file):
+    def described(folder, body="x", k=1):
+        return config.describe(config.load(file(OWN.format(body=body, k=k), folder), {}))
+
+    base = described("a")
+    assert base == described("b") and base["name"] == "n" and base["objective"]["tau"] == 0.1
+    assert base["objective"]["function"] != described("c", body="x * tau")["objective"]["function"]
+    assert base["objective"]["function"] != described("d", k=2)["objective"]["function"]
+
+
+def test_describe_names_the_package_s_functions_and_is_json(quickstart):
+    described = config.describe(quickstart)
+    assert json.loads(json.dumps(described)) == described
+    assert described["stages"]["nash_md"]["objective"]["function"] == "alignjax.objectives.nash_md"
+    assert config.describe(partial(objectives.nash_md, tau=0.5))["tau"] == 0.5
+
+
+def test_describe_looks_into_the_package_s_own_closures():
+    one, two = map(oracle_from_score, (sandbox.harmless, sandbox.helpful))
+    assert config.describe(one) == config.describe(oracle_from_score(sandbox.harmless)) != config.describe(two)
+
+
+class Constant:
+    """A function that is an object: its address says nothing of what it does."""
+
+    def __call__(self):
+        return 0
+
+
+def test_equal_trees_are_described_equally():
+    assert config.describe({"f": Constant()}) == config.describe({"f": Constant()})
+
+
+@pytest.mark.parametrize(("path", "stages"), [
+    ("nash_md.objective.tau", {"nash_md"}), ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
+    ("base.model.width", {"base"}), ("table.prompts", {"table"}), ("judge.loop.steps", {"judge"}),
+    ("nash_md.loop.log_every", set()), ("base.loop.save_every", set()),
+])  # fmt: skip
+def test_a_fingerprint_moves_with_its_stage_and_what_is_upstream(quickstart, path, stages):
+    value = dict(config.leaves(quickstart))[f"stages.{path}"]
+    before, after = fingerprints(quickstart), fingerprints(config.override(quickstart, {path: another(value)}))
+    assert {name for name in before if before[name] != after[name]} == below(quickstart, stages)
+    assert len(set(before.values())) == len(before)
+
+
+@pytest.mark.parametrize("path", ["seed", "task.template.question", "task.prompts.0.nouns"])
+def test_seed_and_task_are_upstream_of_everything(quickstart, path):
+    value = dict(config.leaves(quickstart))[path]
+    before, after = fingerprints(quickstart), fingerprints(config.override(quickstart, {path: another(value)}))
+    assert all(before[name] != after[name] for name in before)
+
+
+def test_a_stage_is_prepared_finished_refused_and_redone(quickstart, tmp_path):
+    folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
+    other = run.resolved(config.override(quickstart, {"nash_md.objective.tau": "0.5"}), "nash_md")
+    assert not run.prepare(folder, record, redo=False)
+    (folder / "work").write_text("half")
+    assert not run.prepare(folder, record, redo=False) and (folder / "work").exists()  # it resumes
+    run.write_record(folder, {**record, "finished": True})
+    assert run.prepare(folder, record, redo=False)
+    tau = record["config"]["objective"]["tau"]
+    with refused("nash_md", f"objective.tau={tau}, now 0.5", "--redo"):
+        run.prepare(folder, other, redo=False)
+    assert (folder / "work").exists() and run.read_record(folder)["finished"]
+    assert not run.prepare(folder, other, redo=True)
+    assert not (folder / "work").exists() and run.read_record(folder)["fingerprint"] == other["fingerprint"]
+
+
+def test_how_often_a_stage_looks_up_is_no_difference(quickstart, tmp_path):
+    record = run.resolved(quickstart, "base")
+    run.prepare(tmp_path / "base", {**record, "finished": True}, redo=False)
+    run.write_record(tmp_path / "base", {**record, "finished": True})
+    often = config.override(quickstart, {"base.loop.log_every": "1", "base.loop.save_every": "7"})
+    assert run.prepare(tmp_path / "base", run.resolved(often, "base"), redo=False)
+    both = config.override(often, {"base.adam.lr": "1"})
+    assert run.difference(record, run.resolved(both, "base")) == f"adam.lr={record['config']['adam']['lr']}, now 1.0"
+
+
+def test_a_difference_upstream_is_named_by_its_stage(quickstart):
+    other = config.override(quickstart, {"base.adam.lr": "1"})
+    told = run.difference(run.resolved(quickstart, "pairs"), run.resolved(other, "pairs"))
+    assert told.startswith("inputs.base=")
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / run.RECORD).write_text('{"finger')
+    with refused(str(tmp_path / "base" / run.RECORD), "damaged"):
+        run.read_record(tmp_path / "base")
+    assert run.read_record(tmp_path / "nothing") == {}

@@ -1,0 +1,136 @@
+"""Sampling: the mixture's endpoints, the distribution drawn from, stopping, filters and independence of rows."""
+
+import dataclasses
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from alignjax.decoding import Process, Sampling, geometric_mixture, keep, sample
+from alignjax.models.likelihood import log_prob
+from alignjax.models.transformer import transformer
+from alignjax.types import Completion
+from tests.conftest import TINY, ragged
+
+LENGTH, STOP = 8, (2,)
+
+
+@pytest.fixture(scope="module")
+def draw(model):
+    """(policy, reference, prompt, keys, beta) -> Sample from the mixture; the policy alone for beta None."""
+
+    @partial(jax.jit, static_argnames=("beta", "sampling"))
+    def run(policy, reference, prompt, keys, beta=None, sampling=Sampling()):
+        process = Process(*model.start(policy, prompt, LENGTH))
+        if beta is not None:
+            process = geometric_mixture(process, Process(*model.start(reference, prompt, LENGTH)), beta)
+        return sample(process, keys, LENGTH, STOP, sampling)
+
+    return run
+
+
+def keys(count=4, seed=0):
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(count))
+
+
+@pytest.mark.parametrize(("beta", "which"), [(0.0, 0), (1.0, 1)])
+def test_the_mixture_at_its_ends_is_each_process(draw, params, other_params, prompt, beta, which):
+    end = (params, other_params)[which]
+    mixed, alone = draw(params, other_params, prompt, keys(), beta=beta), draw(end, end, prompt, keys())
+    np.testing.assert_array_equal(mixed.completion.tokens, alone.completion.tokens)
+    np.testing.assert_allclose(mixed.logp, alone.logp, atol=1e-5)
+
+
+def test_the_mixture_is_geometric_at_every_prefix(model, draw, params, other_params, prompt):
+    """Its log-probs are those of softmax[(1 - beta) log pi + beta log mu] on the full forward pass."""
+    beta = 0.3
+    drawn = draw(params, other_params, prompt, keys(), beta=beta)
+    logits = [
+        jax.nn.log_softmax(model.unembed(p, model.predict(p, prompt, drawn.completion))) for p in (params, other_params)
+    ]
+    mixed = jax.nn.log_softmax((1 - beta) * logits[0] + beta * logits[1])
+    chosen = np.take_along_axis(np.asarray(mixed), np.asarray(drawn.completion.tokens)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(drawn.logp, np.where(drawn.completion.mask, chosen, 0), atol=1e-5)
+
+
+def test_log_probs_of_a_sample_are_the_models_at_temperature_one(model, draw, params, prompt):
+    for sampling in (Sampling(), Sampling(temperature=0.5, top_k=5, top_p=0.8)):
+        drawn = draw(params, params, prompt, keys(), sampling=sampling)
+        np.testing.assert_allclose(drawn.logp, log_prob(model)(params, prompt, drawn.completion), atol=1e-5)
+
+
+def test_greedy_takes_the_likeliest_token_of_the_full_forward(model, draw, params, prompt):
+    drawn = draw(params, params, prompt, keys(), sampling=Sampling(temperature=0.0))
+    best = np.argmax(model.unembed(params, model.predict(params, prompt, drawn.completion)), -1)
+    mask = np.asarray(drawn.completion.mask)
+    np.testing.assert_array_equal(np.asarray(drawn.completion.tokens)[mask], best[mask])
+
+
+def test_samples_follow_the_enumerated_distribution(params, other_params):
+    """All 3^2 completions of a mixture over the first three tokens: chi-square at 20,000 draws."""
+    small = transformer(dataclasses.replace(TINY, vocab_size=3, layers=1))
+    policy, reference = (jax.tree.map(lambda x: 2 * x, small.init(jax.random.key(i))) for i in (5, 6))
+    prompt, count, beta = ragged([[1, 2]] * 20_000), 20_000, 0.4
+
+    @jax.jit
+    def run(row_keys):
+        sides = (Process(*small.start(p, prompt, 2)) for p in (policy, reference))
+        return sample(geometric_mixture(*sides, beta), row_keys, 2, ())
+
+    drawn = np.asarray(run(keys(count)).completion.tokens)
+    seen = np.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    every = np.array(list(itertools.product(range(3), repeat=2)), np.int32)
+    completion = Completion(every, np.ones((9, 2), bool))
+    nine = ragged([[1, 2]] * 9)
+    logits = [jax.nn.log_softmax(small.unembed(p, small.predict(p, nine, completion))) for p in (policy, reference)]
+    mixed = np.asarray(jax.nn.log_softmax((1 - beta) * logits[0] + beta * logits[1]))
+    expected = count * np.exp(np.take_along_axis(np.float64(mixed), every[..., None], -1)[..., 0].sum(1))
+    assert expected.min() > 5
+    assert stats.chisquare(seen, expected * count / expected.sum()).pvalue > 1e-3
+
+
+def test_a_row_depends_on_its_prompt_and_key_alone(draw, params, prompt):
+    order = np.array([2, 0, 3, 1])
+    whole = draw(params, params, prompt, keys())
+    mixed = draw(params, params, jax.tree.map(lambda x: x[order], prompt), keys()[order])
+    np.testing.assert_array_equal(mixed.completion.tokens, whole.completion.tokens[order])
+    wide = draw(params, params, ragged([[5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [10, 11, 12, 13]], 9, "left", 20), keys())
+    np.testing.assert_array_equal(wide.completion.tokens, whole.completion.tokens)
+
+
+def test_a_completion_ends_with_its_stop_token_and_nothing_after(draw, params):
+    drawn = draw(params, params, ragged([[5, 6]] * 64), keys(64))
+    for tokens, mask, done in zip(*map(np.asarray, (drawn.completion.tokens, drawn.completion.mask, drawn.finished)), strict=True):
+        where = np.flatnonzero(tokens[mask] == 2)
+        assert list(where) == ([mask.sum() - 1] if done else [])
+        assert mask.sum() == LENGTH or done
+        assert np.all(np.diff(mask.astype(int)) <= 0) and np.all(tokens[~mask] == 0)
+    assert 0 < np.mean(np.asarray(drawn.finished)) < 1
+
+
+def test_the_loop_stops_when_every_row_has_met_a_stop_token():
+    """A process that counts its steps and always says "stop" takes one."""
+    logits = jnp.full((3, 4), -50.0).at[:, 2].set(50.0)
+    counted = []
+    process = Process(lambda carry, token: (carry + 1, logits), jnp.int32(0), logits)
+
+    def step(carry, token):
+        jax.debug.callback(lambda: counted.append(1))
+        return process.step(carry, token)
+
+    drawn = sample(process._replace(step=step), keys(3), 100, STOP)
+    jax.effects_barrier()
+    assert len(counted) == 1 and np.asarray(drawn.completion.mask).sum() == 3
+
+
+def test_top_k_keeps_the_k_largest_and_top_p_the_fewest_that_reach_p():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]))
+    np.testing.assert_array_equal(np.isfinite(keep(logits, Sampling(top_k=2)))[0], [False, True, False, True])
+    np.testing.assert_array_equal(np.isfinite(keep(logits, Sampling(top_p=0.7)))[0], [False, True, False, True])
+    np.testing.assert_array_equal(np.isfinite(keep(logits, Sampling(top_p=0.8)))[0], [False, True, True, True])
+    np.testing.assert_array_equal(np.isfinite(keep(logits, Sampling(top_p=0.5)))[1], [True, False, False, False])
+    np.testing.assert_allclose(keep(logits, Sampling(temperature=0.5))[0], 2 * logits[0])

@@ -1,0 +1,129 @@
+"""Meshes and rules: total and live, refused when they cannot hold, and changing no number."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from alignjax import objectives, preference, rollout
+from alignjax.models.likelihood import log_prob
+from alignjax.models.transformer import transformer
+from alignjax.runtime import sharding, train
+from alignjax.types import UserError
+from tests.conftest import TINY, compilations, ragged
+
+P = jax.sharding.PartitionSpec
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"), [((-1, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2))]
+)
+def test_minus_one_means_the_rest(sizes, shape):
+    assert tuple(sharding.make_mesh(sharding.Mesh(*sizes)).shape.values()) == shape
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (2, 2, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (16, 1, 1)])
+def test_a_mesh_that_does_not_divide_is_refused(sizes):
+    with pytest.raises(UserError, match="mesh"):
+        sharding.make_mesh(sharding.Mesh(*sizes))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", [None, preference.pairwise, preference.bradley_terry])
+def test_rules_are_total_and_live(tied, form):
+    """Every parameter is claimed; without the tied head's rule, every rule claims one."""
+    model = transformer(dataclasses.replace(TINY, tied=tied))
+    shapes, rules = jax.eval_shape(model.init, jax.random.key(0)), model.rules
+    if form:
+        built = form(model, preference.TemplateTokens((), (), (), 1))
+        shapes, rules = jax.eval_shape(built.extend, shapes, jax.random.key(0)), built.rules
+    live = sharding.live(rules, shapes)
+    assert set(rules) - set(live) <= ({rules[-1]} if tied else set())
+    specs = sharding.shardings(shapes, live, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
+    assert specs["blocks"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
+
+
+def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_refused():
+    mesh, tree = sharding.make_mesh(sharding.Mesh()), {"a": {"w": np.zeros((8, 8))}, "b": np.zeros(8)}
+    with pytest.raises(UserError, match="claims b"):
+        sharding.shardings(tree, (("a/w", P()),), mesh)
+    with pytest.raises(UserError, match="'c'"):
+        sharding.shardings(tree, (("a/w", P()), ("b", P()), ("c", P())), mesh)
+
+
+def test_an_indivisible_dimension_is_named():
+    mesh = sharding.make_mesh(sharding.Mesh(1, 1, 8))
+    with pytest.raises(UserError, match="w: dimension 12 does not divide over tensor=8"):
+        sharding.shardings({"w": np.zeros((16, 12))}, (("w", P(None, "tensor")),), mesh)
+
+
+def test_optimiser_moments_lie_as_their_parameters_do(model, params):
+    mesh = sharding.make_mesh(sharding.Mesh(2, 2, 2))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    shapes = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(0), True), params)
+    layout = sharding.shardings(shapes, sharding.live(model.rules, shapes.params), mesh, strict=False)
+    moments = layout.opt_state[1][0].mu
+    assert jax.tree.leaves(moments) == jax.tree.leaves(layout.params) == jax.tree.leaves(layout.average)
+    assert layout.step.spec == P()
+
+
+@pytest.fixture(scope="module")
+def nash_md_update(params, other_params):
+    """(mesh sizes) -> state after two Nash-MD updates, and their metrics."""
+    model, logit_params = transformer(TINY), other_params
+    score = log_prob(model)
+    collect = rollout.collector(
+        model, score, preference.pairwise(model, preference.TemplateTokens((14,), (15,), (16,), 9)).logit,
+        partial(rollout.mixture, beta=0.3), 6, (2,), True,
+    )  # fmt: skip
+    objective = partial(objectives.nash_md, log_prob=score, tau=0.1)
+    optimizer = optax.adam(1e-2)
+    rows = [[3 + i, 4 + i, *range(5, 5 + i % 3)] for i in range(8)]
+
+    def run(sizes, accumulate=1):
+        devices = jax.devices()[: max(1, int(np.prod(sizes)))]
+        mesh = sharding.make_mesh(sharding.Mesh(*sizes), devices)
+        shapes = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(0), False), params)
+        layout = sharding.shardings(shapes, sharding.live(model.rules, shapes.params), mesh, strict=False)
+        update = jax.jit(
+            train.make_update(objective, optimizer, collect, accumulate),
+            in_shardings=(layout, None, sharding.rows(mesh)), out_shardings=(layout, sharding.replicated(mesh)),
+        )  # fmt: skip
+        with jax.set_mesh(mesh):
+            place = partial(jax.device_put, device=layout.params)
+            frozen = {"reference": place(other_params), "preference": place(logit_params)}
+            state = jax.device_put(train.init(params, optimizer, jax.random.key(7), False), layout)
+            batch = ragged(rows)
+            with compilations() as warm:
+                state, metrics = update(state, frozen, batch)
+            assert warm, "the counter counts nothing"
+            with compilations() as count:
+                told = [metrics]
+                state, metrics = update(state, frozen, batch)
+            assert not count, f"compiled again after warm-up: {count}"
+            told = jax.tree.map(float, [*told, metrics])
+        return jax.tree.map(np.asarray, state.params), told
+
+    return run
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_the_mesh_changes_no_number(nash_md_update, sizes):
+    want, told = nash_md_update((1, 1, 1))
+    got, also = nash_md_update(sizes)
+    assert [set(row) for row in told] == [set(row) for row in also]
+    for a, b in zip(told, also, strict=True):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=2e-3, atol=1e-4, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-3), want, got)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(nash_md_update):
+    (want, told), (got, also) = nash_md_update((1, 1, 1)), nash_md_update((1, 1, 1), accumulate=4)
+    for a, b in zip(told, also, strict=True):
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-3), want, got)

@@ -1,0 +1,181 @@
+"""Judges and tournaments: exact intervals, a matrix antisymmetric around 1/2, calibration by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from alignjax import judges
+from alignjax.models.tokenizer import Tokenizer, encode_continuation
+from alignjax.runtime import sharding
+from alignjax.tasks.task import Format, oracle_from_score
+from alignjax.tournament import clopper_pearson, win_rates
+
+PROMPTS = [f"x{i}" for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def replies():
+    """Three policies whose replies are numbers; ties are many."""
+    rng = np.random.default_rng(0)
+    return {name: [str(v) for v in rng.integers(0, 4, len(PROMPTS)) + i] for i, name in enumerate(("a", "b", "c"))}
+
+
+def by_number(prompts, mine, theirs):
+    """A soft judge: P = 1/2 + gap/100, so that only the sign may count."""
+    return np.array([0.5 + (int(a) - int(b)) / 100 for a, b in zip(mine, theirs, strict=True)])
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_intervals_of_whole_wins_are_the_exact_binomial_ones(n, level):
+    for wins in range(n + 1):
+        want = stats.binomtest(wins, n).proportion_ci(level, method="exact")
+        np.testing.assert_allclose(clopper_pearson(wins, n, level), want, rtol=1e-9, atol=1e-12)
+
+
+def test_intervals_grow_with_half_wins_and_mirror_under_exchange():
+    n = 15
+    low, high = np.transpose([clopper_pearson(w / 2, n) for w in range(2 * n + 1)])
+    rate = np.arange(2 * n + 1) / (2 * n)
+    assert np.all(np.diff(low) > 0) and np.all(np.diff(high) > 0)
+    assert np.all((low <= rate) & (rate <= high)) and (low[0], high[-1]) == (0, 1)
+    np.testing.assert_allclose(low, 1 - high[::-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_an_interval_covers_the_truth_at_least_so_often_as_it_says(n):
+    bounds = np.array([clopper_pearson(k, n) for k in range(n + 1)])
+    for p in np.linspace(0.01, 0.99, 45):
+        covered = (bounds[:, 0] <= p) & (p <= bounds[:, 1])
+        assert stats.binom.pmf(np.arange(n + 1), n, p)[covered].sum() >= 0.95
+
+
+def test_win_rates_count_votes_and_half_of_ties(replies):
+    rates = win_rates(by_number, PROMPTS, replies)
+    for (i, a), (j, b) in itertools.permutations(enumerate(replies), 2):
+        gaps = np.array([int(x) - int(y) for x, y in zip(replies[a], replies[b], strict=True)])
+        wins = np.sum(gaps > 0) + 0.5 * np.sum(gaps == 0)
+        assert np.sum(gaps == 0) > 0
+        assert rates.rate[i, j] == pytest.approx(wins / len(PROMPTS), abs=1e-12)
+        got = (rates.low[i, j], rates.high[i, j])
+        np.testing.assert_allclose(got, clopper_pearson(wins, len(PROMPTS)), atol=1e-12)
+
+
+def test_the_matrix_is_antisymmetric_around_a_half_and_inside_its_intervals(replies):
+    rate, low, high = win_rates(by_number, PROMPTS, replies)
+    np.testing.assert_array_equal(rate + rate.T, np.ones((3, 3)))
+    np.testing.assert_allclose(low + high.T, np.ones((3, 3)), atol=1e-15)
+    assert np.all((low <= rate) & (rate <= high)) and np.all((low >= 0) & (high <= 1))
+    off = ~np.eye(3, dtype=bool)
+    assert np.all(low[off] < rate[off]) and np.all(rate[off] < high[off])
+
+
+def test_a_policy_ties_with_itself_and_with_its_copy(replies):
+    rate, low, high = win_rates(by_number, PROMPTS, {"a": replies["a"], "copy": replies["a"]})
+    np.testing.assert_array_equal(rate, np.full((2, 2), 0.5))
+    assert low[0, 0] == high[0, 0] == 0.5 and low[0, 1] < 0.5 < high[0, 1]
+
+
+def test_rates_do_not_depend_on_the_order_of_policies(replies):
+    names = list(replies)
+    base = win_rates(by_number, PROMPTS, replies)
+    for order in itertools.permutations(range(3)):
+        other = win_rates(by_number, PROMPTS, {names[i]: replies[names[i]] for i in order})
+        for a, b in zip(base, other, strict=True):
+            np.testing.assert_allclose(a[np.ix_(order, order)], b, atol=1e-12)
+
+
+def test_every_vote_is_of_replies_to_the_same_prompt():
+    seen = []
+
+    def judge(prompts, mine, theirs):
+        seen.extend(zip(prompts, mine, theirs, strict=True))
+        return np.ones(len(prompts))
+
+    said = {name: [f"{name}{x}" for x in PROMPTS] for name in ("u", "v")}
+    rate = win_rates(judge, PROMPTS, said).rate
+    assert {(x, y[1:], z[1:]) for x, y, z in seen} == {(x, x, x) for x in PROMPTS}
+    assert {rate[0, 1], rate[1, 0]} == {0.0, 1.0}
+    winner = seen[0][1][0]
+    assert rate[list(said).index(winner)].max() == 1.0
+
+
+def test_the_oracle_judges_each_prompt_by_its_own_replies():
+    judge = judges.oracle_judge(oracle_from_score(lambda prompt, text: text.count(prompt)))
+    p = judge(["a", "b", "a"], ["aa", "a", "b"], ["a", "bb", "b"])
+    np.testing.assert_array_equal(p, [1.0, 0.0, 0.5])
+    np.testing.assert_array_equal(p, 1 - judge(["a", "b", "a"], ["a", "bb", "b"], ["aa", "a", "b"]))
+
+
+@pytest.mark.parametrize(("p", "label", "accuracy", "error"), [
+    ([0.9, 0.8, 0.3, 0.5], [1, 0, 0, 1], 0.625, (0.1 + 0.8 + 0.3 + 0.5) / 4),
+    ([0.62, 0.68], [1, 0], 0.5, 0.15),  # one bin: |.65 - .5|
+    ([0.62, 0.58], [1, 0], 0.5, (0.38 + 0.58) / 2),  # two bins
+    ([0.75] * 4, [1, 1, 1, 0], 0.75, 0.0),
+    ([0.7, 0.7, 0.2], [0.7, 0.7, 0.2], 1.0, 0.0),  # soft labels
+    ([0.5, 0.5], [1, 0], 0.5, 0.0),
+    ([1.0, 0.0], [1, 0], 1.0, 0.0),
+])  # fmt: skip
+def test_calibration_by_hand(p, label, accuracy, error):
+    p, label = np.array(p), np.array(label, float)
+    found = judges.calibration(p, label)
+    assert found["accuracy"] == pytest.approx(accuracy)
+    assert found["calibration_error"] == pytest.approx(error, abs=1e-12)
+    inside = np.clip(p, 1e-7, 1 - 1e-7)
+    entropy = -np.mean([y * np.log(q) + (1 - y) * np.log(1 - q) for q, y in zip(inside, label, strict=True)])
+    assert found["cross_entropy"] == pytest.approx(entropy) and found["n"] == len(p)
+
+
+def test_calibration_is_unmoved_by_exchange_of_the_sides():
+    rng = np.random.default_rng(1)
+    p, label = rng.uniform(size=400), rng.integers(0, 2, 400).astype(float)
+    mine, mirrored = judges.calibration(p, label), judges.calibration(1 - p, 1 - label)
+    assert mine == pytest.approx(mirrored)
+
+
+def test_a_calibrated_forecaster_has_a_small_error_and_an_overconfident_one_its_excess():
+    rng = np.random.default_rng(2)
+    truth = rng.uniform(size=20000)
+    label = (rng.uniform(size=20000) < truth).astype(float)
+    assert judges.calibration(truth, label)["calibration_error"] < 0.02
+    always = judges.calibration(np.full(20000, 0.999), label)
+    assert always["calibration_error"] == pytest.approx(0.999 - label.mean(), abs=1e-9)
+
+
+def letters():
+    """A tokenizer of letters, with a BOS."""
+
+    def bare(text):
+        return [ord(c) for c in text]
+
+    return Tokenizer(lambda text: [1, *bare(text)], bare, str, lambda piece: None, 256, print)
+
+
+@pytest.mark.parametrize(("batch", "count"), [(8, 3), (8, 8), (8, 19), (16, 19)])
+def test_a_model_judge_scores_each_row_alone_whatever_the_batch(batch, count):
+    tokenizer, form = letters(), Format(" ", "\n\nHuman:", ("Human:",))
+
+    def value(weights, prompt, side):
+        position = np.arange(1, side.tokens.shape[1] + 1, dtype=np.float32)[None]
+        text = (side.tokens * side.mask * position).sum(-1) % 97
+        return weights * text * ((prompt.tokens * prompt.mask).sum(-1) % 7 - 3)
+
+    def logit(weights, prompt, first, second):
+        return value(weights, prompt, first) - value(weights, prompt, second)
+
+    rows = sharding.rows(sharding.make_mesh(sharding.Mesh()))
+    judge = judges.model_judge(logit, np.float32(0.01), tokenizer, form, batch=batch, rows=rows)
+    rng = np.random.default_rng(count)
+    texts = [["".join(rng.choice(list("abc "), rng.integers(0, 50))) for _ in range(count)] for _ in range(3)]
+
+    def by_hand(prompt, text):
+        ids = encode_continuation(tokenizer, f" {text}\n\nHuman:")
+        return 0.01 * (np.arange(1, len(ids) + 1) @ ids % 97) * (sum(tokenizer.encode(prompt)) % 7 - 3)
+
+    want = [1 / (1 + np.exp(by_hand(x, z) - by_hand(x, y))) for x, y, z in zip(*texts, strict=True)]
+    p = judge(*texts)
+    np.testing.assert_allclose(p, want, atol=1e-5)
+    np.testing.assert_allclose(p + judge(texts[0], texts[2], texts[1]), np.ones(count), atol=1e-6)
+    assert np.ptp(p) > 0.2
