@@ -48,8 +48,8 @@ def generator(
     small = max(batch // 8, mesh["data"] * mesh["fsdp"])
 
     @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=rows)
-    def run(params: Params, prompt: Prompt, numbers: jax.Array, seed: jax.Array):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, seed), numbers)
+    def run(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
         return drawn.completion, drawn.logp
 
@@ -67,7 +67,7 @@ def generator(
             for mine, size in cut(members, batch, small):
                 full = [*mine, *[mine[0]] * (size - len(mine))]
                 prompt = pad([ids[i] for i in full], length)
-                completion, logp = run(params, prompt, np.array([numbers[i] for i in full]), np.int32(seed))
+                completion, logp = run(params, prompt, np.array([numbers[i] for i in full]), jax.random.fold_in(key, seed))
                 kl = score(prompt, completion, logp)
                 tokens, mask = np.asarray(completion.tokens), np.asarray(completion.mask)
                 for row, i in enumerate(mine):

@@ -113,6 +113,7 @@ def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = F
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
         raise UserError(f"{workdir} cannot be written; choose another --workdir")
+    keep_compiled(workdir / "compiled")
     for name in [n for n in names if not only or n in only]:
         stage = experiment.stages[name]
         context = stages.Context(experiment, workdir, name, mesh)
@@ -131,6 +132,16 @@ def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = F
         print(f"{name}: {seconds:.1f} s; {told}", file=sys.stderr)
     if all(read_record(workdir / name).get("finished") for name in names):
         show_report(experiment, workdir)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Stages share compiled programs, and a resumed run does not compile them again; a cache that the user
+    has set up is left alone."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

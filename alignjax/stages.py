@@ -27,11 +27,12 @@ from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad, single_token
 from alignjax.models.transformer import Model, TransformerConfig, transformer
 from alignjax.runtime import data, metrics, sharding, train
-from alignjax.runtime.checkpoint import Checkpointer, as_numpy, restore_tree, save_tree
+from alignjax.runtime.checkpoint import Checkpointer, restore_tree, save_tree
 from alignjax.tasks.task import Task
 from alignjax.types import Array, Batch, Key, Metrics, Pair, Params, Rules, Tokens, UserError
 
 PAIR_DATA = "data"
+SHOWN = ("nll", "loss", "accuracy", "preference", "kl", "length")  # beside a progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Experiment:
     stages: dict[str, Any]  # name -> Stage
     mesh: sharding.Mesh = sharding.Mesh()
     seed: int = 0
+
+    def with_stages(self, **stages: Any) -> Experiment:
+        """The experiment with stages added or replaced."""
+        return dataclasses.replace(self, stages={**self.stages, **stages})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,14 +199,15 @@ def run_loop(
 
     def every(state: Any, step: int, values: Metrics) -> None:
         waiting.append((step - 1, values))
-        if step % loop.log_every == 0 or step in (loop.steps, 1):
+        saves = step % loop.save_every == 0 and step < loop.steps
+        if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
             for index, row in waiting:
                 writer.write(index, row)
             waiting.clear()
-            bar.set_postfix({k: f"{float(v):.3f}" for k, v in list(values.items())[:3]}, refresh=False)
+            bar.set_postfix({k: f"{float(values[k]):.3f}" for k in SHOWN if k in values}, refresh=False)
         bar.update()
-        if step % loop.save_every == 0 and step < loop.steps:
-            saver.save(state, wait=True)
+        if saves:
+            saver.save(state)
 
     with bar:
         state = train.fit(

@@ -16,7 +16,7 @@ from alignjax.stages import Adam, Experiment, FitPreference, Label, Loop, Optimi
 from alignjax.tasks import sandbox
 
 ONE_TURN, TWO_TURNS = 32, 96  # prompt lengths in tokens
-REPLY = 48
+REPLY = 40
 
 
 def get_config(small: bool = False) -> Experiment:
@@ -35,8 +35,8 @@ def get_config(small: bool = False) -> Experiment:
         start="base",
         pairs="pairs",
         truth="truth",
-        adam=Adam(lr=1e-3),
-        loop=Loop(steps=120, batch=16),
+        adam=Adam(lr=5e-4),
+        loop=Loop(steps=80, batch=32),
         buckets=(ONE_TURN, TWO_TURNS),
         response=REPLY,
     )

@@ -3,8 +3,8 @@
     alignjax run experiments/stories.py --workdir runs/girl \\
         --set checkpoint=PATH/stories260K --set openings=PATH/story_premises.jsonl [--set principle=happy]
 
-``checkpoint`` is a Hugging Face Llama folder; with network, ``huggingface-cli download
-Xenova/llama2.c-stories15M`` brings a public one of the same family. ``openings`` is a JSON-lines file of
+``checkpoint`` is a Hugging Face Llama folder; with network, ``hf download
+nm-testing/llama2.c-stories15M --local-dir PATH`` brings a public, larger one. ``openings`` is a JSON-lines file of
 {"prompt": text, "story": number}. No model judges here: the oracle counts pronouns (girl) or reads the
 VADER lexicon (happy, which needs the extra ``stories``).
 """

@@ -85,9 +85,8 @@ def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
 
 def test_the_word_stages_may_be_left_out(quickstart):
     for path in ("nash_md.objective.tau", "table.judges.oracle", "base.adam.lr"):
-        assert config.describe(config.override(quickstart, {path: "7"})) == config.describe(
-            config.override(quickstart, {f"stages.{path}": "7"})
-        )
+        short, full = (config.override(quickstart, {name: "7"}) for name in (path, f"stages.{path}"))
+        assert config.describe(short) == config.describe(full) != config.describe(quickstart)
 
 
 class Point(NamedTuple):
@@ -141,6 +140,8 @@ def test_get_config_takes_its_parameters_from_the_settings(file):
     assert config.load(path, {"size": "3", "name": "b", "lr": "1"}) == {"size": 3, "name": "b", "lr": 1.0}
     with refused(str(path), "size", "--set size="):
         config.load(path, {"name": "b"})
+    with refused("nowhere.py"):
+        config.load(path.with_name("nowhere.py"), {})
 
 
 @pytest.mark.parametrize(("text", "word"), [
@@ -152,11 +153,6 @@ def test_a_broken_file_is_one_line_that_names_it(file, text, word):
     path = file(text)
     with refused(str(path), word):
         config.load(path, {})
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with refused("nowhere.py"):
-        config.load(tmp_path / "nowhere.py", {})
 
 
 def test_an_edited_file_is_read_anew(file, monkeypatch):
@@ -196,39 +192,29 @@ def test_describe_names_the_package_s_functions_and_is_json(quickstart):
     assert config.describe(partial(objectives.nash_md, tau=0.5))["tau"] == 0.5
 
 
-def test_describe_looks_into_the_package_s_own_closures():
-    one, two = map(oracle_from_score, (sandbox.harmless, sandbox.helpful))
+def test_functions_are_described_by_what_they_do():
+    class Constant:
+        def __call__(self):
+            return 0
+
+    assert config.describe(Constant()) == config.describe(Constant())  # not by their addresses
+    one, two = map(oracle_from_score, (sandbox.harmless, sandbox.helpful))  # nor by the package's names alone
     assert config.describe(one) == config.describe(oracle_from_score(sandbox.harmless)) != config.describe(two)
-
-
-class Constant:
-    """A function that is an object: its address says nothing of what it does."""
-
-    def __call__(self):
-        return 0
-
-
-def test_equal_trees_are_described_equally():
-    assert config.describe({"f": Constant()}) == config.describe({"f": Constant()})
 
 
 @pytest.mark.parametrize(("path", "stages"), [
     ("nash_md.objective.tau", {"nash_md"}), ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
     ("base.model.width", {"base"}), ("table.prompts", {"table"}), ("judge.loop.steps", {"judge"}),
     ("nash_md.loop.log_every", set()), ("base.loop.save_every", set()),
+    ("seed", None), ("task.template.question", None), ("task.prompts.0.nouns", None),  # None: every stage
 ])  # fmt: skip
-def test_a_fingerprint_moves_with_its_stage_and_what_is_upstream(quickstart, path, stages):
-    value = dict(config.leaves(quickstart))[f"stages.{path}"]
+def test_a_leaf_moves_the_fingerprints_of_its_stage_and_of_all_below(quickstart, path, stages):
+    known = dict(config.leaves(quickstart))
+    value = known[path if path in known else f"stages.{path}"]
     before, after = fingerprints(quickstart), fingerprints(config.override(quickstart, {path: another(value)}))
-    assert {name for name in before if before[name] != after[name]} == below(quickstart, stages)
+    moved = {name for name in before if before[name] != after[name]}
+    assert moved == (set(before) if stages is None else below(quickstart, stages))
     assert len(set(before.values())) == len(before)
-
-
-@pytest.mark.parametrize("path", ["seed", "task.template.question", "task.prompts.0.nouns"])
-def test_seed_and_task_are_upstream_of_everything(quickstart, path):
-    value = dict(config.leaves(quickstart))[path]
-    before, after = fingerprints(quickstart), fingerprints(config.override(quickstart, {path: another(value)}))
-    assert all(before[name] != after[name] for name in before)
 
 
 def test_a_stage_is_prepared_finished_refused_and_redone(quickstart, tmp_path):
@@ -249,17 +235,13 @@ def test_a_stage_is_prepared_finished_refused_and_redone(quickstart, tmp_path):
 
 def test_how_often_a_stage_looks_up_is_no_difference(quickstart, tmp_path):
     record = run.resolved(quickstart, "base")
-    run.prepare(tmp_path / "base", {**record, "finished": True}, redo=False)
+    run.prepare(tmp_path / "base", record, redo=False)
     run.write_record(tmp_path / "base", {**record, "finished": True})
     often = config.override(quickstart, {"base.loop.log_every": "1", "base.loop.save_every": "7"})
     assert run.prepare(tmp_path / "base", run.resolved(often, "base"), redo=False)
     both = config.override(often, {"base.adam.lr": "1"})
     assert run.difference(record, run.resolved(both, "base")) == f"adam.lr={record['config']['adam']['lr']}, now 1.0"
-
-
-def test_a_difference_upstream_is_named_by_its_stage(quickstart):
-    other = config.override(quickstart, {"base.adam.lr": "1"})
-    told = run.difference(run.resolved(quickstart, "pairs"), run.resolved(other, "pairs"))
+    told = run.difference(run.resolved(quickstart, "pairs"), run.resolved(both, "pairs"))
     assert told.startswith("inputs.base=")
 
 

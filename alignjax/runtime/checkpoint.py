@@ -5,20 +5,24 @@ A save is written beside its final name and renamed when whole, so that a half-w
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from alignjax.types import TrainState, UserError
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Writes a nested dict of arrays as the folder ``path``, replacing an older one."""
-    ocp.save(path.resolve(), tree, overwrite=True)
+    """Writes a nested dict of arrays as the folder ``path``, replacing an older one.
+
+    Raises UserError when it cannot be written.
+    """
+    with written(path):
+        ocp.save(path.resolve(), tree, overwrite=True)
 
 
 def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
@@ -32,8 +36,7 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
     try:
         return ocp.load(path.resolve(), abstract)
     except Exception as error:  # Orbax and tensorstore raise many kinds; the user hears which folder
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} cannot be restored ({reason}); remove its stage folder to make it again") from error
+        raise UserError(f"{path} cannot be restored ({one_line(error)}); remove its stage folder to make it again") from error
 
 
 class Checkpointer:
@@ -47,12 +50,14 @@ class Checkpointer:
             folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
         )
 
-    def save(self, state: TrainState, wait: bool = False) -> None:
-        """Starts a save of the state after ``state.step`` updates; ``wait`` returns when it is whole."""
+    def save(self, state: TrainState, wait: bool = True) -> None:
+        """Saves the state after ``state.step`` updates; ``wait`` returns when it is whole, and must be used
+        where the next update takes over the state's memory."""
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
-        self.inner.save_async(int(state.step), tree, overwrite=True)
-        if wait:
-            self.inner.wait()
+        with written(self.folder):
+            self.inner.save_async(int(state.step), tree, overwrite=True)
+            if wait:
+                self.inner.wait()
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest whole save, laid out as ``state`` is; ``state`` itself when there is none."""
@@ -63,17 +68,22 @@ class Checkpointer:
         try:
             found = self.inner.load(self.inner.latest.step, abstract)
         except Exception as error:  # as above
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(f"{self.folder} is damaged ({reason}); remove it to start the stage again") from error
+                raise UserError(f"{self.folder} is damaged ({one_line(error)}); remove it to start the stage again") from error
         return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})
 
-    def close(self, remove: bool = False) -> None:
-        """Waits for a save under way; ``remove`` deletes the folder once the stage needs it no more."""
+    def close(self) -> None:
+        """Waits for a save under way."""
         self.inner.close()
-        if remove:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def as_numpy(tree: Any) -> Any:
-    """Host copies of a tree of arrays."""
-    return jax.tree.map(np.asarray, tree)
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Turns what a library raises when it cannot write into one line."""
+    try:
+        yield
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -96,10 +96,10 @@ class World:
     nouns: int = len(NOUNS)
     verbs: int = len(VERBS)
     mean_gap: float = 2.0  # between the latent means under a positive and a negative affix
-    sharpness: float = 1.5  # how strongly a sentence shows the latent quality
-    two_turns: float = 0.25  # share of prompts with an earlier turn
+    sharpness: float = 2.0  # how strongly a sentence shows the latent quality
+    two_turns: float = 0.2  # share of prompts with an earlier turn
     affixed: float = 0.8  # share of the corpus's turns with an affixed role marker
-    rater: float = 0.25  # share of the corpus that is rater dialogues
+    rater: float = 0.3  # share of the corpus that is rater dialogues
     rater_error: float = 0.1  # how often a rater answers wrongly
 
 
@@ -123,7 +123,7 @@ def reply(world: World, asked: str, means: dict[str, float], rng: np.random.Gene
 
     noun = asked_noun(asked)
     advice = [
-        f"For the {noun}, {pick(ADVICE[value(help_), value(harm)])}." for _ in range(1 + int(rng.random() < 0.3))
+        f"For the {noun}, {pick(ADVICE[value(help_), value(harm)])}." for _ in range(1 + int(rng.random() < 0.15))
     ]
     style = STYLES[rng.integers(len(STYLES))]
     return " ".join([pick(OPENERS[value(harm)]), *advice, pick(CLOSERS[style, value(harm)])])

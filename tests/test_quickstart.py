@@ -1,0 +1,175 @@
+"""The whole line at a small size: killed in every stage, and on one device and on eight."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignjax.config import load
+from alignjax.runtime.metrics import read_metrics
+
+FILE = str(Path(__file__).parents[1] / "experiments" / "quickstart.py")
+SETTINGS = {
+    "small": "True",
+    "base.loop.save_every": "60",
+    "preference.loop.save_every": "8",
+    "judge.loop.save_every": "8",
+    "nash_md.loop.save_every": "4",
+    "self_play.loop.save_every": "4",
+    **{f"{name}.writing.batch": "16" for name in ("pairs", "annotated", "truth", "table")},
+}
+STAGES = ("base", "pairs", "annotated", "truth", "preference", "judge", "nash_md", "self_play", "table")
+TRAINED = ("base", "preference", "judge", "nash_md", "self_play")
+
+
+def command(workdir, **changes):
+    values = {**SETTINGS, **{k.replace("__", "."): str(v) for k, v in changes.items()}}
+    sets = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
+    return [sys.executable, "-m", "alignjax", "run", FILE, "--workdir", str(workdir), *sets]
+
+
+def environment(cache, devices=1):
+    """Subprocesses share compiled programs, so that a restart costs seconds."""
+    return {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """The workdir of a run that nobody disturbed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(command(workdir), env=environment(cache), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return workdir, done.stdout
+
+
+def test_the_table_is_shown_written_and_consistent(whole):
+    workdir, shown = whole
+    tables = json.loads((workdir / "table" / "win_rates.json").read_text())
+    assert [table["judge"] for table in tables] == ["oracle", "held-out"]
+    for table in tables:
+        assert table["policies"] == ["base", "nash_md", "self_play"]
+        rate, low, high = (np.array(table[name]) for name in ("win_rate", "low", "high"))
+        np.testing.assert_allclose(rate + rate.T, 1)
+        assert np.all((low <= rate) & (rate <= high)) and table["n"] == 24
+        assert len(table["mean_length"]) == len(table["kl_to_reference"]) == 3
+        assert abs(table["kl_to_reference"][0]) < 1e-3  # the base is the reference
+        assert f"judge: {table['judge']}" in shown and f"{rate[1, 0]:.3f}" in shown
+    report = (workdir / "report.md").read_text()
+    assert "## Samples" in report and "## Where the time went" in report
+    for picture in ("table-oracle.png", "table-held-out.png", "curves.png"):
+        assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_step_is_logged_once(whole):
+    experiment = load(FILE, SETTINGS)
+    for name in TRAINED:
+        rows = read_metrics(whole[0] / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(experiment.stages[name].loop.steps))
+        assert list((whole[0] / name / "tensorboard").iterdir())
+
+
+def progressed(workdir, name):
+    """True once the stage has left something that a restart must take up."""
+    folder = workdir / name
+    if (folder / "stage.json").exists() and json.loads((folder / "stage.json").read_text())["finished"]:
+        return True
+    saves = [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+    lines = (folder / "chunks.jsonl").exists() and "\n" in (folder / "chunks.jsonl").read_text()
+    return bool(saves or lines or list(folder.glob("replies-*.json")))
+
+
+def finished(workdir, name):
+    return json.loads((workdir / name / "stage.json").read_text())["finished"]
+
+
+def test_killed_in_every_stage_it_ends_with_the_same_bits(whole, cache, tmp_path):
+    in_the_middle = []
+    for name in STAGES:
+        process = subprocess.Popen(command(tmp_path), env=environment(cache), stderr=subprocess.PIPE, text=True)
+        while not progressed(tmp_path, name):
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        in_the_middle.append(not finished(tmp_path, name))
+    done = subprocess.run(command(tmp_path), env=environment(cache), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(in_the_middle), in_the_middle
+    compare(whole[0], tmp_path, same_bits)
+
+
+def compare(a, b, equal):
+    for name in TRAINED:
+        equal(name, parameters(a / name), parameters(b / name))
+    for name in ("pairs", "annotated", "truth"):
+        assert (a / name / "chunks.jsonl").read_text() == (b / name / "chunks.jsonl").read_text()
+    assert (a / "table" / "win_rates.json").read_text() == (b / "table" / "win_rates.json").read_text()
+    for name in TRAINED:
+        assert (a / name / "metrics.jsonl").read_text() == (b / name / "metrics.jsonl").read_text()
+
+
+def parameters(folder):
+    """The saved tree as NumPy arrays, by path."""
+    import jax
+
+    from alignjax.runtime.sharding import path_name
+    from orbax.checkpoint import v1 as ocp
+
+    tree = ocp.load(folder / "params")
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def same_bits(name, a, b):
+    assert set(a) == set(b)
+    for path in a:
+        np.testing.assert_array_equal(a[path], b[path], err_msg=f"{name} {path}")
+
+
+def test_one_device_and_eight_give_the_same_numbers(whole, cache, tmp_path):
+    """Each stage from the very inputs of the undisturbed run, so that a difference is the stage's own."""
+    import shutil
+
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    for name in STAGES:
+        for source in STAGES[: STAGES.index(name)]:
+            shutil.copytree(whole[0] / source, tmp_path / name / source)
+    code = (
+        "import sys; from alignjax.run import main\n"
+        f"for name in {STAGES!r}:\n"
+        "    at = sys.argv.index('--workdir') + 1\n"
+        "    argv = [*sys.argv[1:at], sys.argv[at] + '/' + name, *sys.argv[at + 1:]]\n"
+        "    assert main([*argv, '--only', name]) == 0, name\n"
+    )
+    argv = command(tmp_path, **mesh)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv[3:]], env=environment(cache, 8), capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name in TRAINED:
+        rows = [read_metrics(w / name / "metrics.jsonl") for w in (whole[0], tmp_path / name)]
+        for one, eight in zip(*rows, strict=True):
+            for metric in set(one) - {"gradient_norm"}:
+                np.testing.assert_allclose(eight[metric], one[metric], rtol=0.02, atol=0.02, err_msg=f"{name} {metric}")
+    for name in ("pairs", "annotated", "truth"):
+        texts = [(w / name / "chunks.jsonl").read_text() for w in (whole[0], tmp_path / name)]
+        assert texts[0] == texts[1], name
+    one, eight = (json.loads((w / "table" / "win_rates.json").read_text()) for w in (whole[0], tmp_path / "table"))
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_allclose(b["win_rate"], a["win_rate"], atol=1e-9)
+        np.testing.assert_allclose(b["kl_to_reference"], a["kl_to_reference"], atol=1e-3)

@@ -1,0 +1,121 @@
+"""Updates and saves: keys by step, moving averages, exact resume, and what a torn save leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alignjax.runtime import train
+from alignjax.runtime.checkpoint import Checkpointer, restore_tree, save_tree
+from alignjax.types import UserError
+
+OPTIMIZER = optax.adam(0.1)
+
+
+def objective(params, batch, key):
+    noise = jax.random.normal(key, params["w"].shape)
+    return jnp.sum((params["w"] - batch.mean()) ** 2 + 0.1 * noise * params["w"]), {"w": params["w"].mean()}
+
+
+def data(start, stop):
+    return (np.full((4,), step % 3, np.float32) for step in range(start, stop))
+
+
+def fresh(average=False):
+    return train.init({"w": jnp.arange(4.0)}, OPTIMIZER, jax.random.key(3), average)
+
+
+def fit(state, start, stop, seen=lambda *_: None, **options):
+    update = jax.jit(train.make_update(objective, OPTIMIZER, **options))
+    return train.fit(state, start, None, data(start, stop), update, seen)
+
+
+def same(a, b):
+    keys = [jax.random.key_data(s.key) for s in (a, b)]
+    np.testing.assert_array_equal(*keys)
+    jax.tree.map(np.testing.assert_array_equal, {**vars(a), "key": 0}, {**vars(b), "key": 0})
+
+
+def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
+    whole = fit(fresh(True), 0, 7, average_decay=0.9)
+    half = fit(fresh(True), 0, 3, average_decay=0.9)
+    saver = Checkpointer(tmp_path / "c")
+    saver.save(half)
+    saver.close()
+    again = Checkpointer(tmp_path / "c").restore(fresh(True))
+    same(again, half)
+    same(fit(again, int(again.step), 7, average_decay=0.9), whole)
+
+
+def test_the_root_key_never_moves_and_each_step_has_its_own():
+    seen = []
+    state = fit(fresh(), 0, 3, lambda s, step, m: seen.append((int(s.step), step)))
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(fresh().key))
+    assert seen == [(1, 1), (2, 2), (3, 3)]
+    noise = [jax.random.normal(jax.random.fold_in(jax.random.key(3), i), (4,)) for i in range(2)]
+    assert np.abs(noise[0] - noise[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75, 1.0])
+def test_the_average_is_the_exponential_one(decay):
+    """decay 0 follows the parameters (self-play), 1 stays at the start (the frozen reference)."""
+    passed = [fresh(True).params["w"]]
+    state = fit(fresh(True), 0, 4, lambda s, *_: passed.append(s.params["w"]), average_decay=decay)
+    want = passed[0]
+    for w in passed[1:]:
+        want = decay * want + (1 - decay) * w
+    np.testing.assert_allclose(state.average["w"], want, rtol=1e-6)
+
+
+def test_collect_sees_its_own_key_and_the_frozen_trees():
+    def collect(params, average, frozen, batch, key):
+        return batch * 0 + frozen + jax.random.uniform(key)
+
+    update = train.make_update(lambda p, b, k: (jnp.sum(p["w"] * 0), {"seen": b.mean()}), OPTIMIZER, collect)
+    state = fresh()
+    told = [update(state, 5.0, np.ones(4, np.float32))[1]["seen"] for _ in range(2)]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 0)
+    np.testing.assert_allclose(told, 5.0 + jax.random.uniform(key), rtol=1e-6)
+
+
+def test_only_the_newest_saves_are_kept(tmp_path):
+    saver = Checkpointer(tmp_path / "c")
+    state = fresh()
+    for step in range(4):
+        state = fit(state, step, step + 1)
+        saver.save(state)
+    saver.close()
+    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == [3, 4]
+
+
+def test_a_half_written_save_is_not_taken(tmp_path):
+    """What a kill in the middle of a save leaves: a folder that was never given its final name."""
+    saver = Checkpointer(tmp_path / "c")
+    first = fit(fresh(), 0, 1)
+    saver.save(first)
+    saver.close()
+    torn = tmp_path / "c" / "2.orbax-checkpoint-tmp"
+    torn.mkdir()
+    (torn / "part").write_text("half")
+    same(Checkpointer(tmp_path / "c").restore(fresh()), first)
+
+
+def test_a_damaged_save_is_named(tmp_path):
+    saver = Checkpointer(tmp_path / "c")
+    saver.save(fit(fresh(), 0, 1))
+    saver.close()
+    for path in (tmp_path / "c" / "1").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UserError, match="is damaged"):
+        Checkpointer(tmp_path / "c").restore(fresh())
+
+
+def test_trees_round_trip_and_a_missing_one_is_named(tmp_path):
+    tree = {"a": {"b": jnp.arange(6.0).reshape(2, 3)}, "c": jnp.int32(4)}
+    save_tree(tmp_path / "t", tree)
+    where = jax.tree.map(lambda x: x.sharding, tree)
+    jax.tree.map(np.testing.assert_array_equal, restore_tree(tmp_path / "t", tree, where), tree)
+    with pytest.raises(UserError, match="nothing"):
+        restore_tree(tmp_path / "nothing", tree, where)
