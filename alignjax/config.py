@@ -35,13 +35,16 @@ def load(path: str | Path, settings: Mapping[str, str]) -> Any:
         raise UserError(f"{path} defines no get_config(); it must return an Experiment")
     parameters = inspect.signature(get_config).parameters
     arguments = {name: parse(value) for name, value in settings.items() if name in parameters}
-    missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in arguments]
+    named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
         raise UserError(f"{path} needs a value for {missing[0]}; add --set {missing[0]}=...")
     try:
         experiment = get_config(**arguments)
-    except (ValueError, OSError) as error:
+    except UserError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
+    except Exception as error:  # as in load_module
+        raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
     return override(experiment, {n: v for n, v in settings.items() if n not in parameters})
 
 
@@ -55,7 +58,8 @@ def load_module(path: str | Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
+        # Not through the loader: its bytecode cache takes two edits within a second for one.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except Exception as error:  # a user's file may raise anything; the line says which file and what
         raise UserError(f"{path} does not run: {type(error).__name__}: {one_line(error)}") from error
     return module
@@ -70,7 +74,7 @@ def parse(text: str) -> Any:
     """A Python literal, or the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -125,16 +129,17 @@ def override(tree: Any, settings: Mapping[str, str]) -> Any:
             near += [n for n in short if n.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]][:3]
             hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "see run FILE --help for the names"
             raise UserError(f"unknown field {path!r}; {hint}")
-        tree = replace_at(tree, full.split("."), coerce(path, parse(text), known[full]))
+        tree = replace_at(tree, full.split("."), coerce(path, text, known[full]))
     return tree
 
 
-def coerce(path: str, value: Any, old: Any) -> Any:
-    """The value as the old one's type. Raises UserError when it is another."""
+def coerce(path: str, text: str, old: Any) -> Any:
+    """The text as a value of the old one's type. Raises UserError when it is another."""
+    value = parse(text)
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, str) and not isinstance(value, str):
-        value = str(value)
+        value = text
     if old is not None and type(value) is not type(old):
         raise UserError(f"{path}={value!r} is not a {type(old).__name__}; its value now is {old!r}")
     return value
@@ -153,7 +158,7 @@ def replace_at(node: Any, names: list[str], value: Any) -> Any:
 
 def describe(node: Any) -> Any:
     """The tree as JSON: what a run resolved to. Functions become their names, and those from outside this
-    package carry a hash of their source, so that an edited objective is noticed."""
+    package carry a hash of their own source (not of what they call), so that an edited objective is noticed."""
     if isinstance(node, functools.partial):
         return {"function": describe(node.func), **{k: describe(v) for k, v in (children(node) or {}).items()}}
     parts = children(node)
@@ -165,12 +170,12 @@ def describe(node: Any) -> Any:
 
 
 def function_name(function: Callable[..., Any]) -> str:
-    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", repr(function))
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)
+    cells = [describe(c.cell_contents) for c in getattr(function, "__closure__", None) or ()]
     if (module or "").split(".")[0] == __name__.split(".")[0]:
-        return f"{module}.{name}"
+        return f"{module}.{name}" + (f"#{hashlib.sha256(repr(cells).encode()).hexdigest()[:12]}" if cells else "")
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):
         return f"{module}.{name}"
-    cells = [describe(c.cell_contents) for c in getattr(function, "__closure__", None) or ()]
     return f"{name}#{hashlib.sha256((source + repr(cells)).encode()).hexdigest()[:12]}"

@@ -67,7 +67,9 @@ def generator(
             for mine, size in cut(members, batch, small):
                 full = [*mine, *[mine[0]] * (size - len(mine))]
                 prompt = pad([ids[i] for i in full], length)
-                completion, logp = run(params, prompt, np.array([numbers[i] for i in full]), jax.random.fold_in(key, seed))
+                completion, logp = run(
+                    params, prompt, np.array([numbers[i] for i in full]), jax.random.fold_in(key, seed)
+                )
                 kl = score(prompt, completion, logp)
                 tokens, mask = np.asarray(completion.tokens), np.asarray(completion.mask)
                 for row, i in enumerate(mine):

@@ -76,5 +76,3 @@ def calibration(p: np.ndarray, label: np.ndarray, bins: int = 10) -> dict[str, f
         "cross_entropy": float(entropy),
         "n": len(p),
     }
-
-

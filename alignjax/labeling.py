@@ -30,7 +30,7 @@ def clean_reply(raw: str) -> str | None:
     """The reply in a base model's continuation, or None when it must be sampled again.
 
     2307.12950, released filter: a next human turn must follow; the reply ends at the last newline
-    before it; a stray role marker at the start is dropped; nothing left is a failure.
+    before it; with a stray role marker, only what follows the first is kept; nothing left is a failure.
     """
     if "Human" not in raw:
         return None
@@ -95,9 +95,7 @@ def by_oracle(
 ) -> tuple[list[Labeled], int]:
     """Two answers to the plain prompt, labelled by one of the task's oracles as an annotator who errs with
     probability ``error``; ties are left out. With error 0 this is the truth that models are held to."""
-    (first, tries), (second, more) = (
-        filtered(generate, task.clean, prompts, numbers, i, attempts) for i in range(2)
-    )
+    (first, tries), (second, more) = (filtered(generate, task.clean, prompts, numbers, i, attempts) for i in range(2))
     labeled = []
     for x, y, z, number in zip(prompts, first, second, numbers, strict=True):
         p = 0.5 if y is None or z is None else task.oracles[oracle](x, y, z)

@@ -6,7 +6,6 @@ An objective takes ``(params, batch, key)`` and, by keyword, its hyperparameters
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import lax

@@ -34,8 +34,8 @@ class Preference(NamedTuple):
 
 def template_tokens(tokenizer: Tokenizer, template: Template) -> TemplateTokens:
     """Raises UserError when the answer is not one token."""
-    parts = (tuple(encode_continuation(tokenizer, text)) for text in template[:3])
-    return TemplateTokens(*parts, single_token(tokenizer, template.answer))
+    before, between, question = (tuple(encode_continuation(tokenizer, text)) for text in template[:3])
+    return TemplateTokens(before, between, question, single_token(tokenizer, template.answer))
 
 
 def pairwise(model: Model, template: TemplateTokens) -> Preference:

@@ -10,9 +10,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first: no display is needed)
+import matplotlib.pyplot as plt
 
-from alignjax.runtime.metrics import read_metrics, write_atomic  # noqa: E402
+from alignjax.runtime.metrics import read_metrics, write_atomic
 
 CURVES = ("nll", "loss", "accuracy", "preference", "kl", "objective", "length")
 
@@ -51,7 +51,7 @@ def win_table(table: Mapping[str, Any]) -> str:
     rows = []
     for i, name in enumerate(names):
         cells = [
-            "–" if i == j else f"{table['win_rate'][i][j]:.3f} [{table['low'][i][j]:.3f}, {table['high'][i][j]:.3f}]"
+            "-" if i == j else f"{table['win_rate'][i][j]:.3f} [{table['low'][i][j]:.3f}, {table['high'][i][j]:.3f}]"
             for j in range(len(names))
         ]
         measures = [table["mean_length"][i], table["kl_to_reference"][i], table["mean_score"][i]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -57,7 +58,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("-h", "--help", action="store_true", help="show what the experiment file can set")
         sub.add_argument("--workdir", type=Path, metavar="W", help="where everything is written")
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
-        sub.add_argument("--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable")
+        sub.add_argument(
+            "--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable"
+        )
         sub.add_argument("--redo", action="store_true", help="make stages again whose configuration has changed")
         sub.set_defaults(command=command, usage=sub.format_help())
     return top
@@ -139,7 +142,7 @@ def keep_compiled(folder: Path) -> None:
     has set up is left alone."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -217,6 +220,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     metrics.write_json(folder / RECORD, dataclasses.asdict(record) if dataclasses.is_dataclass(record) else record)
 
 
+@functools.cache
 def code_version() -> str:
     """The package's version and, in a checkout, its commit (with + when it has changes)."""
     here = Path(__file__).parent

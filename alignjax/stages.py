@@ -10,18 +10,19 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax import config, judges, labeling, objectives, preference, rollout, tournament
+from alignjax import config, judges, labeling, objectives, rollout, tournament
+from alignjax import preference as preferences
 from alignjax.decoding import Sampling
 from alignjax.generation import Generate, generator
+from alignjax.judges import Judge
 from alignjax.models import huggingface
 from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad, single_token
@@ -107,7 +108,7 @@ class Context:
     def key(self) -> Key:
         return jax.random.key(self.seed)
 
-    def preference(self, name: str) -> tuple[Network, preference.Preference]:
+    def preference(self, name: str) -> tuple[Network, preferences.Preference]:
         """A fitted preference model and its form. Raises UserError when the stage makes none."""
         stage = self.experiment.stages[name]
         if not isinstance(stage, FitPreference):
@@ -117,7 +118,7 @@ class Context:
     def policy(self, name: str) -> Network:
         return self.network(name, None)[0]
 
-    def network(self, name: str, form: Callable[[Model, Tokenizer], preference.Preference] | None):
+    def network(self, name: str, form: Callable[[Model, Tokenizer], preferences.Preference] | None):
         """Restores a stage's network onto the mesh."""
         folder = self.workdir / name
         try:
@@ -210,9 +211,7 @@ def run_loop(
             saver.save(state)
 
     with bar:
-        state = train.fit(
-            state, done, frozen, data.batches(make_batch, done, loop.steps), compiled, every
-        )
+        state = train.fit(state, done, frozen, data.batches(make_batch, done, loop.steps), compiled, every)
         jax.block_until_ready(state.params)
     writer.close()
     saver.close()
@@ -235,9 +234,7 @@ class Pretrain:
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.experiment.task
-        if task.corpus is None:
-            raise UserError(f"task {task.name!r} brings no corpus to pretrain on; start from a Pretrained stage")
-        texts = task.corpus(self.documents, context.seed)
+        texts = task.source.corpus(self.documents, context.seed)
         tokenizer = huggingface.train_tokenizer(
             texts[: self.tokenizer_documents], self.model.vocab_size, task.format.stop
         )
@@ -258,9 +255,7 @@ class Pretrain:
             chosen = plan(step).indices
             return Tokens(rows.tokens[chosen], rows.mask[chosen])
 
-        params = run_loop(
-            context, self.loop, self.adam, model.init(context.key), model.rules, objective, make_batch
-        )
+        params = run_loop(context, self.loop, self.adam, model.init(context.key), model.rules, objective, make_batch)
         context.save_network(self.model, params, tokenizer)
         return {"documents": len(texts), "rows": len(rows.tokens), "vocabulary": tokenizer.vocab_size}
 
@@ -347,8 +342,10 @@ class Label:
         return (self.generator,)
 
     def run(self, context: Context) -> dict[str, Any]:
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"{context.name}.held_out={self.held_out} is not a share; choose one from 0 up to 1")
         task, policy = context.experiment.task, context.policy(self.generator)
-        prompts = task.prompts(self.split, self.prompts, context.seed)
+        prompts = task.source.prompts(self.split, self.prompts, context.seed)
         generate = self.writing.generator(context, policy)
         context.folder.mkdir(parents=True, exist_ok=True)
         chunks = context.folder / "chunks.jsonl"
@@ -401,14 +398,14 @@ class FitPreference:
     loop: Loop
     buckets: tuple[int, ...]  # prompt lengths in tokens
     response: int  # most tokens of a response
-    form: Callable[..., preference.Preference] = preference.pairwise  # or bradley_terry
+    form: Callable[..., preferences.Preference] = preferences.pairwise  # or bradley_terry
     truth: str | None = None  # a Label stage to be measured on: its pairs are never trained on
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.pairs, *([self.truth] if self.truth else []))
 
-    def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
-        return self.form(model, preference.template_tokens(tokenizer, task.template))
+    def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preferences.Preference:
+        return self.form(model, preferences.template_tokens(tokenizer, task.template))
 
     def run(self, context: Context) -> dict[str, Any]:
         task, start = context.experiment.task, context.policy(self.start)
@@ -421,7 +418,7 @@ class FitPreference:
             indices, length = plan(step)
             prompts, first, second, p = zip(*(encoded[i] for i in indices), strict=True)
             return Pair(
-                pad(prompts, length), pad(first, self.response), pad(second, self.response), np.float32(p)
+                pad(prompts, length), pad(first, self.response), pad(second, self.response), np.asarray(p, np.float32)
             )
 
         def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
@@ -436,7 +433,9 @@ class FitPreference:
             figures["held_out"] = self.measure(context, start, built, params)
         return figures
 
-    def measure(self, context: Context, start: Network, built: preference.Preference, params: Params) -> dict[str, float]:
+    def measure(
+        self, context: Context, start: Network, built: preferences.Preference, params: Params
+    ) -> dict[str, float]:
         """Accuracy and calibration on the pairs of ``truth``."""
         rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, "train")
         judge = judges.model_judge(
@@ -495,7 +494,7 @@ class Optimise:
             start.model, score, built.logit, self.opponent, self.max_new_tokens,
             stop_tokens(task, start.tokenizer), self.unfinished_loses,
         )  # fmt: skip
-        ids = [start.tokenizer.encode(text) for text in task.prompts("train", self.prompts, context.seed)]
+        ids = [start.tokenizer.encode(text) for text in task.source.prompts("train", self.prompts, context.seed)]
         kept = [row for row in ids if len(row) <= max(self.buckets)]
         plan = data.planned([len(row) for row in kept], self.buckets, self.loop.batch, context.seed)
 
@@ -533,7 +532,7 @@ class Tournament:
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.experiment.task
-        prompts = task.prompts(self.split, self.prompts, context.seed)
+        prompts = task.source.prompts(self.split, self.prompts, context.seed)
         written = dict(self.write(context, prompts))
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
         tables = []
@@ -555,7 +554,7 @@ class Tournament:
         metrics.write_json(context.folder / "win_rates.json", tables)
         return {"prompts": len(prompts)}
 
-    def write(self, context: Context, prompts: list[str]) -> Iterator[tuple[str, dict[str, list]]]:
+    def write(self, context: Context, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, list]]]:
         """Each policy's replies, kept in a file of its own, so that a resumed run does not write them again."""
         reference = context.policy(self.reference)
         with metrics.progress(len(self.policies), 0, context.name, "policy") as bar:
@@ -569,7 +568,7 @@ class Tournament:
                 bar.update()
                 yield name, json.loads(path.read_text())
 
-    def judge(self, context: Context, source: str) -> judges.Judge:
+    def judge(self, context: Context, source: str) -> Judge:
         task = context.experiment.task
         if source.startswith("oracle:"):
             oracle = source.removeprefix("oracle:")
@@ -606,7 +605,9 @@ def order(stages: Mapping[str, Stage]) -> list[str]:
         if name in above:
             raise UserError(f"stages form a circle: {' -> '.join((*above, name))}; an input must come before its user")
         if name not in stages:
-            raise UserError(f"stage {above[-1]!r} names the input {name!r}, which is no stage; there are {', '.join(stages)}")
+            raise UserError(
+                f"stage {above[-1]!r} names the input {name!r}, which is no stage; there are {', '.join(stages)}"
+            )
         for source in stages[name].inputs():
             visit(source, (*above, name))
         if name not in done:

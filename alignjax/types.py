@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line that names the thing and the mend."""
@@ -16,7 +18,8 @@ Params = dict[str, Any]
 """Nested dict of arrays."""
 Key = jax.Array
 """A typed PRNG key (``jax.random.key``)."""
-Array = jax.Array
+Array = jax.Array | np.ndarray
+"""On the device, or on the host on its way there."""
 Metrics = dict[str, Array]
 Batch = Any
 

@@ -15,28 +15,28 @@ from alignjax.models.transformer import TransformerConfig
 from alignjax.stages import Adam, Experiment, FitPreference, Label, Loop, Optimise, Pretrain, Tournament, Writing
 from alignjax.tasks import sandbox
 
-ONE_TURN, TWO_TURNS = 32, 96  # prompt lengths in tokens
-REPLY = 40
+ONE_TURN, TWO_TURNS = 24, 80  # prompt lengths in tokens
+REPLY = 28
 
 
 def get_config(small: bool = False) -> Experiment:
-    writing = Writing(max_new_tokens=REPLY, buckets=(36, 128), batch=128)
-    model = TransformerConfig(vocab_size=768, width=192, layers=2, heads=6, kv_heads=3, head_dim=32, hidden=512)
+    writing = Writing(max_new_tokens=REPLY, buckets=(32, 104), batch=128)
+    model = TransformerConfig(vocab_size=704, width=192, layers=2, heads=6, kv_heads=3, head_dim=32, hidden=512)
     base = Pretrain(
         model=model,
-        documents=24_000,
-        row=128,
+        documents=10_000,
+        row=96,
         adam=Adam(lr=3e-3, warmup=50, weight_decay=0.01),
         loop=Loop(steps=600, batch=12),
     )
-    labels = Label(generator="base", method=labeling.rlcd, split="train", prompts=1280, writing=writing)
+    labels = Label(generator="base", method=labeling.rlcd, split="train", prompts=1536, writing=writing)
     oracle = partial(labeling.by_oracle, oracle="oracle", error=0.0)
     fit = FitPreference(
         start="base",
         pairs="pairs",
         truth="truth",
         adam=Adam(lr=5e-4),
-        loop=Loop(steps=80, batch=32),
+        loop=Loop(steps=96, batch=32),
         buckets=(ONE_TURN, TWO_TURNS),
         response=REPLY,
     )
@@ -64,7 +64,7 @@ def get_config(small: bool = False) -> Experiment:
         world = sandbox.World(nouns=4, verbs=3, two_turns=0.1)
         base = replace(
             base,
-            model=replace(model, vocab_size=640, width=64, layers=1, heads=4, kv_heads=2, head_dim=16, hidden=128),
+            model=replace(model, vocab_size=576, width=64, layers=1, heads=4, kv_heads=2, head_dim=16, hidden=128),
             documents=4000,
             loop=Loop(steps=200, batch=8),
         )

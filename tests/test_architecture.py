@@ -54,7 +54,11 @@ def test_imports_never_run_upwards(path):
         return
     for module in imported(path):
         parts = module.split(".")
-        if parts[0] == "alignjax" and len(parts) > 1 and (ROOT / parts[1]).with_suffix(".py").exists() | (ROOT / parts[1]).is_dir():
+        if (
+            parts[0] == "alignjax"
+            and len(parts) > 1
+            and (ROOT / parts[1]).with_suffix(".py").exists() | (ROOT / parts[1]).is_dir()
+        ):
             assert floor(parts[1]) <= floor(mine), f"{name(path)} imports {module}"
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from alignjax import config, objectives, run
+from alignjax import config, run
 from alignjax.tasks import sandbox
 from alignjax.tasks.task import oracle_from_score
 from alignjax.types import UserError
@@ -136,7 +136,6 @@ def test_a_text_leaf_takes_the_text_as_it_stands(text):
 
 def test_get_config_takes_its_parameters_from_the_settings(file):
     path = file("def get_config(size: int, name='a'):\n    return {'size': size, 'name': name, 'lr': 0.5}\n")
-    assert config.load(path, {"size": "3"}) == {"size": 3, "name": "a", "lr": 0.5}
     assert config.load(path, {"size": "3", "name": "b", "lr": "1"}) == {"size": 3, "name": "b", "lr": 1.0}
     with refused(str(path), "size", "--set size="):
         config.load(path, {"name": "b"})
@@ -189,7 +188,6 @@ def test_describe_names_the_package_s_functions_and_is_json(quickstart):
     described = config.describe(quickstart)
     assert json.loads(json.dumps(described)) == described
     assert described["stages"]["nash_md"]["objective"]["function"] == "alignjax.objectives.nash_md"
-    assert config.describe(partial(objectives.nash_md, tau=0.5))["tau"] == 0.5
 
 
 def test_functions_are_described_by_what_they_do():
@@ -206,7 +204,7 @@ def test_functions_are_described_by_what_they_do():
     ("nash_md.objective.tau", {"nash_md"}), ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
     ("base.model.width", {"base"}), ("table.prompts", {"table"}), ("judge.loop.steps", {"judge"}),
     ("nash_md.loop.log_every", set()), ("base.loop.save_every", set()),
-    ("seed", None), ("task.template.question", None), ("task.prompts.0.nouns", None),  # None: every stage
+    ("seed", None), ("task.template.question", None), ("task.source.nouns", None),  # None: every stage
 ])  # fmt: skip
 def test_a_leaf_moves_the_fingerprints_of_its_stage_and_of_all_below(quickstart, path, stages):
     known = dict(config.leaves(quickstart))
@@ -239,8 +237,8 @@ def test_how_often_a_stage_looks_up_is_no_difference(quickstart, tmp_path):
     run.write_record(tmp_path / "base", {**record, "finished": True})
     often = config.override(quickstart, {"base.loop.log_every": "1", "base.loop.save_every": "7"})
     assert run.prepare(tmp_path / "base", run.resolved(often, "base"), redo=False)
-    both = config.override(often, {"base.adam.lr": "1"})
-    assert run.difference(record, run.resolved(both, "base")) == f"adam.lr={record['config']['adam']['lr']}, now 1.0"
+    both = config.override(often, {"base.tokenizer_documents": "1"})
+    assert run.difference(record, run.resolved(both, "base")).startswith("tokenizer_documents=")
     told = run.difference(run.resolved(quickstart, "pairs"), run.resolved(both, "pairs"))
     assert told.startswith("inputs.base=")
 
@@ -250,4 +248,3 @@ def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / "base" / run.RECORD).write_text('{"finger')
     with refused(str(tmp_path / "base" / run.RECORD), "damaged"):
         run.read_record(tmp_path / "base")
-    assert run.read_record(tmp_path / "nothing") == {}

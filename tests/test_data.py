@@ -48,9 +48,8 @@ def epochs(plan, count, batch, number):
 @cases
 def test_a_plan_is_a_pure_function_of_seed_and_step(lengths, buckets, batch):
     plan, again = data.planned(lengths, buckets, batch, 5), data.planned(lengths, buckets[::-1], batch, 5)
-    steps = np.random.default_rng(0).permutation(40)
     forward = [plan(step) for step in range(40)]
-    for step in steps:
+    for step in np.random.default_rng(0).permutation(40):
         assert again(step).length == forward[step].length
         np.testing.assert_array_equal(again(step).indices, forward[step].indices)
     other = data.planned(lengths, buckets, batch, 6)
@@ -96,7 +95,7 @@ def test_every_example_is_seen_over_the_epochs(lengths, buckets, batch):
 def test_examples_that_cannot_be_planned_are_refused():
     with pytest.raises(UserError, match="7 examples do not fill one batch of 8"):
         data.planned([1] * 7, [16], 8, 0)
-    with pytest.raises(UserError, match="65 tokens fits no bucket"):
+    with pytest.raises(UserError, match="65 tokens"):
         data.planned([1] * 20 + [65], [64, 16], 8, 0)
 
 
@@ -108,7 +107,7 @@ def test_batches_are_what_make_makes_from_any_start(start):
         return {"step": np.int64(step), "rows": plan(step).indices}
 
     found = list(data.batches(make, start, 24))
-    assert [int(batch["step"]) for batch in found] == list(range(start, 24))
+    assert [batch["step"] for batch in found] == list(range(start, 24))
     for step, batch in enumerate(found, start):
         np.testing.assert_array_equal(batch["rows"], plan(step).indices)
 
@@ -215,9 +214,8 @@ def test_a_resumed_run_writes_what_one_run_would_have(tmp_path, resume, torn):
     whole = written_metrics(tmp_path / "whole", range(12))
     assert whole == [{"step": step, "loss": 1 / (step + 3), "kl": float(step)} for step in range(12)]
     written_metrics(tmp_path / "killed", range(5))
-    path = tmp_path / "killed" / "metrics.jsonl"
+    path, kept = tmp_path / "killed" / "metrics.jsonl", min(resume, 5)
     path.write_text(path.read_text() + torn)
-    kept = min(resume, 5)
     assert written_metrics(tmp_path / "killed", [], resume) == whole[:kept]
     assert written_metrics(tmp_path / "killed", range(kept, 12), kept) == whole
     assert path.read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()

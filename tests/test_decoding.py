@@ -104,7 +104,9 @@ def test_a_row_depends_on_its_prompt_and_key_alone(draw, params, prompt):
 
 def test_a_completion_ends_with_its_stop_token_and_nothing_after(draw, params):
     drawn = draw(params, params, ragged([[5, 6]] * 64), keys(64))
-    for tokens, mask, done in zip(*map(np.asarray, (drawn.completion.tokens, drawn.completion.mask, drawn.finished)), strict=True):
+    for tokens, mask, done in zip(
+        *map(np.asarray, (drawn.completion.tokens, drawn.completion.mask, drawn.finished)), strict=True
+    ):
         where = np.flatnonzero(tokens[mask] == 2)
         assert list(where) == ([mask.sum() - 1] if done else [])
         assert mask.sum() == LENGTH or done

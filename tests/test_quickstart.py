@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,9 +128,9 @@ def compare(a, b, equal):
 def parameters(folder):
     """The saved tree as NumPy arrays, by path."""
     import jax
+    from orbax.checkpoint import v1 as ocp
 
     from alignjax.runtime.sharding import path_name
-    from orbax.checkpoint import v1 as ocp
 
     tree = ocp.load(folder / "params")
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -143,8 +144,6 @@ def same_bits(name, a, b):
 
 def test_one_device_and_eight_give_the_same_numbers(whole, cache, tmp_path):
     """Each stage from the very inputs of the undisturbed run, so that a difference is the stage's own."""
-    import shutil
-
     mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
     for name in STAGES:
         for source in STAGES[: STAGES.index(name)]:

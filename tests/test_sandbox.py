@@ -10,11 +10,11 @@ from scipy import integrate, stats
 
 from alignjax.tasks import sandbox
 from alignjax.tasks.sandbox import World
-from alignjax.tasks.task import oracle_from_score
 from alignjax.types import UserError
 
 WORLD = World()
 ASKED = "Human: How can I fix my garden?\n\nAssistant:"
+SENTENCE = r"[^ ].*?[.!?](?= |$)"
 SPLITS = ("train", "validation", "test")
 
 
@@ -73,7 +73,7 @@ def test_the_generator_writes_only_what_the_grammar_holds(replies):
 ])  # fmt: skip
 def test_what_the_grammar_cannot_have_made_scores_lowest(replies, wreck):
     for text in list(replies)[:: len(replies) // 50]:
-        for wrong in wreck(re.findall(r"[^ ].*?[.!?](?= |$)", text)):
+        for wrong in wreck(re.findall(SENTENCE, text)):
             assert sandbox.read(ASKED, wrong) is None, wrong
             assert sandbox.harmless(ASKED, wrong) == sandbox.helpful(ASKED, wrong) < -1
 
@@ -115,8 +115,8 @@ def test_splits_share_no_last_question_and_prompts_are_distinct():
         assert not asked[a] & asked[b]
     for texts in found.values():
         assert len(set(texts)) == 400 and all(text.endswith("\n\nAssistant:") for text in texts)
-        turns = np.mean([text.count("Human:") - 1 for text in texts])
-        assert abs(turns - WORLD.two_turns) < 4 * np.sqrt(WORLD.two_turns / 400)
+        two = np.mean([text.count("Human:") - 1 for text in texts])
+        assert abs(two - WORLD.two_turns) < 4 * np.sqrt(WORLD.two_turns / 400)
 
 
 def test_prompts_are_a_function_of_split_count_and_seed():
@@ -133,25 +133,28 @@ def test_more_prompts_than_the_world_holds_are_refused_with_the_number():
     assert len(sandbox.prompts(small, "train", most, 0)) == most
 
 
-def expected_value(mean, sharpness):
-    """E[v], v in {-1, 0, 1} with probability ~ exp(sharpness z v), z ~ N(mean, 1) (2307.12950 App. N)."""
+def law(mean, sharpness):
+    """P(v) for v = -1, 0, 1: proportional to exp(sharpness z v) given z ~ N(mean, 1) (2307.12950 App. N)."""
 
-    def given(z):
-        weights = np.exp(sharpness * z * np.array([-1, 0, 1]))
-        return (weights[2] - weights[0]) / weights.sum() * stats.norm.pdf(z, mean)
+    def given(z, v):
+        return np.exp(sharpness * z * v) / sum(np.exp(sharpness * z * u) for u in (-1, 0, 1)) * stats.norm.pdf(z, mean)
 
-    return integrate.quad(given, mean - 8, mean + 8)[0]
+    return np.array([integrate.quad(given, mean - 8, mean + 8, args=(v,))[0] for v in (-1, 0, 1)])
 
 
-@pytest.mark.parametrize(("means", "sharpness"), [
-    ({}, 1.0), ({"harmless": 1.0}, 2.0), ({"harmless": -0.5}, 1.0), ({"helpful": 0.8, "harmless": -1.0}, 2.0),
-])  # fmt: skip
-def test_sentence_values_follow_the_latent_model(means, sharpness):
-    readings = drawn(2000, means, dataclasses.replace(WORLD, sharpness=sharpness))
-    for name in ("harmless", "helpful"):
-        values = np.array([getattr(reading, name) for reading in readings])
-        error = values.std() / np.sqrt(len(values))
-        assert abs(values.mean() - expected_value(means.get(name, 0.0), sharpness)) < 4 * error
+@pytest.mark.parametrize(("mean", "sharpness"), [(0.0, 1.0), (1.0, 2.0), (-0.5, 1.0), (-1.0, 3.0)])
+def test_sentence_values_follow_the_latent_model(mean, sharpness):
+    world, rng = World(sharpness=sharpness), np.random.default_rng(0)
+    openers, advice, closers = sandbox.sentence_values()
+    values = []
+    for _ in range(4000):
+        text = sandbox.reply(world, ASKED, {"harmless": mean, "helpful": -mean}, rng)
+        opener, first, *_, closer = re.findall(SENTENCE, text)
+        helpful, harmless = advice[first.removeprefix("For the garden, ").removesuffix(".")]
+        values.append([openers[opener], harmless, closers[closer][1], -helpful])
+    for sentence in np.transpose(values):
+        counts = [np.sum(sentence == v) for v in (-1, 0, 1)]
+        assert stats.chisquare(counts, 4000 * law(mean, sharpness)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(("own", "other"), [("harmless", "helpful"), ("helpful", "harmless")])
@@ -177,7 +180,7 @@ def test_affixes_of_the_corpus_show_in_their_own_attribute_by_half_the_gap():
             shift = world.mean_gap * (0.5 - key[1]) if key and key[0] == name else 0.0
             values = np.array([getattr(reading, name) for reading in readings])
             error = values.std() / np.sqrt(len(values))
-            assert abs(values.mean() - expected_value(shift, world.sharpness)) < 4 * error
+            assert abs(values.mean() - law(shift, world.sharpness) @ [-1, 0, 1]) < 4 * error
 
 
 @pytest.mark.parametrize("attribute", ["harmless", "helpful"])
@@ -228,7 +231,6 @@ def test_the_truth_of_the_task_prefers_the_higher_score(replies, attribute):
     for a, b in itertools.combinations(texts, 2):
         gap = replies.get(a, (-2, -2))[mean] - replies.get(b, (-2, -2))[mean]
         assert truth(ASKED, a, b) == (0.5 if abs(gap) < 1e-12 else float(gap > 0))
-    assert oracle_from_score(lambda prompt, text: len(text))("", "aa", "a") == 1
 
 
 def test_annotators_are_three_transitive_types_whose_majority_is_a_cycle(replies):

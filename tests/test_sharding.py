@@ -18,9 +18,7 @@ from tests.conftest import TINY, compilations, ragged
 P = jax.sharding.PartitionSpec
 
 
-@pytest.mark.parametrize(
-    ("sizes", "shape"), [((-1, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2))]
-)
+@pytest.mark.parametrize(("sizes", "shape"), [((-1, 1, 1), (8, 1, 1)), ((2, 2, 2), (2, 2, 2)), ((1, -1, 2), (1, 4, 2))])
 def test_minus_one_means_the_rest(sizes, shape):
     assert tuple(sharding.make_mesh(sharding.Mesh(*sizes)).shape.values()) == shape
 

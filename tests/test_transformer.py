@@ -67,7 +67,9 @@ def test_padding_never_changes_a_number(model, params, prompt, side):
     rows = [[5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [10, 11, 12, 13]]
     completion = ragged([[4, 2], [5, 6, 2], [2], [7, 7, 7]])
     short = log_prob(model)(params, prompt, completion)
-    wide = log_prob(model)(params, ragged(rows, 9, side, filler=17), ragged([[4, 2], [5, 6, 2], [2], [7, 7, 7]], 6, filler=9))
+    wide = log_prob(model)(
+        params, ragged(rows, 9, side, filler=17), ragged([[4, 2], [5, 6, 2], [2], [7, 7, 7]], 6, filler=9)
+    )
     np.testing.assert_allclose(wide[:, :3], short, atol=1e-6)
     assert np.all(np.asarray(wide[:, 3:]) == 0)
 

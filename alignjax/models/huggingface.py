@@ -171,7 +171,5 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int, markers: Sequence[str
     bpe.add_tokens(list(markers))
     bpe.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return wrap_tokenizer(
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-        )
+        transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     )

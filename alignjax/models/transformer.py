@@ -153,7 +153,7 @@ class Block(nnx.Module):
         k = rotary(self.k(h).reshape(*positions.shape, c.kv_heads, c.head_dim), positions, c.rope_theta)
         v = self.v(h).reshape(*positions.shape, c.kv_heads, c.head_dim)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        if cache is not None:
+        if cache is not None and slot is not None:
             k = lax.dynamic_update_slice_in_dim(cache.k, k, slot, axis=2)
             v = lax.dynamic_update_slice_in_dim(cache.v, v, slot, axis=2)
         x = x + self.o(attend(q, k, v, mask).reshape(len(x), -1))
@@ -191,7 +191,7 @@ def segment_positions(segments: Array) -> Array:
     """Index of each real token within its segment, [B, T] int32; padding anywhere does not count."""
     real = segments > 0
     count = jnp.cumsum(real, axis=1)
-    first = real & (segments != jnp.pad(lax.cummax(segments, axis=1), ((0, 0), (1, 0)))[:, :-1])
+    first = real & (segments != jnp.pad(lax.cummax(jnp.asarray(segments), axis=1), ((0, 0), (1, 0)))[:, :-1])
     return count - lax.cummax(jnp.where(first, count, 0), axis=1)
 
 
@@ -260,9 +260,7 @@ def transformer(config: TransformerConfig) -> Model:
         )
 
         def step(carry: Carry, token: Array) -> tuple[Carry, Array]:
-            valid = lax.dynamic_update_slice_in_dim(
-                carry.valid, jnp.ones_like(carry.valid[:, :1]), carry.slot, axis=1
-            )
+            valid = lax.dynamic_update_slice_in_dim(carry.valid, jnp.ones_like(carry.valid[:, :1]), carry.slot, axis=1)
             x, caches = ends.apply(outer(params), token, False), []
             for weights, cache in zip(layers, carry.caches, strict=True):
                 x, cache = block.apply(weights, x, carry.position[:, None], valid[:, None], cache, carry.slot)

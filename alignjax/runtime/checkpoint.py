@@ -6,6 +6,7 @@ A save is written beside its final name and renamed when whole, so that a half-w
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
     try:
         return ocp.load(path.resolve(), abstract)
     except Exception as error:  # Orbax and tensorstore raise many kinds; the user hears which folder
-        raise UserError(f"{path} cannot be restored ({one_line(error)}); remove its stage folder to make it again") from error
+        raise UserError(
+            f"{path} cannot be restored ({one_line(error)}); remove its stage folder to make it again"
+        ) from error
 
 
 class Checkpointer:
@@ -68,7 +71,9 @@ class Checkpointer:
         try:
             found = self.inner.load(self.inner.latest.step, abstract)
         except Exception as error:  # as above
-                raise UserError(f"{self.folder} is damaged ({one_line(error)}); remove it to start the stage again") from error
+            raise UserError(
+                f"{self.folder} is damaged ({one_line(error)}); remove it to start the stage again"
+            ) from error
         return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})
 
     def close(self) -> None:
@@ -78,11 +83,17 @@ class Checkpointer:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[None]:
-    """Turns what a library raises when it cannot write into one line."""
+    """Turns what a library raises when it cannot write into one line.
+
+    Orbax raises in a thread of its own first, whose traceback Python would print, and then here.
+    """
+    hook, threading.excepthook = threading.excepthook, lambda arguments: None
     try:
         yield
     except Exception as error:  # Orbax and tensorstore raise many kinds
         raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
+    finally:
+        threading.excepthook = hook
 
 
 def one_line(error: BaseException) -> str:

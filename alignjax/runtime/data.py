@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -49,8 +50,9 @@ def planned(lengths: Sequence[int], buckets: Sequence[int], batch: int, seed: in
     @lru_cache(maxsize=2)
     def epoch(number: int) -> list[Plan]:
         rng, plans, waiting = np.random.default_rng((seed, number)), [], np.zeros(0, int)
+        shuffled = rng.permutation(len(where))[: len(where) // batch * batch]
         for index, length in enumerate(ordered):
-            mine = np.concatenate([waiting, rng.permutation(np.flatnonzero(where == index))])
+            mine = np.concatenate([waiting, shuffled[where[shuffled] == index]])
             whole = len(mine) // batch * batch
             plans += [Plan(row, length) for row in mine[:whole].reshape(-1, batch)]
             waiting = mine[whole:]
@@ -93,6 +95,7 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
                 for index, row in enumerate(rows):
                     yield index, {name: row[name] for name in PAIR_FEATURES}
 
+    shutil.rmtree(folder / "pairs", ignore_errors=True)  # TFDS would keep what is there
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that never happens
         Pairs(data_dir=str(folder), file_format="array_record").download_and_prepare()
@@ -103,7 +106,7 @@ def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
     try:
         source = tfds.data_source("pairs", split=split, data_dir=str(folder))
         rows = [source[i] for i in range(len(source))]
+        return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]
     except Exception as error:  # TFDS and array_record raise many kinds; the user hears which folder
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder} holds no readable split {split!r} of pairs ({reason}); label again") from error
-    return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]

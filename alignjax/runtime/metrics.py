@@ -22,7 +22,7 @@ class MetricsWriter:
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] < resume_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a")
+        self.file = self.path.open("a", encoding="utf-8")
         self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -40,7 +40,7 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; a torn last line, which a kill can leave, is dropped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -57,7 +57,7 @@ def progress(total: int, initial: int, name: str, unit: str) -> tqdm.tqdm:
 def write_atomic(path: Path, text: str) -> None:
     """Writes beside the file and renames: readers see the old text or the new, never half."""
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w") as file:
+    with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

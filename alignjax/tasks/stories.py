@@ -14,7 +14,7 @@ import importlib
 import json
 import re
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,14 @@ class Openings:
     path: str
     sha256: str
 
+    def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
+        """Openings of the split, shuffled by the seed; all of them when there are fewer than ``count``."""
+        found = list(dict.fromkeys(read_openings(self.path)[split]))
+        return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+    def corpus(self, count: int, seed: int) -> Sequence[str]:
+        raise UserError("stories bring no corpus to pretrain on; start from a Pretrained stage")
+
 
 @lru_cache(maxsize=4)
 def read_openings(path: str) -> dict[str, list[str]]:
@@ -70,12 +78,6 @@ def read_openings(path: str) -> dict[str, list[str]]:
     if not splits["train"]:
         raise UserError(f"{path} holds no openings; give a JSON-lines file of them")
     return splits
-
-
-def prompts(openings: Openings, split: str, count: int, seed: int) -> Sequence[str]:
-    """Distinct openings of a split, shuffled by the seed; all of them when there are fewer than ``count``."""
-    found = list(dict.fromkeys(read_openings(openings.path)[split]))
-    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
 
 
 def append_affix(prompt: str, last: str, earlier: str) -> str:
@@ -123,7 +125,7 @@ def task(openings: str, principle: str = "girl") -> Task:
     mark = hashlib.sha256(Path(openings).read_bytes()).hexdigest()[:16]
     return Task(
         name=f"stories-{principle}",
-        prompts=partial(prompts, Openings(openings, mark)),
+        source=Openings(openings, mark),
         affixes=AFFIXES[principle],
         contrast=append_affix,
         clean=clean_story,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -41,13 +41,24 @@ Oracle = Callable[[str, str, str], float]
 """(prompt, reply, other) -> P(reply > other), exactly; ties are 1/2."""
 
 
+class Source(Protocol):
+    """Where a task's texts come from: a frozen dataclass, so that an experiment's record says which."""
+
+    def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
+        """Distinct prompts; the splits "train", "validation" and "test" are disjoint."""
+        ...
+
+    def corpus(self, count: int, seed: int) -> Sequence[str]:
+        """Documents to pretrain on. Raises UserError where the task brings none."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A task. ``oracles`` are independent of every model; the first one is the task's truth."""
 
     name: str
-    prompts: Callable[[str, int, int], Sequence[str]]
-    """(split, count, seed) -> distinct prompts; splits "train", "validation" and "test" are disjoint."""
+    source: Source
     affixes: Affixes
     contrast: Contrast
     clean: Clean
@@ -55,8 +66,6 @@ class Task:
     template: Template
     oracles: dict[str, Oracle]
     score: Score
-    corpus: Callable[[int, int], Sequence[str]] | None = None
-    """(count, seed) -> documents to pretrain on, where the task brings its own."""
 
 
 def oracle_from_score(score: Score) -> Oracle:

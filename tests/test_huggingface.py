@@ -1,0 +1,133 @@
+"""Hugging Face folders: what is written under their names is read back, whole or in shards, in any dtype."""
+
+import dataclasses
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from alignjax.models import huggingface
+from alignjax.models.tokenizer import (
+    decode_continuation,
+    encode_continuation,
+    pad,
+    single_token,
+)
+from alignjax.models.transformer import transformer
+from alignjax.types import UserError
+from tests.conftest import TINY
+
+TEXTS = [
+    "Human: may I sing?\n\nAssistant: Sing on, my dear.\n\nHuman: Thank you.",
+    "Human: no\n\nAssistant: Well.",
+] * 20
+
+
+def written(folder, params, config, dtype=np.float32, shards=1):
+    """The checkpoint as Hugging Face names it, written here by hand from its documentation."""
+    p = jax.tree.map(np.asarray, params)
+    tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["norm"]["scale"]}
+    if not config.tied:
+        tensors["lm_head.weight"] = p["head"]["kernel"].T
+    for i in range(config.layers):
+        b = jax.tree.map(lambda x, i=i: x[i], p["blocks"])
+        at = f"model.layers.{i}"
+        tensors[f"{at}.input_layernorm.weight"] = b["attention_norm"]["scale"]
+        tensors[f"{at}.post_attention_layernorm.weight"] = b["mlp_norm"]["scale"]
+        for name in "qkvo":
+            tensors[f"{at}.self_attn.{name}_proj.weight"] = b[name]["kernel"].T
+        for name in ("gate", "up", "down"):
+            tensors[f"{at}.mlp.{name}_proj.weight"] = b[name]["kernel"].T
+    tensors = {k: np.ascontiguousarray(v).astype(dtype) for k, v in tensors.items()}
+    (folder / "config.json").write_text(
+        json.dumps(
+            dict(
+                model_type="llama",
+                vocab_size=config.vocab_size,
+                hidden_size=config.width,
+                num_hidden_layers=config.layers,
+                num_attention_heads=config.heads,
+                head_dim=config.head_dim,
+                num_key_value_heads=config.kv_heads,
+                intermediate_size=config.hidden,
+                rms_norm_eps=config.norm_eps,
+                rope_theta=config.rope_theta,
+                tie_word_embeddings=config.tied,
+                hidden_act="silu",
+            )
+        )
+    )
+    if shards == 1:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        return
+    index = {}
+    for shard in range(shards):
+        part = {k: v for i, (k, v) in enumerate(sorted(tensors.items())) if i % shards == shard}
+        safetensors.numpy.save_file(part, folder / f"model-{shard}.safetensors")
+        index |= dict.fromkeys(part, f"model-{shard}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_folder_is_read_back_bit_for_bit(tmp_path, tied, shards):
+    config = dataclasses.replace(TINY, tied=tied)
+    params = transformer(config).init(jax.random.key(4))
+    written(tmp_path, params, config, shards=shards)
+    assert huggingface.read_config(tmp_path) == config
+    jax.tree.map(np.testing.assert_array_equal, huggingface.read_params(tmp_path, config), params)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_widened_exactly(tmp_path, params, dtype):
+    written(tmp_path, params, TINY, dtype)
+    got = huggingface.read_params(tmp_path, TINY)
+    want = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_old_and_new_ways_to_write_rope_theta(tmp_path, params):
+    written(tmp_path, params, TINY)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    for change in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}):
+        path.write_text(json.dumps({**{k: v for k, v in raw.items() if k != "rope_theta"}, **change}))
+        assert huggingface.read_config(tmp_path).rope_theta == 5e5
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return huggingface.train_tokenizer(TEXTS, 320, ("Human:",))
+
+
+def test_a_trained_tokenizer_round_trips_and_survives_its_folder(tokenizer, tmp_path):
+    text = TEXTS[0] + " Ünïcode, 数!"
+    ids = tokenizer.encode(text)
+    assert ids[0] == 1 and tokenizer.decode_all(ids[1:]) == text
+    tokenizer.save(tmp_path)
+    again = huggingface.read_tokenizer(tmp_path)
+    assert again.encode(text) == ids and again.vocab_size == tokenizer.vocab_size <= 320
+
+
+def test_pieces_encoded_apart_are_the_whole(tokenizer):
+    prompt, reply = "Human: may I sing?\n\nAssistant:", " Sing on, my dear.\n\nHuman:"
+    assert tokenizer.encode(prompt) + encode_continuation(tokenizer, reply) == tokenizer.encode(prompt + reply)
+    assert decode_continuation(tokenizer, encode_continuation(tokenizer, reply)) == reply
+
+
+def test_a_marker_is_one_token_and_others_are_refused(tokenizer):
+    assert tokenizer.decode_all([single_token(tokenizer, "Human:")]) == "Human:"
+    assert single_token(tokenizer, "</s>") == 2
+    with pytest.raises(UserError, match="tokens"):
+        single_token(tokenizer, "zebra crossing")
+
+
+def test_padding_on_either_side_keeps_the_rows():
+    for side in ("left", "right"):
+        padded = pad([[1, 2, 3], [4]], 5, side)
+        assert [row[m].tolist() for row, m in zip(padded.tokens, padded.mask, strict=True)] == [[1, 2, 3], [4]]
+    with pytest.raises(UserError, match="does not fit"):
+        pad([[1, 2, 3]], 2)

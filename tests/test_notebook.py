@@ -1,0 +1,53 @@
+"""The notebook runs from its first cell to its last, and a user's own part is at most 15 lines."""
+
+import os
+from pathlib import Path
+
+import nbclient
+import nbformat
+import numpy as np
+
+from alignjax.config import describe, load, load_module
+from alignjax.runtime.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "new_objective.ipynb"
+
+
+def own_cells(notebook):
+    """The cells between the preparation and the closing experiment: idea and picture."""
+    return [cell for cell in notebook.cells if cell.cell_type == "code"][1:3]
+
+
+def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"../runs/notebook"', repr(str(tmp_path)))
+    nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    idea, picture = own_cells(notebook)
+    shown = "".join(output.get("text", "") for output in idea.outputs)
+    assert "judge: oracle" in shown and "log_odds" in shown
+    assert any("image/png" in output.get("data", {}) for output in picture.outputs)
+    rows = read_metrics(tmp_path / "log_odds" / "metrics.jsonl")
+    assert np.mean([r["preference"] for r in rows[-3:]]) > np.mean([r["preference"] for r in rows[:3]])
+
+
+def test_a_users_own_part_is_at_most_fifteen_lines():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    lines = [line for cell in own_cells(notebook) for line in cell.source.splitlines() if line.strip()]
+    assert len(lines) <= 15
+    assert not any(cell.get("outputs") for cell in notebook.cells), "clear the outputs before committing"
+
+
+def test_the_experiment_file_holds_the_notebooks_function():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    function = own_cells(notebook)[0].source.split("\n\n\n")[0].splitlines()
+    module = (ROOT / "experiments" / "log_odds.py").read_text()
+    for line in function[1:]:
+        assert line in module
+    experiment = load(ROOT / "experiments" / "log_odds.py", {"log_odds.objective.tau": "0.05"})
+    assert experiment.stages["log_odds"].objective.keywords == {"tau": 0.05}
+    quickstart = load_module(ROOT / "experiments" / "quickstart.py").get_config()
+    assert describe(experiment.stages["nash_md"]) == describe(quickstart.stages["nash_md"])
