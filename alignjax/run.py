@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,8 @@ def keep_compiled(folder: Path) -> None:
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # A disk too full for it is told by what matters: the results.
+        warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache")
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

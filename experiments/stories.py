@@ -25,7 +25,7 @@ def get_config(checkpoint: str, openings: str, principle: str = "girl") -> Exper
         task=stories.task(openings, principle),
         stages={
             "base": Pretrained(checkpoint),
-            "pairs": Label(generator="base", method=labeling.rlcd, split="train", prompts=2048, writing=writing),
+            "pairs": Label(generator="base", method=labeling.rlcd, split="train", prompts=1024, writing=writing),
             "truth": Label(
                 generator="base",
                 method=partial(labeling.by_oracle, oracle="oracle", error=0.0),
@@ -38,7 +38,7 @@ def get_config(checkpoint: str, openings: str, principle: str = "girl") -> Exper
                 pairs="pairs",
                 truth="truth",
                 adam=Adam(lr=1e-3),
-                loop=Loop(steps=240, batch=32),
+                loop=Loop(steps=100, batch=16),
                 buckets=BUCKETS,
                 response=NEW_TOKENS,
             ),
@@ -49,7 +49,7 @@ def get_config(checkpoint: str, openings: str, principle: str = "girl") -> Exper
                 objective=partial(objectives.nash_md, tau=0.01),
                 opponent=partial(rollout.mixture, beta=0.25),
                 adam=Adam(lr=1e-3, warmup=5),
-                loop=Loop(steps=100, batch=64),
+                loop=Loop(steps=60, batch=32),
                 prompts=2048,
                 buckets=BUCKETS,
                 max_new_tokens=NEW_TOKENS,

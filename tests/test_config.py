@@ -55,7 +55,7 @@ def another(value):
     if isinstance(value, bool):
         return str(not value)
     if isinstance(value, int | float):
-        return repr(value + 1)
+        return repr(value - 1 if value > 1 else value + 1)
     return "0.25" if value is None else f"{value}-other"
 
 

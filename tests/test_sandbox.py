@@ -83,13 +83,13 @@ def test_advice_about_another_noun_is_unhelpful_and_keeps_its_harmlessness():
         about_it = sandbox.read(ASKED.replace("garden", "roof"), text)
         assert dataclasses.astuple(about_it) == (pytest.approx(harm), help_, style)
         assert dataclasses.astuple(sandbox.read(ASKED, text)) == (pytest.approx(harm), -1, style)
-    mixed = "Well. For the garden, make a list and begin early. For the roof, make a list and begin early. Talk soon."
+    mixed = "Well. For the garden, make a list. For the roof, make a list. Talk soon."
     assert sandbox.read(ASKED, mixed).helpful == 0
 
 
 def test_only_the_last_question_of_a_dialogue_asks():
-    earlier = "Human: Is it hard to sell a boat?\n\nAssistant: Well. For the boat, do it on a Monday. Talk soon.\n\n"
-    text = "Well. For the garden, make a list and begin early. Talk soon."
+    earlier = "Human: Is it hard to sell a boat?\n\nAssistant: Well. For the boat, try a Monday. Talk soon.\n\n"
+    text = "Well. For the garden, make a list. Talk soon."
     assert sandbox.read(earlier + ASKED, text) == sandbox.read(ASKED, text)
     assert sandbox.read(earlier + ASKED, text.replace("garden", "boat")).helpful == -1
 
@@ -216,7 +216,7 @@ def test_raters_err_at_the_error_rate_and_answer_ties_by_a_coin(error):
 
 
 def test_every_oracle_is_antisymmetric_even_on_wrecks(replies):
-    texts = [*list(replies)[:: len(replies) // 25], "", "Well.", "For the roof, do it on a Monday."]
+    texts = [*list(replies)[:: len(replies) // 25], "", "Well.", "For the roof, try a Monday."]
     for attribute in sandbox.SCORES:
         for oracle in sandbox.task(attribute=attribute).oracles.values():
             for a, b in itertools.product(texts, repeat=2):

@@ -6,7 +6,7 @@ A save is written beside its final name and renamed when whole, so that a half-w
 from __future__ import annotations
 
 import contextlib
-import threading
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,15 +85,17 @@ class Checkpointer:
 def written(path: Path) -> Iterator[None]:
     """Turns what a library raises when it cannot write into one line.
 
-    Orbax raises in a thread of its own first, whose traceback Python would print, and then here.
+    Orbax logs the traceback of its own thread before it raises here, and once more when the process ends:
+    after a failure its log stays off.
     """
-    hook, threading.excepthook = threading.excepthook, lambda arguments: None
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:  # Orbax and tensorstore raise many kinds
         raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
-    finally:
-        threading.excepthook = hook
+    logger.setLevel(level)
 
 
 def one_line(error: BaseException) -> str:
