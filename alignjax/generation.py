@@ -43,9 +43,10 @@ def generator(
     rows: jax.sharding.NamedSharding,
 ) -> Generate:
     """Builds a Generate; compiled at most twice a bucket, for whole batches and for the small ones that
-    retries leave. Without ``reference`` every kl is NaN."""
+    retries leave. Without ``reference``, or where sampling is not plain, every kl is NaN."""
     mesh = rows.mesh.shape
-    small = max(batch // 8, mesh["data"] * mesh["fsdp"])
+    parts = mesh["data"] * mesh["fsdp"]
+    small = max(batch // 8 // parts, 1) * parts
 
     @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=rows)
     def run(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
@@ -56,7 +57,8 @@ def generator(
     ref_logp = jax.jit(reference[0], in_shardings=(None, rows, rows), out_shardings=rows) if reference else None
 
     def score(prompt: Prompt, completion: Completion, logp: jax.Array) -> np.ndarray:
-        if ref_logp is None or reference is None:
+        # Filtered or tempered samples are not the policy's: their log-ratio estimates no KL.
+        if ref_logp is None or reference is None or sampling != Sampling():
             return np.full(len(logp), np.nan)
         return np.asarray((logp - ref_logp(reference[1], prompt, completion)).sum(-1))
 

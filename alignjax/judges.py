@@ -30,7 +30,8 @@ def model_judge(
     batch: int,
     rows: jax.sharding.NamedSharding,
 ) -> Judge:
-    """A preference model as a judge of texts."""
+    """A preference model as a judge of texts. It was fitted on replies alone: an empty text, which stands for
+    a reply that failed the task's filter, loses to any other, and two of them tie."""
     run = jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=rows)
 
     def encode(text: str) -> list[int]:
@@ -45,7 +46,8 @@ def model_judge(
             full = np.resize(mine, batch)
             padded = [pad([side[i] for i in full], length) for side, length in zip(ids, lengths, strict=True)]
             logits[mine] = np.asarray(run(params, *padded))[: len(mine)]
-        return np.asarray(probability(logits))
+        here, there = (np.array([float(bool(text)) for text in side]) for side in (replies, others))
+        return np.where(here * there > 0, probability(logits), 0.5 + 0.5 * (here - there))
 
     return judge
 

@@ -57,7 +57,8 @@ def win_table(table: Mapping[str, Any]) -> str:
         measures = [table["mean_length"][i], table["kl_to_reference"][i], table["mean_score"][i]]
         rows.append([name, *cells, *(f"{value:.2f}" for value in measures)])
     header = [f"{table['judge']} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
-    return f"## Win rate of row over column, judge: {table['judge']}\n\n{markdown(header, rows)}"
+    note = "In brackets: 95% Clopper-Pearson over prompts, ties 1/2; a judge's own errors are not in it.\n"
+    return f"## Win rate of row over column, judge: {table['judge']}\n\n{markdown(header, rows)}\n{note}"
 
 
 def heat_map(path: Path, table: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from jax import lax
 from alignjax.decoding import Process, Sample, geometric_mixture, sample
 from alignjax.models.transformer import Model
 from alignjax.preference import probability
-from alignjax.types import Array, Batch, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout
+from alignjax.types import Array, Batch, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout
 
 Opponent = Callable[[Callable[[Params], Process], Params, Params, Params], Process]
 """(start, policy, reference, average) -> the process that answers; ``start(params)`` prefills a prompt."""
@@ -48,11 +48,13 @@ def collector(
     max_new_tokens: int,
     stop: tuple[int, ...],
     unfinished_loses: bool,
+    hidden: tuple[int, ...],
 ) -> Callable[[Params, Params, Any, Batch, Key], Rollout]:
     """A Collect (runtime.train) of on-policy data at temperature 1.
 
     ``frozen`` holds the trees "reference" and "preference". With ``unfinished_loses`` a response that met
-    no stop token loses to one that did, and two such tie.
+    no stop token loses to one that did, and two such tie. ``hidden`` are the stop tokens that P never saw in
+    training, because the task's reply format has no such end: P is asked without them.
     """
 
     def collect(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Rollout:
@@ -66,13 +68,21 @@ def collector(
 
         y = draw(start(params), 0)
         other = draw(opponent(start, params, frozen["reference"], average), 1)
-        p = probability(logit(frozen["preference"], prompt, y.completion, other.completion))
+        p = probability(
+            logit(frozen["preference"], prompt, without(y.completion, hidden), without(other.completion, hidden))
+        )
         if unfinished_loses:
             p = finished_first(p, y.finished, other.finished)
         ref_logp = log_prob(frozen["reference"], prompt, y.completion)
         return lax.stop_gradient(Rollout(prompt, y.completion, other.completion, p, ref_logp))
 
     return collect
+
+
+def without(completion: Completion, hidden: tuple[int, ...]) -> Completion:
+    """The completion with those tokens masked."""
+    seen = ~jnp.isin(completion.tokens, jnp.asarray(hidden, jnp.int32))
+    return Completion(completion.tokens, completion.mask & seen)
 
 
 def finished_first(p: Array, y: Array, other: Array) -> Array:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -257,7 +257,13 @@ class Pretrain:
 
         params = run_loop(context, self.loop, self.adam, model.init(context.key), model.rules, objective, make_batch)
         context.save_network(self.model, params, tokenizer)
-        return {"documents": len(texts), "rows": len(rows.tokens), "vocabulary": tokenizer.vocab_size}
+        packed = sum(int(row.max()) for row in rows.mask)
+        figures = {"documents": packed, "too_long": len(texts) - packed, "rows": len(rows.tokens)}
+        return {
+            **figures,
+            "vocabulary": tokenizer.vocab_size,
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        }
 
 
 def pack(documents: list[list[int]], length: int) -> Tokens:
@@ -325,6 +331,12 @@ class Writing:
 
 def stop_tokens(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(single_token(tokenizer, piece) for piece in task.format.stop)
+
+
+def unseen_stops(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The stop tokens that no reply of the task's format ends with."""
+    end = encode_continuation(tokenizer, task.format.end)
+    return tuple(token for token in stop_tokens(task, tokenizer) if token not in end)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,6 +420,8 @@ class FitPreference:
         return self.form(model, preferences.template_tokens(tokenizer, task.template))
 
     def run(self, context: Context) -> dict[str, Any]:
+        if self.truth == self.pairs:
+            raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}; measure on pairs not trained on")
         task, start = context.experiment.task, context.policy(self.start)
         built = self.build(task, start.model, start.tokenizer)
         rows = data.read_pairs(context.workdir / self.pairs / PAIR_DATA, "train")
@@ -484,6 +498,10 @@ class Optimise:
     def run(self, context: Context) -> dict[str, Any]:
         task, start, reference = context.experiment.task, context.policy(self.start), context.policy(self.reference)
         fitted, built = context.preference(self.preference)
+        if reference.model.config != start.model.config:
+            raise UserError(
+                f"{context.name}: {self.start!r} and {self.reference!r} are models of different sizes; use one"
+            )
         for name, network in ((self.reference, reference), (self.preference, fitted)):
             if network.fingerprint != start.fingerprint:
                 raise UserError(f"{context.name}: {self.start!r} and {name!r} have different tokenizers; use one start")
@@ -492,7 +510,7 @@ class Optimise:
         score = log_prob(start.model)
         collect = rollout.collector(
             start.model, score, built.logit, self.opponent, self.max_new_tokens,
-            stop_tokens(task, start.tokenizer), self.unfinished_loses,
+            stop_tokens(task, start.tokenizer), self.unfinished_loses, unseen_stops(task, start.tokenizer),
         )  # fmt: skip
         ids = [start.tokenizer.encode(text) for text in task.source.prompts("train", self.prompts, context.seed)]
         kept = [row for row in ids if len(row) <= max(self.buckets)]
@@ -532,6 +550,7 @@ class Tournament:
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.experiment.task
+        self.check_held_out(context)
         prompts = task.source.prompts(self.split, self.prompts, context.seed)
         written = dict(self.write(context, prompts))
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
@@ -576,17 +595,40 @@ class Tournament:
                 raise UserError(f"task {task.name!r} has no oracle {oracle!r}; it has {', '.join(task.oracles)}")
             return judges.oracle_judge(task.oracles[oracle])
         network, built = context.preference(source)
-        self.check_held_out(context, source)
         return judges.model_judge(
             built.logit, network.params, network.tokenizer, task.format,
             batch=self.writing.batch, rows=sharding.rows(context.mesh),
         )  # fmt: skip
 
-    def check_held_out(self, context: Context, source: str) -> None:
-        """The judge of an evaluation is never the model that was trained against."""
-        for name in self.policies.values():
-            if getattr(context.experiment.stages[name], "preference", None) == source:
-                raise UserError(f"{context.name}: judge {source!r} is what {name!r} was trained against; name another")
+    def check_held_out(self, context: Context) -> None:
+        """The judge of an evaluation is never a model that a policy was trained against, nor made from one,
+        nor fitted to the same pairs."""
+        stages = context.experiment.stages
+        trained = {
+            stages[name].preference
+            for name in ancestors(stages, self.policies.values())
+            if isinstance(stages[name], Optimise)
+        }
+        for name, source in self.model_judges().items():
+            same_pairs = {
+                t for t in trained if getattr(stages[t], "pairs", "") == getattr(stages[source], "pairs", None)
+            }
+            found = (ancestors(stages, [source]) & trained) | same_pairs
+            if found:
+                raise UserError(f"{context.name}: judge {name!r} is or shares {min(found)!r}, which a policy was "
+                                "trained against; name a held-out one")  # fmt: skip
+
+
+def ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """The stages themselves and all they are made from."""
+    seen: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left += stages[name].inputs()
+    return seen
 
 
 def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:

@@ -27,7 +27,7 @@ Batch = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Padded token ids. Where the padding lies (left, right, between) never changes a number."""
+    """Padded token ids. Where a prompt's padding lies (left, right, between) never changes a number."""
 
     tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool, false on padding

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,9 @@ def parameters(folder):
 
     from alignjax.runtime.sharding import path_name
 
-    tree = ocp.load(folder / "params")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the layout is read from the folder is what is wanted
+        tree = ocp.load(folder / "params")
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -75,7 +75,7 @@ def nash_md_update(params, other_params):
     score = log_prob(model)
     collect = rollout.collector(
         model, score, preference.pairwise(model, preference.TemplateTokens((14,), (15,), (16,), 9)).logit,
-        partial(rollout.mixture, beta=0.3), 6, (2,), True,
+        partial(rollout.mixture, beta=0.3), 6, (2,), True, (),
     )  # fmt: skip
     objective = partial(objectives.nash_md, log_prob=score, tau=0.1)
     optimizer = optax.adam(1e-2)

@@ -168,7 +168,7 @@ def test_a_model_judge_scores_each_row_alone_whatever_the_batch(batch, count):
     rows = sharding.rows(sharding.make_mesh(sharding.Mesh()))
     judge = judges.model_judge(logit, np.float32(0.01), tokenizer, form, batch=batch, rows=rows)
     rng = np.random.default_rng(count)
-    texts = [["".join(rng.choice(list("abc "), rng.integers(0, 50))) for _ in range(count)] for _ in range(3)]
+    texts = [["".join(rng.choice(list("abc "), rng.integers(1, 50))) for _ in range(count)] for _ in range(3)]
 
     def by_hand(prompt, text):
         ids = encode_continuation(tokenizer, f" {text}\n\nHuman:")
@@ -179,3 +179,8 @@ def test_a_model_judge_scores_each_row_alone_whatever_the_batch(batch, count):
     np.testing.assert_allclose(p, want, atol=1e-5)
     np.testing.assert_allclose(p + judge(texts[0], texts[2], texts[1]), np.ones(count), atol=1e-6)
     assert np.ptp(p) > 0.2
+    some = [text or "x" for text in texts[1]]
+    nothing = [""] * count
+    np.testing.assert_array_equal(judge(texts[0], nothing, some), np.zeros(count))
+    np.testing.assert_array_equal(judge(texts[0], some, nothing), np.ones(count))
+    np.testing.assert_array_equal(judge(texts[0], nothing, nothing), np.full(count, 0.5))

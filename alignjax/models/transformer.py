@@ -74,6 +74,7 @@ class Start(NamedTuple):
 class Model(NamedTuple):
     """A language model as pure functions. An encoder-decoder offers the same six."""
 
+    config: TransformerConfig
     init: Callable[[Key], Params]
     causal: Callable[[Params, Array, Array], Array]
     """(params, tokens [B, T], segments [B, T]) -> states [B, T, D]. Segment 0 is padding; a token
@@ -271,7 +272,7 @@ def transformer(config: TransformerConfig) -> Model:
         first = norm.apply(params["norm"], take_last(x.reshape(*prompt.tokens.shape, -1), prompt.mask))
         return Start(step, carry, unembed(params, first))
 
-    return Model(init, causal, predict, final, unembed, start, RULES)
+    return Model(c, init, causal, predict, final, unembed, start, RULES)
 
 
 def take_last(states: Array, mask: Array) -> Array:

@@ -34,7 +34,8 @@ def make_update(
     accumulate: int = 1,
     average_decay: float | None = None,
 ) -> Update:
-    """One update: collect a batch, average the gradient over ``accumulate`` parts of it, step, and move
+    """One update: collect a batch, average the gradient over ``accumulate`` parts of it (each part counts
+    alike: the whole batch's gradient where the objective is a mean over rows), step, and move
 
         average <- average_decay * average + (1 - average_decay) * params.
 

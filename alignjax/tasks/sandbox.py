@@ -110,10 +110,15 @@ class World:
         return corpus(self, count, seed)
 
 
-def question(world: World, rng: np.random.Generator) -> str:
-    noun, verb = NOUNS[rng.integers(world.nouns)], VERBS[rng.integers(world.verbs)]
-    form, extra = QUESTIONS[rng.integers(len(QUESTIONS))], EXTRAS[rng.integers(len(EXTRAS))]
-    return form.format(verb=verb, noun=noun, extra=extra)
+def question(world: World, split: str, rng: np.random.Generator) -> str:
+    """A question of the split: questions are dealt by their hash. Raises UserError when there is none."""
+    for _ in range(10_000):
+        noun, verb = NOUNS[rng.integers(world.nouns)], VERBS[rng.integers(world.verbs)]
+        form, extra = QUESTIONS[rng.integers(len(QUESTIONS))], EXTRAS[rng.integers(len(EXTRAS))]
+        text = form.format(verb=verb, noun=noun, extra=extra)
+        if in_split(text, split):
+            return text
+    raise UserError(f"the sandbox has no {split} question; enlarge the World")
 
 
 def reply(world: World, asked: str, means: dict[str, float], rng: np.random.Generator) -> str:
@@ -142,13 +147,13 @@ def asked_noun(text: str) -> str | None:
     return next((word for word in words if word in NOUNS), None)
 
 
-def prompt_with_history(world: World, rng: np.random.Generator, affix_of) -> str:
-    """One or two questions, ending in ``Assistant{affix}:``; an earlier reply shows its own affix."""
+def prompt_with_history(world: World, split: str, rng: np.random.Generator, affix_of) -> str:
+    """One or two questions of the split, ending in ``Assistant``; an earlier reply shows its own affix."""
     text = ""
     if rng.random() < world.two_turns:
-        asked, (affix, means) = question(world, rng), affix_of()
+        asked, (affix, means) = question(world, split, rng), affix_of()
         text = f"{MARKER} {asked}\n\nAssistant{affix}: {reply(world, asked, means, rng)}\n\n"
-    return f"{text}{MARKER} {question(world, rng)}\n\nAssistant"
+    return f"{text}{MARKER} {question(world, split, rng)}\n\nAssistant"
 
 
 def draw_affix(world: World, rng: np.random.Generator) -> tuple[str, dict[str, float]]:
@@ -167,21 +172,15 @@ def in_split(text: str, split: str) -> bool:
 
 
 def prompts(world: World, split: str, count: int, seed: int) -> list[str]:
-    """Distinct plain prompts of a split, dealt by the last question."""
+    """Distinct plain prompts, every question of theirs from the split."""
     rng, seen = np.random.default_rng((seed, len(split))), dict[str, None]()
-    for _ in range(200 * count + 1000):
+    for _ in range(20 * count + 1000):
         if len(seen) == count:
             break
-        text = prompt_with_history(world, rng, lambda: ("", {}))
-        if in_split(last_question(text), split):
-            seen.setdefault(text + ":")
+        seen.setdefault(prompt_with_history(world, split, rng, lambda: ("", {})) + ":")
     if len(seen) < count:
         raise UserError(f"the sandbox holds only {len(seen)} {split} prompts, {count} asked for; enlarge the World")
     return list(seen)
-
-
-def last_question(text: str) -> str:
-    return text.rsplit(MARKER, 1)[-1].split("\n\nAssistant")[0].strip()
 
 
 def corpus(world: World, count: int, seed: int) -> list[str]:
@@ -190,22 +189,15 @@ def corpus(world: World, count: int, seed: int) -> list[str]:
     return [(rated if rng.random() < world.rater else dialogue)(world, rng) for _ in range(count)]
 
 
-def train_prompt(world: World, rng: np.random.Generator, affix_of) -> str:
-    while True:
-        text = prompt_with_history(world, rng, affix_of)
-        if in_split(last_question(text), "train"):
-            return text
-
-
 def dialogue(world: World, rng: np.random.Generator) -> str:
-    prompt = train_prompt(world, rng, partial(draw_affix, world, rng))
+    prompt = prompt_with_history(world, "train", rng, partial(draw_affix, world, rng))
     affix, means = draw_affix(world, rng)
     return f"{prompt}{affix}: {reply(world, prompt, means, rng)}\n\n{MARKER}"
 
 
 def rated(world: World, rng: np.random.Generator) -> str:
     """A prompt, two replies, a question about them and its answer, wrong at the rater's error rate."""
-    prompt = train_prompt(dataclasses.replace(world, two_turns=0.0), rng, lambda: ("", {})) + ":"
+    prompt = f"{MARKER} {question(world, 'train', rng)}\n\nAssistant:"
     attribute = ("harmless", "helpful")[int(rng.random() < 0.25)]
     first, second = (reply(world, prompt, {}, rng) for _ in range(2))
     p = oracle_from_score(SCORES[attribute])(prompt, first, second)

@@ -1,0 +1,106 @@
+"""What stages refuse before they work, and that preference models see in a rollout what they were fitted on."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from alignjax import rollout, stages
+from alignjax.config import load
+from alignjax.models import huggingface
+from alignjax.runtime import sharding
+from alignjax.tasks.task import Format
+from alignjax.types import UserError
+from tests.conftest import ragged
+
+FILE = Path(__file__).parents[1] / "experiments" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    return load(FILE, {"small": "True"})
+
+
+def check(experiment):
+    context = stages.Context(experiment, Path(), "table", sharding.make_mesh(experiment.mesh))
+    experiment.stages["table"].check_held_out(context)
+
+
+def judged_by(experiment, source):
+    table = dataclasses.replace(experiment.stages["table"], judges={"model": source})
+    return experiment.with_stages(table=table)
+
+
+def test_a_judge_is_never_what_a_policy_was_trained_against(experiment):
+    check(experiment)
+    fit, md = experiment.stages["preference"], experiment.stages["nash_md"]
+    clone = dataclasses.replace(fit, start="base")
+    tuned = dataclasses.replace(fit, start="preference", pairs="annotated")
+    further = dataclasses.replace(md, start="nash_md", preference="judge")
+    for source, extra in {
+        "preference": {}, "clone": {"clone": clone}, "tuned": {"tuned": tuned},
+        "judge": {"nash_md": further, "first": md},
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match="held-out"):
+            check(judged_by(experiment.with_stages(**extra), source))
+
+
+def test_inputs_come_before_their_users_and_circles_are_named(experiment):
+    names = stages.order(dict(reversed(experiment.stages.items())))
+    for name in names:
+        assert all(names.index(source) < names.index(name) for source in experiment.stages[name].inputs())
+    circle = experiment.with_stages(truth=dataclasses.replace(experiment.stages["truth"], generator="nash_md"))
+    with pytest.raises(UserError, match="circle"):
+        stages.order(circle.stages)
+
+
+def test_stop_tokens_outside_the_reply_format_are_not_shown_to_the_preference_model(experiment):
+    """Training replies end as the format says; a rollout's stop token stays only if it is part of that."""
+    tokenizer = huggingface.train_tokenizer(["Human: a\n\nAssistant: b"] * 9, 280, ("Human:",))
+    inside = dataclasses.replace(experiment.task, format=Format(" ", "\n\nHuman:", ("Human:", "</s>")))
+    stop = stages.stop_tokens(inside, tokenizer)
+    assert stages.unseen_stops(inside, tokenizer) == stop[1:]
+    bare = dataclasses.replace(inside, format=Format("", "", ("Human:", "</s>")))
+    assert stages.unseen_stops(bare, tokenizer) == stop
+    shown = rollout.without(ragged([[5, stop[0]], [6, 7]]), stop)
+    assert np.asarray(shown.mask).tolist() == [[True, False], [True, True]]
+    untouched = rollout.without(ragged([[5, stop[0]], [6, 7]]), ())
+    assert np.asarray(untouched.mask).all()
+
+
+def test_unfinished_replies_lose_to_finished_ones_and_tie():
+    p, done, not_done = np.full(1, 0.3, np.float32), np.array([True]), np.array([False])
+    said = partial(rollout.finished_first, p)
+    assert [float(said(*sides)[0]) for sides in ((done, not_done), (not_done, done), (not_done, not_done))] == [
+        1,
+        0,
+        0.5,
+    ]
+    assert said(done, done)[0] == p[0]
+
+
+def test_packing_keeps_every_document_whole():
+    documents = [[1] * 5, [2] * 4, [3] * 9, [4] * 3, [5] * 11]
+    packed = stages.pack(documents, 10)
+    rows = [
+        [tokens[segments == k].tolist() for k in range(1, segments.max() + 1)]
+        for tokens, segments in zip(packed.tokens, packed.mask, strict=True)
+    ]
+    assert [document for row in rows for document in row] == documents[:4]  # the last is longer than a row
+
+
+@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("constant", 1.0)])
+def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
+    """Adam's first update is lr * sign(gradient): seen through updates of a constant gradient."""
+    import jax.numpy as jnp
+
+    optimizer = stages.Adam(lr=1.0, warmup=5, schedule=schedule, eps=1e-12).build(steps=20)
+    params, state = jnp.zeros(1), optimizer.init(jnp.zeros(1))
+    rates = []
+    for _ in range(20):
+        update, state = optimizer.update(jnp.ones(1), state, params)
+        rates.append(-float(update[0]))
+    np.testing.assert_allclose(rates[:6], [0, 0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-3)
+    assert abs(rates[-1] - last) < 0.02
