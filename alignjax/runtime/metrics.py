@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -12,18 +13,25 @@ from typing import Any
 import tensorboardX
 import tqdm
 
+from alignjax.types import UserError
+
 
 class MetricsWriter:
-    """Appends one JSON object a line to ``metrics.jsonl`` and the same scalars to TensorBoard files."""
+    """Appends one JSON object a line to ``metrics.jsonl`` and the same scalars to TensorBoard files, and to
+    a Weights & Biases project where one is named."""
 
-    def __init__(self, folder: Path, resume_step: int):
-        """Keeps the lines of steps before ``resume_step``: what a killed run wrote past its checkpoint goes."""
+    def __init__(self, folder: Path, resume_step: int, project: str | None = None):
+        """Keeps the lines of steps before ``resume_step``: what a killed run wrote past its checkpoint goes.
+
+        Raises UserError when a project is named and wandb is not installed.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] < resume_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+        self.wandb = start_wandb(project, folder) if project else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         row = {name: float(value) for name, value in values.items()}
@@ -31,10 +39,24 @@ class MetricsWriter:
         self.file.flush()
         for name, value in row.items():
             self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(row, step=step)
 
     def close(self) -> None:
         self.file.close()
         self.board.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def start_wandb(project: str, folder: Path) -> Any:
+    """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own."""
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise UserError("an experiment with wandb= needs wandb; pip install 'alignjax[wandb]'") from None
+    name = f"{folder.parent.name}-{folder.name}"
+    return wandb.init(project=project, id=name, name=name, dir=str(folder), resume="allow")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

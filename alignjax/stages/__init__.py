@@ -1,0 +1,35 @@
+"""The stage kinds an experiment is made of: where science and machinery meet.
+
+A stage names its inputs by other stages' names and writes ``WORKDIR/<name>/``. ``alignjax.run`` decides
+whether it runs; here is what it does. Each kind is a frozen dataclass with ``inputs()`` and ``run(context)``.
+"""
+
+from alignjax.stages.experiment import Context, Experiment, Network, Stage, ancestors, order, timed
+from alignjax.stages.fit import FitPreference
+from alignjax.stages.label import Label, Writing, stop_tokens, unseen_stops
+from alignjax.stages.optimise import Optimise
+from alignjax.stages.start import Pretrain, Pretrained, pack
+from alignjax.stages.tournament import Tournament
+from alignjax.stages.training import Adam, Loop
+
+__all__ = [
+    "Adam",
+    "Context",
+    "Experiment",
+    "FitPreference",
+    "Label",
+    "Loop",
+    "Network",
+    "Optimise",
+    "Pretrain",
+    "Pretrained",
+    "Stage",
+    "Tournament",
+    "Writing",
+    "ancestors",
+    "order",
+    "pack",
+    "stop_tokens",
+    "timed",
+    "unseen_stops",
+]

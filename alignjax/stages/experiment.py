@@ -1,0 +1,156 @@
+"""What a run is, and how a stage reaches its inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from alignjax import config
+from alignjax.models import huggingface
+from alignjax.models.tokenizer import Tokenizer
+from alignjax.models.transformer import Model, TransformerConfig, transformer
+from alignjax.preference import Preference
+from alignjax.runtime import metrics, sharding
+from alignjax.runtime.checkpoint import restore_tree, save_tree
+from alignjax.tasks.task import Task
+from alignjax.types import Key, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a run is: a task, a mesh, a seed and an ordered dict of stages."""
+
+    task: Task
+    stages: dict[str, Any]  # name -> Stage
+    mesh: sharding.Mesh = sharding.Mesh()
+    seed: int = 0
+    wandb: str | None = None  # a Weights & Biases project to report to, beside the files
+
+    def with_stages(self, **stages: Any) -> Experiment:
+        """The experiment with stages added or replaced."""
+        return dataclasses.replace(self, stages={**self.stages, **stages})
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A stage's result as others use it."""
+
+    model: Model
+    params: Params
+    tokenizer: Tokenizer
+    fingerprint: str  # of the tokenizer: equal ones share token ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Where a stage runs: its name, its folder and how to reach its inputs."""
+
+    experiment: Experiment
+    workdir: Path
+    name: str
+    mesh: jax.sharding.Mesh
+
+    @property
+    def folder(self) -> Path:
+        return self.workdir / self.name
+
+    @property
+    def seed(self) -> int:
+        """The stage's own seed: the experiment's with the stage's name mixed in."""
+        return zlib.crc32(f"{self.experiment.seed}/{self.name}".encode()) % 2**31
+
+    @property
+    def key(self) -> Key:
+        return jax.random.key(self.seed)
+
+    def preference(self, name: str) -> tuple[Network, Preference]:
+        """A fitted preference model and its form. Raises UserError when the stage makes none."""
+        stage = self.experiment.stages[name]
+        if not hasattr(stage, "build"):
+            raise UserError(f"stage {self.name!r} needs a preference model and {name!r} makes none; name one that does")
+        return self.network(name, lambda m, t: stage.build(self.experiment.task, m, t))
+
+    def policy(self, name: str) -> Network:
+        return self.network(name, None)[0]
+
+    def network(self, name: str, form: Callable[[Model, Tokenizer], Preference] | None):
+        """Restores a stage's network onto the mesh."""
+        folder = self.workdir / name
+        try:
+            sizes = TransformerConfig(**json.loads((folder / "model.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder} holds no model ({config.one_line(error)}); run its stage first") from None
+        model, tokenizer = transformer(sizes), huggingface.read_tokenizer(folder / "tokenizer")
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        built = form(model, tokenizer) if form else None
+        if built:
+            shapes = jax.eval_shape(built.extend, shapes, jax.random.key(0))
+        rules = sharding.live(built.rules if built else model.rules, shapes)
+        params = restore_tree(folder / "params", shapes, sharding.shardings(shapes, rules, self.mesh))
+        mark = str(zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes()))
+        return Network(model, params, tokenizer, mark), built
+
+    def save_network(self, sizes: TransformerConfig, params: Params, tokenizer: Tokenizer) -> None:
+        save_tree(self.folder / "params", params)
+        tokenizer.save(self.folder / "tokenizer")
+        metrics.write_json(self.folder / "model.json", dataclasses.asdict(sizes))
+
+    def inherit(self, start: str, params: Params) -> None:
+        """Saves parameters of the same sizes and tokenizer as the stage ``start``."""
+        sizes = TransformerConfig(**json.loads((self.workdir / start / "model.json").read_text()))
+        self.save_network(sizes, params, huggingface.read_tokenizer(self.workdir / start / "tokenizer"))
+
+
+class Stage(Protocol):
+    def inputs(self) -> tuple[str, ...]: ...
+    def run(self, context: Context) -> dict[str, Any]:
+        """Does the work, resuming what an interrupted run left; returns figures for the report."""
+        ...
+
+
+def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:
+    """Runs a stage under the mesh; its figures and its wall seconds."""
+    begun = time.perf_counter()
+    with jax.set_mesh(context.mesh):
+        figures = stage.run(context)
+    return figures, time.perf_counter() - begun
+
+
+def order(stages: Mapping[str, Stage]) -> list[str]:
+    """The stages' names, inputs first. Raises UserError on an unknown input or a circle."""
+    done: list[str] = []
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        if name in above:
+            raise UserError(f"stages form a circle: {' -> '.join((*above, name))}; an input must come before its user")
+        if name not in stages:
+            raise UserError(
+                f"stage {above[-1]!r} names the input {name!r}, which is no stage; there are {', '.join(stages)}"
+            )
+        for source in stages[name].inputs():
+            visit(source, (*above, name))
+        if name not in done:
+            done.append(name)
+
+    for name in stages:
+        visit(name, ())
+    return done
+
+
+def ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
+    """The stages themselves and all they are made from."""
+    seen: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in seen:
+            seen.add(name)
+            left += stages[name].inputs()
+    return seen

@@ -1,0 +1,94 @@
+"""Pairs -> a preference model, of either form."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from alignjax import judges, objectives, preference
+from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
+from alignjax.models.transformer import Model
+from alignjax.runtime import data, sharding
+from alignjax.stages.experiment import Context, Network
+from alignjax.stages.label import PAIR_DATA
+from alignjax.stages.training import Adam, Loop, run_loop
+from alignjax.tasks.task import Task
+from alignjax.types import Array, Key, Metrics, Pair, Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FitPreference:
+    """A preference model on a Label stage's pairs, from the parameters of ``start``."""
+
+    start: str
+    pairs: str
+    adam: Adam
+    loop: Loop
+    buckets: tuple[int, ...]  # prompt lengths in tokens
+    response: int  # most tokens of a response
+    form: Callable[..., preference.Preference] = preference.pairwise  # or bradley_terry
+    truth: str | None = None  # a Label stage to be measured on: its pairs are never trained on
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.start, self.pairs, *([self.truth] if self.truth else []))
+
+    def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
+        return self.form(model, preference.template_tokens(tokenizer, task.template))
+
+    def run(self, context: Context) -> dict[str, Any]:
+        if self.truth == self.pairs:
+            raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}; measure on pairs not trained on")
+        task, start = context.experiment.task, context.policy(self.start)
+        built = self.build(task, start.model, start.tokenizer)
+        rows = data.read_pairs(context.workdir / self.pairs / PAIR_DATA, "train")
+        encoded, dropped = encode_pairs(rows, start.tokenizer, task, max(self.buckets), self.response)
+        plan = data.planned([len(row[0]) for row in encoded], self.buckets, self.loop.batch, context.seed)
+
+        def make_batch(step: int) -> Pair:
+            indices, length = plan(step)
+            prompts, first, second, p = zip(*(encoded[i] for i in indices), strict=True)
+            return Pair(
+                pad(prompts, length), pad(first, self.response), pad(second, self.response), np.asarray(p, np.float32)
+            )
+
+        def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
+            return objectives.preference_cross_entropy(params, pair, key, logit=built.logit)
+
+        params = run_loop(
+            context, self.loop, self.adam, built.extend(start.params, context.key), built.rules, objective, make_batch
+        )
+        context.inherit(self.start, params)
+        figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped}
+        if self.truth:
+            figures["held_out"] = self.measure(context, start, built, params)
+        return figures
+
+    def measure(
+        self, context: Context, start: Network, built: preference.Preference, params: Params
+    ) -> dict[str, float]:
+        """Accuracy and calibration on the pairs of ``truth``."""
+        rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, "train")
+        judge = judges.model_judge(
+            built.logit, params, start.tokenizer, context.experiment.task.format,
+            batch=self.loop.batch, rows=sharding.rows(context.mesh),
+        )  # fmt: skip
+        p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
+        return judges.calibration(p, np.array([row["p"] for row in rows]))
+
+
+def encode_pairs(rows, tokenizer: Tokenizer, task: Task, longest_prompt: int, longest: int):
+    """Rows of text -> (prompt, first, second) ids and p; what is too long is dropped and counted."""
+    encoded = []
+    for row in rows:
+        prompt = tokenizer.encode(row["prompt"])
+        sides = [
+            encode_continuation(tokenizer, judges.reply_text(task.format, row[name])) for name in ("first", "second")
+        ]
+        if len(prompt) <= longest_prompt and max(map(len, sides)) <= longest:
+            encoded.append((prompt, *sides, row["p"]))
+    if not encoded:
+        raise UserError(f"none of {len(rows)} pairs fits prompts of {longest_prompt} and responses of {longest} tokens")
+    return encoded, len(rows) - len(encoded)

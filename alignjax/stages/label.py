@@ -1,0 +1,121 @@
+"""prompts -> a dataset of preference pairs; and how any stage lets a model write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from alignjax import config, labeling
+from alignjax.decoding import Sampling
+from alignjax.generation import Generate, generator
+from alignjax.models.likelihood import log_prob
+from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
+from alignjax.runtime import data, metrics, sharding
+from alignjax.stages.experiment import Context, Network
+from alignjax.tasks.task import Task
+from alignjax.types import UserError
+
+PAIR_DATA = "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How a stage lets a model write."""
+
+    max_new_tokens: int
+    buckets: tuple[int, ...]  # prompt lengths in tokens that are compiled for
+    batch: int
+    sampling: Sampling = Sampling()
+
+    def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
+        sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
+        if reference and reference.fingerprint != policy.fingerprint:
+            raise UserError(f"{context.name}: the policy and the reference have different tokenizers; use one start")
+        return generator(
+            policy.model,
+            policy.params,
+            policy.tokenizer,
+            stop=stop_tokens(context.experiment.task, policy.tokenizer),
+            max_new_tokens=self.max_new_tokens,
+            buckets=tuple(sorted(self.buckets)),
+            batch=self.batch,
+            sampling=self.sampling,
+            key=context.key,
+            reference=(log_prob(reference.model), reference.params) if reference else None,
+            rows=sharding.rows(context.mesh),
+        )
+
+
+def stop_tokens(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(single_token(tokenizer, piece) for piece in task.format.stop)
+
+
+def unseen_stops(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The stop tokens that no reply of the task's format ends with."""
+    end = encode_continuation(tokenizer, task.format.end)
+    return tuple(token for token in stop_tokens(task, tokenizer) if token not in end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """prompts -> a TFDS dataset of pairs, by a labelling method. Resumes after its last whole chunk."""
+
+    generator: str
+    method: Callable[..., tuple[list[labeling.Labeled], int]]  # a labeling.Method
+    split: str
+    prompts: int
+    writing: Writing
+    held_out: float = 0.0  # share of the pairs that goes to the split "held_out"
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.generator,)
+
+    def run(self, context: Context) -> dict[str, Any]:
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"{context.name}.held_out={self.held_out} is not a share; choose one from 0 up to 1")
+        task, policy = context.experiment.task, context.policy(self.generator)
+        prompts = task.source.prompts(self.split, self.prompts, context.seed)
+        generate = self.writing.generator(context, policy)
+        context.folder.mkdir(parents=True, exist_ok=True)
+        chunks = context.folder / "chunks.jsonl"
+        done = metrics.read_metrics(chunks)
+        metrics.write_atomic(chunks, "".join(json.dumps(row) + "\n" for row in done))  # a torn line goes
+        size = 4 * self.writing.batch  # prompts a chunk: retries are few, and fill their batches
+        with chunks.open("a") as file, metrics.progress(len(prompts), len(done) * size, context.name, "prompt") as bar:
+            for at in range(len(done) * size, len(prompts), size):
+                numbers = range(at, min(at + size, len(prompts)))
+                pairs, tries = self.method(generate, task, [prompts[i] for i in numbers], numbers, context.seed)
+                done.append({"step": at, "tries": tries, "asked": len(numbers), "pairs": pairs})
+                file.write(json.dumps(done[-1]) + "\n")
+                file.flush()
+                bar.update(len(numbers))
+        return self.finish(context, done)
+
+    def finish(self, context: Context, chunks: list[dict[str, Any]]) -> dict[str, Any]:
+        """Writes the dataset and counts what the oracle makes of its labels."""
+        task = context.experiment.task
+        pairs = [labeling.Labeled(*pair) for chunk in chunks for pair in chunk["pairs"]]
+        if not pairs:
+            raise UserError(f"{context.name}: no pair came through the filter; look at the generator's replies")
+        rows = [pair._asdict() for pair in pairs]
+        cut = len(rows) - int(self.held_out * len(rows))
+        splits = {"train": rows[:cut], **({"held_out": rows[cut:]} if cut < len(rows) else {})}
+        oracle = next(iter(task.oracles.values()))
+        truth = np.array([oracle(pair.prompt, pair.first, pair.second) for pair in pairs])
+        labels = np.array([pair.p for pair in pairs])
+        told = truth != 0.5
+        asked = sum(chunk["asked"] for chunk in chunks)
+        figures = {
+            "pairs": len(pairs),
+            "dropped": asked - len(pairs),
+            "tries_per_prompt": sum(chunk["tries"] for chunk in chunks) / asked,
+            "oracle_ties": float(np.mean(~told)),
+            "label_accuracy": float(np.mean((labels > 0.5)[told] == (truth > 0.5)[told])) if told.any() else None,
+        }
+        source = {"method": config.describe(self.method), "generator": self.generator, "seed": context.seed}
+        data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": task.name, **figures})
+        return figures

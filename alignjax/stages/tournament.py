@@ -1,0 +1,107 @@
+"""Policies -> win-rate tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from alignjax import judges, tournament
+from alignjax.judges import Judge
+from alignjax.runtime import metrics, sharding
+from alignjax.stages.experiment import Context, ancestors
+from alignjax.stages.label import Writing
+from alignjax.stages.optimise import Optimise
+from alignjax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tournament:
+    """Policies against each other on held-out prompts, by oracles and held-out preference models."""
+
+    policies: dict[str, str]  # name in the table -> stage
+    reference: str
+    judges: dict[str, str]  # name in the table -> one of the task's oracles, or a FitPreference stage
+    prompts: int
+    writing: Writing
+    split: str = "test"
+
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.policies.values(), self.reference, *self.model_judges().values())
+
+    def model_judges(self) -> dict[str, str]:
+        return {name: source for name, source in self.judges.items() if not source.startswith("oracle:")}
+
+    def run(self, context: Context) -> dict[str, Any]:
+        task = context.experiment.task
+        self.check_held_out(context)
+        prompts = task.source.prompts(self.split, self.prompts, context.seed)
+        written = dict(self.write(context, prompts))
+        replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
+        tables = []
+        for name, source in self.judges.items():
+            rates = tournament.win_rates(self.judge(context, source), prompts, replies)
+            tables.append({
+                "judge": name,
+                "policies": list(self.policies),
+                "n": len(prompts),
+                "win_rate": rates.rate.tolist(),
+                "low": rates.low.tolist(),
+                "high": rates.high.tolist(),
+                "mean_length": [float(np.mean(written[p]["length"])) for p in self.policies],
+                "kl_to_reference": [float(np.mean(written[p]["kl"])) for p in self.policies],
+                "mean_score": [float(np.mean(list(map(task.score, prompts, replies[p])))) for p in self.policies],
+            })  # fmt: skip
+        samples = [{"prompt": x, **{p: replies[p][i] for p in self.policies}} for i, x in enumerate(prompts[:8])]
+        metrics.write_json(context.folder / "samples.json", samples)
+        metrics.write_json(context.folder / "win_rates.json", tables)
+        return {"prompts": len(prompts)}
+
+    def write(self, context: Context, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, list]]]:
+        """Each policy's replies, kept in a file of its own, so that a resumed run does not write them again."""
+        reference = context.policy(self.reference)
+        with metrics.progress(len(self.policies), 0, context.name, "policy") as bar:
+            for name, stage in self.policies.items():
+                path = context.folder / f"replies-{name}.json"
+                if not path.exists():
+                    generate = self.writing.generator(context, context.policy(stage), reference)
+                    drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
+                    columns = zip(*drawn, strict=True)
+                    metrics.write_json(path, dict(zip(("text", "length", "kl"), map(list, columns), strict=True)))
+                bar.update()
+                yield name, json.loads(path.read_text())
+
+    def judge(self, context: Context, source: str) -> Judge:
+        task = context.experiment.task
+        if source.startswith("oracle:"):
+            oracle = source.removeprefix("oracle:")
+            if oracle not in task.oracles:
+                raise UserError(f"task {task.name!r} has no oracle {oracle!r}; it has {', '.join(task.oracles)}")
+            return judges.oracle_judge(task.oracles[oracle])
+        network, built = context.preference(source)
+        return judges.model_judge(
+            built.logit, network.params, network.tokenizer, task.format,
+            batch=self.writing.batch, rows=sharding.rows(context.mesh),
+        )  # fmt: skip
+
+    def check_held_out(self, context: Context) -> None:
+        """The judge of an evaluation is never a model that a policy was trained against, nor made from one,
+        nor fitted to the same pairs."""
+        stages = context.experiment.stages
+        trained = {
+            stages[name].preference
+            for name in ancestors(stages, self.policies.values())
+            if isinstance(stages[name], Optimise)
+        }
+        for name, source in self.model_judges().items():
+            same_pairs = {
+                t for t in trained if getattr(stages[t], "pairs", "") == getattr(stages[source], "pairs", None)
+            }
+            found = (ancestors(stages, [source]) & trained) | same_pairs
+            if found:
+                raise UserError(f"{context.name}: judge {name!r} is or shares {min(found)!r}, which a policy was "
+                                "trained against; name a held-out one")  # fmt: skip

@@ -1,0 +1,108 @@
+"""The training loop of every stage that has one: optimiser, layout, saves, metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from alignjax.runtime import data, metrics, sharding, train
+from alignjax.runtime.checkpoint import Checkpointer
+from alignjax.stages.experiment import Context
+from alignjax.types import Array, Batch, Metrics, Params, Rules, UserError
+
+SHOWN = ("nll", "loss", "accuracy", "preference", "kl", "length")  # beside a progress bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Adam:
+    """AdamW after clipping by the global norm; a linear warm-up, then a cosine to zero or a constant."""
+
+    lr: float
+    warmup: int = 10
+    schedule: str = "cosine"  # or "constant"
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.98
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def build(self, steps: int) -> optax.GradientTransformation:
+        if self.schedule not in ("cosine", "constant"):
+            raise UserError(f"schedule={self.schedule!r} is unknown; choose cosine or constant")
+        warm = min(self.warmup, max(steps - 1, 0))
+        after = {
+            "cosine": optax.cosine_decay_schedule(self.lr, max(steps - warm, 1)),
+            "constant": optax.constant_schedule(self.lr),
+        }[self.schedule]
+        rate = optax.join_schedules([optax.linear_schedule(0.0, self.lr, max(warm, 1)), after], [warm])
+        adam = optax.adamw(rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip), adam)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """How long a training stage goes on and how often it looks up."""
+
+    steps: int
+    batch: int
+    accumulate: int = 1
+    log_every: int = 10
+    save_every: int = 100
+
+
+def run_loop(
+    context: Context,
+    loop: Loop,
+    adam: Adam,
+    params: Params,
+    rules: Rules,
+    objective: Callable[..., tuple[Array, Metrics]],
+    make_batch: Callable[[int], Batch],
+    collect: train.Collect = train.given,
+    frozen: Any = None,
+    average_decay: float | None = None,
+) -> Params:
+    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters."""
+    mesh = context.mesh
+    sharding.check_batch(f"{context.name}.loop.batch", loop.batch, mesh)
+    if loop.batch % loop.accumulate:
+        raise UserError(f"{context.name}: accumulate={loop.accumulate} does not divide batch={loop.batch}")
+    optimizer = adam.build(loop.steps)
+    start = jax.jit(lambda p, k: train.init(p, optimizer, k, average_decay is not None))
+    shapes = jax.eval_shape(start, params, context.key)
+    layout = sharding.shardings(shapes, sharding.live(rules, shapes.params), mesh, strict=False)
+    compiled = jax.jit(
+        train.make_update(objective, optimizer, collect, loop.accumulate, average_decay),
+        in_shardings=(layout, None, sharding.rows(mesh)),
+        out_shardings=(layout, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    saver = Checkpointer(context.folder / "checkpoints")
+    state = saver.restore(jax.jit(start, out_shardings=layout)(params, context.key))
+    done = int(state.step)
+    writer = metrics.MetricsWriter(context.folder, resume_step=done, project=context.experiment.wandb)
+    bar = metrics.progress(loop.steps, done, context.name, "step")
+    waiting: list[tuple[int, Metrics]] = []
+
+    def every(state: Any, step: int, values: Metrics) -> None:
+        waiting.append((step - 1, values))
+        saves = step % loop.save_every == 0 and step < loop.steps
+        if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
+            for index, row in waiting:
+                writer.write(index, row)
+            waiting.clear()
+            bar.set_postfix({k: f"{float(values[k]):.3f}" for k in SHOWN if k in values}, refresh=False)
+        bar.update()
+        if saves:
+            saver.save(state)
+
+    with bar:
+        state = train.fit(state, done, frozen, data.batches(make_batch, done, loop.steps), compiled, every)
+        jax.block_until_ready(state.params)
+    writer.close()
+    saver.close()
+    return state.params
