@@ -1,5 +1,7 @@
 """Updates and saves: keys by step, moving averages, exact resume, and what a torn save leaves."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 
 from alignjax.runtime import train
 from alignjax.runtime.checkpoint import Checkpointer, restore_tree, save_tree
+from alignjax.runtime.metrics import MetricsWriter, read_metrics
 from alignjax.types import UserError
 
 OPTIMIZER = optax.adam(0.1)
@@ -119,3 +122,36 @@ def test_trees_round_trip_and_a_missing_one_is_named(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restore_tree(tmp_path / "t", tree, where), tree)
     with pytest.raises(UserError, match="nothing"):
         restore_tree(tmp_path / "nothing", tree, where)
+
+
+class FakeWandb:
+    """Records what a Weights & Biases run would be told."""
+
+    def __init__(self):
+        self.told = []
+
+    def init(self, **words):
+        self.told.append(words["id"])
+        return self
+
+    def log(self, row, step):
+        self.told.append((step, row))
+
+    def finish(self):
+        self.told.append("finished")
+
+
+def test_a_named_project_is_told_what_the_file_is_told(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = MetricsWriter(tmp_path / "run" / "stage", resume_step=0, project="mine")
+    writer.write(0, {"loss": 1.5})
+    writer.close()
+    assert fake.told == ["run-stage", (0, {"loss": 1.5}), "finished"]
+    assert read_metrics(tmp_path / "run" / "stage" / "metrics.jsonl") == [{"step": 0, "loss": 1.5}]
+
+
+def test_a_project_without_the_library_is_told_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"alignjax\[wandb\]"):
+        MetricsWriter(tmp_path / "stage", resume_step=0, project="mine")

@@ -25,13 +25,13 @@ class MetricsWriter:
 
         Raises UserError when a project is named and wandb is not installed.
         """
+        self.wandb = start_wandb(project, folder) if project else None
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         kept = [r for r in read_metrics(self.path) if r["step"] < resume_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = self.path.open("a", encoding="utf-8")
         self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
-        self.wandb = start_wandb(project, folder) if project else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         row = {name: float(value) for name, value in values.items()}
