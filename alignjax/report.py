@@ -55,10 +55,15 @@ def win_table(table: Mapping[str, Any]) -> str:
             for j in range(len(names))
         ]
         measures = [table["mean_length"][i], table["kl_to_reference"][i], table["mean_score"][i]]
-        rows.append([name, *cells, *(f"{value:.2f}" for value in measures)])
+        rows.append([name, *cells, *map(two_digits, measures)])
     header = [f"{table['judge']} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
     note = "In brackets: 95% Clopper-Pearson over prompts, ties 1/2; a judge's own errors are not in it.\n"
     return f"## Win rate of row over column, judge: {table['judge']}\n\n{markdown(header, rows)}\n{note}"
+
+
+def two_digits(value: float | None) -> str:
+    """Without a negative zero; what could not be measured is a dash."""
+    return "-" if value is None else f"{value + 0.0 if abs(value) >= 0.005 else 0.0:.2f}"
 
 
 def heat_map(path: Path, table: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alignjax import judges
+from alignjax import judges, report
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
 from alignjax.runtime import sharding
 from alignjax.tasks.task import Format, oracle_from_score
@@ -184,3 +184,17 @@ def test_a_model_judge_scores_each_row_alone_whatever_the_batch(batch, count):
     np.testing.assert_array_equal(judge(texts[0], nothing, some), np.zeros(count))
     np.testing.assert_array_equal(judge(texts[0], some, nothing), np.ones(count))
     np.testing.assert_array_equal(judge(texts[0], nothing, nothing), np.full(count, 0.5))
+
+
+def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
+    table = {
+        "judge": "oracle", "policies": ["a", "b"], "n": 40, "win_rate": [[0.5, 0.7], [0.3, 0.5]],
+        "low": [[0.5, 0.54], [0.17, 0.5]], "high": [[0.5, 0.83], [0.46, 0.5]],
+        "mean_length": [3.0, 4.5], "kl_to_reference": [-0.0004, None], "mean_score": [0.25, -1.0],
+    }  # fmt: skip
+    rows = [line for line in report.win_table(table).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert cells[0] == ["oracle (n=40)", "a", "b", "tokens", "KL, nats", "score"]
+    assert cells[2] == ["a", "-", "0.700 [0.540, 0.830]", "3.00", "0.00", "0.25"]
+    assert cells[3] == ["b", "0.300 [0.170, 0.460]", "-", "4.50", "-", "-1.00"]
+    assert len({len(row) for row in rows}) == 1

@@ -53,7 +53,7 @@ class Tournament:
                 "low": rates.low.tolist(),
                 "high": rates.high.tolist(),
                 "mean_length": [float(np.mean(written[p]["length"])) for p in self.policies],
-                "kl_to_reference": [float(np.mean(written[p]["kl"])) for p in self.policies],
+                "kl_to_reference": [finite_mean(written[p]["kl"]) for p in self.policies],
                 "mean_score": [float(np.mean(list(map(task.score, prompts, replies[p])))) for p in self.policies],
             })  # fmt: skip
         samples = [{"prompt": x, **{p: replies[p][i] for p in self.policies}} for i, x in enumerate(prompts[:8])]
@@ -105,3 +105,9 @@ class Tournament:
             if found:
                 raise UserError(f"{context.name}: judge {name!r} is or shares {min(found)!r}, which a policy was "
                                 "trained against; name a held-out one")  # fmt: skip
+
+
+def finite_mean(values: Sequence[float]) -> float | None:
+    """The mean, or None where it is not measured (NaN, which JSON does not know)."""
+    mean = float(np.mean(values))
+    return mean if np.isfinite(mean) else None
