@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from alignjax.runtime.metrics import read_metrics, write_atomic
 
@@ -69,7 +66,8 @@ def two_digits(value: float | None) -> str:
 def heat_map(path: Path, table: Mapping[str, Any]) -> None:
     names, rate = table["policies"], table["win_rate"]
     size = 1.6 + 0.9 * len(names)
-    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(rate, cmap="RdBu", vmin=0, vmax=1)
     axes.set(xticks=range(len(names)), yticks=range(len(names)), xticklabels=names, yticklabels=names)
     axes.set_title(f"row beats column, judge: {table['judge']}")
@@ -78,7 +76,6 @@ def heat_map(path: Path, table: Mapping[str, Any]) -> None:
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if abs(value - 0.5) > 0.3 else "k")
     figure.colorbar(image, shrink=0.8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def curves(path: Path, workdir: Path, names: list[str]) -> bool:
@@ -89,7 +86,8 @@ def curves(path: Path, workdir: Path, names: list[str]) -> bool:
         return False
     columns = min(4, len(panels))
     grid = (-(-len(panels) // columns), columns)
-    figure, axes = plt.subplots(*grid, figsize=(3.4 * grid[1], 2.6 * grid[0]), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(3.4 * grid[1], 2.6 * grid[0]), layout="constrained")
+    axes = figure.subplots(*grid, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, metric in zip(axes.flat, panels, strict=False):
@@ -99,7 +97,6 @@ def curves(path: Path, workdir: Path, names: list[str]) -> bool:
         axis.set(title=metric, xlabel="step")
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
     return True
 
 

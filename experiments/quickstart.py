@@ -1,7 +1,7 @@
 """The straight line on two cores: pretrain, label, fit, optimise, compare, in a world whose truth is known.
 
     alignjax run experiments/quickstart.py --workdir runs/quickstart
-    alignjax run experiments/quickstart.py --workdir runs/small --set small=True   # a minute, for trying things
+    alignjax run experiments/quickstart.py --workdir runs/small --set small=True   # 90 s, for trying things
 
 Labels are RLCD's: nobody tells the preference model what the oracle thinks. The held-out judge is a
 Bradley-Terry model of another ten-percent-wrong annotator's labels, which no policy was trained against.
@@ -61,12 +61,13 @@ def get_config(small: bool = False) -> Experiment:
     )
     world = sandbox.World()
     if small:
-        world = sandbox.World(nouns=4, verbs=3, two_turns=0.1)
+        world = sandbox.World(nouns=8, verbs=6, two_turns=0.1)
         base = replace(
             base,
-            model=replace(model, vocab_size=576, width=64, layers=1, heads=4, kv_heads=2, head_dim=16, hidden=128),
+            model=replace(model, vocab_size=576, width=96, layers=2, heads=4, kv_heads=2, head_dim=24, hidden=192),
             documents=4000,
-            loop=Loop(steps=200, batch=8),
+            adam=Adam(lr=5e-3, warmup=20),
+            loop=Loop(steps=300, batch=8),
         )
         labels, oracle_prompts = replace(labels, prompts=128), 128
         fit = replace(fit, loop=Loop(steps=20, batch=16))

