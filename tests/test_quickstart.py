@@ -146,26 +146,38 @@ def same_bits(name, a, b):
         np.testing.assert_array_equal(a[path], b[path], err_msg=f"{name} {path}")
 
 
+MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+
+
+def test_pretraining_on_one_device_and_on_eight_gives_the_same_losses(cache, tmp_path):
+    few = {"base__loop__steps": 12, "base__documents": 400}
+    for devices, mesh in ((1, {}), (8, MESH)):
+        argv = [*command(tmp_path / str(devices), **few, **mesh), "--only", "base"]
+        done = subprocess.run(argv, env=environment(cache, devices), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, eight = (read_metrics(tmp_path / str(devices) / "base" / "metrics.jsonl") for devices in (1, 8))
+    assert len(one) == 12 and one[-1]["nll"] < one[0]["nll"] - 1
+    np.testing.assert_allclose([r["nll"] for r in eight], [r["nll"] for r in one], rtol=1e-3)
+
+
 def test_one_device_and_eight_give_the_same_numbers(whole, cache, tmp_path):
-    """Each stage from the very inputs of the undisturbed run, so that a difference is the stage's own."""
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    for name in STAGES:
+    """Each later stage from the very inputs of the undisturbed run, so that a difference is its own."""
+    stages = STAGES[1:]
+    for name in stages:
         for source in STAGES[: STAGES.index(name)]:
             shutil.copytree(whole[0] / source, tmp_path / name / source)
     code = (
         "import sys; from alignjax.run import main\n"
-        f"for name in {STAGES!r}:\n"
+        f"for name in {stages!r}:\n"
         "    at = sys.argv.index('--workdir') + 1\n"
         "    argv = [*sys.argv[1:at], sys.argv[at] + '/' + name, *sys.argv[at + 1:]]\n"
         "    assert main([*argv, '--only', name]) == 0, name\n"
     )
-    argv = command(tmp_path, **mesh)
-    done = subprocess.run(
-        [sys.executable, "-c", code, *argv[3:]], env=environment(cache, 8), capture_output=True, text=True, timeout=500
-    )
+    argv = [sys.executable, "-c", code, *command(tmp_path, **MESH)[3:]]
+    done = subprocess.run(argv, env=environment(cache, 8), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name in TRAINED:
-        rows = [read_metrics(w / name / "metrics.jsonl") for w in (whole[0], tmp_path / name)]
+    for name in TRAINED[1:]:
+        rows = [read_metrics(workdir / name / "metrics.jsonl") for workdir in (whole[0], tmp_path / name)]
         for one, eight in zip(*rows, strict=True):
             for metric in set(one) - {"gradient_norm"}:
                 np.testing.assert_allclose(eight[metric], one[metric], rtol=0.02, atol=0.02, err_msg=f"{name} {metric}")
