@@ -38,7 +38,7 @@ def get_config(checkpoint: str, openings: str, principle: str = "girl") -> Exper
                 pairs="pairs",
                 truth="truth",
                 adam=Adam(lr=1e-3),
-                loop=Loop(steps=40, batch=16),
+                loop=Loop(steps=100, batch=16),
                 buckets=BUCKETS,
                 response=NEW_TOKENS,
             ),
