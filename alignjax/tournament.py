@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from alignjax.judges import Judge
 
@@ -22,8 +22,8 @@ class WinRates(NamedTuple):
 def clopper_pearson(wins: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """The exact binomial interval (Clopper and Pearson 1934); ``wins`` may be a half-integer, with ties."""
     tail = (1 - level) / 2
-    low = stats.beta.ppf(tail, wins, n - wins + 1) if wins > 0 else 0.0
-    high = stats.beta.ppf(1 - tail, wins + 1, n - wins) if wins < n else 1.0
+    low = special.betaincinv(wins, n - wins + 1, tail) if wins > 0 else 0.0
+    high = special.betaincinv(wins + 1, n - wins, 1 - tail) if wins < n else 1.0
     return float(low), float(high)
 
 

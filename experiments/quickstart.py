@@ -61,7 +61,7 @@ def get_config(small: bool = False) -> Experiment:
     )
     world = sandbox.World()
     if small:
-        world = sandbox.World(nouns=8, verbs=6, two_turns=0.1)
+        world = sandbox.World(nouns=8, verbs=6, two_turns=0.0)  # one turn: one bucket, half the programs to compile
         base = replace(
             base,
             model=replace(model, vocab_size=576, width=96, layers=2, heads=4, kv_heads=2, head_dim=24, hidden=192),
@@ -69,10 +69,11 @@ def get_config(small: bool = False) -> Experiment:
             adam=Adam(lr=5e-3, warmup=20),
             loop=Loop(steps=300, batch=8),
         )
-        labels, oracle_prompts = replace(labels, prompts=128), 128
+        writing = replace(writing, batch=16)
+        labels, oracle_prompts = replace(labels, prompts=128, writing=writing), 128
         fit = replace(fit, loop=Loop(steps=20, batch=16))
         nash_md = replace(nash_md, prompts=64, loop=Loop(steps=10, batch=16))
-        table = replace(table, prompts=24)
+        table = replace(table, prompts=24, writing=replace(table.writing, batch=16))
     else:
         oracle_prompts = 512
     return Experiment(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -102,7 +103,7 @@ def test_a_finished_stage_is_skipped_and_a_changed_one_refused_or_redone(capfd, 
     assert "finished before" in capfd.readouterr().err
     assert main([*argv, *settings("base.loop.log_every=1")]) == 0  # what changes no result is no change
     told = refused(capfd, *argv, *settings("base.adam.lr=0.01"))
-    assert "adam.lr=0.003, now 0.01" in told and "--redo" in told
+    assert re.search(r"adam\.lr=0\.00\d+, now 0\.01", told) and "--redo" in told
     assert (moment / "base" / "stage.json").read_text() == before
     record = json.loads(before)
     assert record["finished"] and record["seed"] == 0 and record["code"] and record["config"]["kind"] == "Pretrain"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,8 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
     )
     try:
-        return ocp.load(path.resolve(), abstract)
+        with uninterrupted():
+            return ocp.load(path.resolve(), abstract)
     except Exception as error:  # Orbax and tensorstore raise many kinds; the user hears which folder
         raise UserError(
             f"{path} cannot be restored ({one_line(error)}); remove its stage folder to make it again"
@@ -69,7 +72,8 @@ class Checkpointer:
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
         try:
-            found = self.inner.load(self.inner.latest.step, abstract)
+            with uninterrupted():
+                found = self.inner.load(self.inner.latest.step, abstract)
         except Exception as error:  # as above
             raise UserError(
                 f"{self.folder} is damaged ({one_line(error)}); remove it to start the stage again"
@@ -78,7 +82,25 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for a save under way."""
-        self.inner.close()
+        with uninterrupted():
+            self.inner.close()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds an interrupt back until the block has ended: inside Orbax's event loop it would leave threads
+    without their loop, or be lost."""
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -92,7 +114,8 @@ def written(path: Path) -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with uninterrupted():
+            yield
     except Exception as error:  # Orbax and tensorstore raise many kinds
         raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
     logger.setLevel(level)
