@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -16,6 +17,7 @@ from alignjax.types import Tokens
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+ROOT = Path(__file__).parents[1]
 TINY = TransformerConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2, head_dim=4, hidden=24)
 
 
@@ -47,6 +49,25 @@ def prompt():
 def pytest_collection_modifyitems(items):
     """The file that takes longest first, so that two processes end together."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """(devices) -> the environment of a subprocess. All of them share compiled programs, so that a start
+    costs seconds."""
+    base = tmp_path_factory.getbasetemp()
+    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+
+    def of(devices=1):
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+    return of
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The command line: what a user can get wrong is told in one line, with exit status 2 and nothing half-written."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -136,18 +135,18 @@ def subprocess_command(folder, *changes):
     ]  # fmt: skip
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_told_in_one_line(tmp_path, environment):
     """Files may not grow past 50 kB, as on a disk with no more room."""
     limited = ["bash", "-c", 'ulimit -f 50; exec "$@"', "limited", *subprocess_command(tmp_path)]
-    done = subprocess.run(limited, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and "alignjax:" in done.stderr.splitlines()[-1]
     assert not json.loads((tmp_path / "base" / "stage.json").read_text())["finished"]
 
 
-def test_an_interrupt_is_told_and_the_run_goes_on_from_its_last_save(tmp_path):
+def test_an_interrupt_is_told_and_names_what_goes_on(tmp_path, environment):
     process = subprocess.Popen(
-        subprocess_command(tmp_path, "base.loop.steps=2000"), stderr=subprocess.PIPE, text=True, env=os.environ
+        subprocess_command(tmp_path, "base.loop.steps=2000"), stderr=subprocess.PIPE, text=True, env=environment()
     )
     rows = tmp_path / "base" / "metrics.jsonl"
     end = time.time() + 200

@@ -1,6 +1,5 @@
 """The notebook runs from its first cell to its last, and a user's own part is at most 15 lines."""
 
-import os
 from pathlib import Path
 
 import nbclient
@@ -19,9 +18,9 @@ def own_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"][1:3]
 
 
-def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(tmp_path, monkeypatch, environment):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace('"../runs/notebook"', repr(str(tmp_path)))

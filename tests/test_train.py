@@ -1,5 +1,6 @@
 """Updates and saves: keys by step, moving averages, exact resume, and what a torn save leaves."""
 
+import signal
 import sys
 
 import jax
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 from alignjax.runtime import train
-from alignjax.runtime.checkpoint import Checkpointer, restore_tree, save_tree
+from alignjax.runtime.checkpoint import Checkpointer, restore_tree, save_tree, uninterrupted
 from alignjax.runtime.metrics import MetricsWriter, read_metrics
 from alignjax.types import UserError
 
@@ -49,6 +50,17 @@ def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
     again = Checkpointer(tmp_path / "c").restore(fresh(True))
     same(again, half)
     same(fit(again, int(again.step), 7, average_decay=0.9), whole)
+
+
+def test_an_interrupt_waits_for_the_save_under_way(tmp_path):
+    state, ended = fresh(), False
+    with pytest.raises(KeyboardInterrupt), uninterrupted():
+        signal.raise_signal(signal.SIGINT)
+        saver = Checkpointer(tmp_path / "c")
+        saver.save(state)
+        ended = True
+    assert ended and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    same(Checkpointer(tmp_path / "c").restore(fresh()), state)
 
 
 def test_the_root_key_never_moves_and_each_step_has_its_own():
