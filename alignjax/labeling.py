@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from scipy import special
 
 from alignjax.generation import Generate
 from alignjax.tasks.task import Clean, Task
@@ -120,3 +121,22 @@ def filtered(
         for i, reply in zip(left, drawn, strict=True):
             replies[i] = clean(reply.text)
     return replies, tries
+
+
+def rlaif_accuracy(quality: float = 1.0, noise: float = 1.0, hard: float = np.inf) -> float:
+    """How often an AI annotator labels right (2307.12950 App. N): qualities A_i ~ N(m, quality^2) with one mean,
+    the label is the sign of the difference of A_i + N(0, noise^2); of pairs with |A_1 - A_2| <= hard.
+
+    With z = (A_1 - A_2) / (sqrt 2 quality), a = hard / (sqrt 2 quality), b = quality / noise and Owen's T:
+    2 int_0^a phi(z) Phi(b z) dz / (2 Phi(a) - 1) = (Phi(a) - 2 T(a, b) - 1/2 + atan(b) / pi) / (2 Phi(a) - 1).
+    """
+    a, b = hard / (np.sqrt(2) * quality), quality / noise
+    right = special.ndtr(a) - 2 * special.owens_t(a, b) - 0.5 + np.arctan(b) / np.pi
+    return float(right / (2 * special.ndtr(a) - 1))
+
+
+def rlcd_accuracy(gap: float, quality: float = 1.0, hard: float = np.inf) -> float:
+    """How often the prompt labels right (2307.12950 App. N): the positive prompt's mean quality is ``gap`` above
+    the negative one's, the label is which prompt; P(A_1 > A_2), of pairs with |A_1 - A_2| <= hard."""
+    low, middle, high = (special.ndtr((d - gap) / (np.sqrt(2) * quality)) for d in (-hard, 0.0, hard))
+    return float((high - middle) / (high - low))

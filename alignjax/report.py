@@ -15,7 +15,8 @@ CURVES = ("nll", "loss", "accuracy", "preference", "kl", "objective", "length")
 
 
 def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Writes ``report.md``, one heat map a judge and ``curves.png``; returns the tables as text."""
+    """Writes ``report.md``, one heat map a judge and ``curves.png``; returns the tables as text. What a stage
+    left as ``section.md`` is part of both."""
     tournaments = [name for name in records if (workdir / name / "win_rates.json").exists()]
     sections, shown = [f"# {workdir.name}\n"], []
     for name in tournaments:
@@ -25,6 +26,10 @@ def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
             heat_map(workdir / picture, table)
             shown.append(text)
             sections += [text, f"![row beats column]({picture})\n"]
+    for name in records:
+        if (section := workdir / name / "section.md").exists():
+            sections.append(section.read_text())
+            shown.append("\n".join(line for line in sections[-1].splitlines() if not line.startswith("![")))
     for name in tournaments:
         sections.append(side_by_side(json.loads((workdir / name / "samples.json").read_text())))
     if curves(workdir / "curves.png", workdir, list(records)):
@@ -118,7 +123,7 @@ def figures_table(records: Mapping[str, Mapping[str, Any]]) -> str:
             for part, number in inner:
                 text = f"{number:.4g}" if isinstance(number, float) else str(number)
                 rows.append([name, f"{figure} {part}".strip().replace("_", " "), text])
-    return f"## Figures\n\n{markdown(['stage', 'figure', 'value'], rows)}"
+    return f"## Figures\n\n{markdown(['stage', 'figure', 'value'], rows)}" if rows else ""
 
 
 def time_table(records: Mapping[str, Mapping[str, Any]]) -> str:

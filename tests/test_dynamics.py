@@ -45,7 +45,7 @@ def slack_of_one_step(game, nash, key):
     one, two = jax.random.split(key)
     policy = jax.nn.log_softmax(2 * jax.random.normal(one, game.log_mu.shape))
     h = jax.random.uniform(two) / game.tau
-    after = dynamics.step(dynamics.nash_md(dynamics.constant(h)), dynamics.State(0, policy, (), 0), game).policy
+    after = dynamics.step(dynamics.nash_md(h), dynamics.State(0, policy, (), 0), game).policy
     return (1 - h * game.tau) * games.kl(game, nash, policy) + 2 * h**2 - games.kl(game, nash, after)
 
 
@@ -73,7 +73,7 @@ def test_theorem_1_in_over_a_thousand_games(contexts, actions, count, record_pro
 @pytest.mark.parametrize(("h", "tau"), [(0.5, 0.3), (2.0, 0.3), (0.2, 0.05)])
 def test_a_constant_step_of_nash_md_ends_at_another_temperature(h, tau):
     game = random_game(1, 2, 4, tau)
-    policy, _ = final(dynamics.nash_md(dynamics.constant(h)), game, 6000)
+    policy, _ = final(dynamics.nash_md(h), game, 6000)
     want = solve.regularised_nash(game, tau / (1 - h * tau)).policy
     np.testing.assert_allclose(np.exp(games.mixture(policy, game.log_mu, h * tau)), want, atol=1e-8)
     assert abs(np.exp(policy) - solve.regularised_nash(game).policy).max() > 1e-3
@@ -90,7 +90,7 @@ def test_nash_md_pg_and_ipo_md_end_at_another_temperature(build, beta):
 
 
 REGULARISED = {
-    "omd": dynamics.omd(dynamics.constant(0.2)),
+    "omd": dynamics.omd(0.2),
     "mmd": dynamics.mmd(0.2),
     "wind": dynamics.wind(0.2),
     "egpo": dynamics.egpo(1 / 3.2),
@@ -132,10 +132,10 @@ def test_dynamics_without_regularisation_go_to_the_nash_of_p(name):
 
 def test_the_last_iterate_of_multiplicative_weights_does_not_converge():
     game = zoo.rock_paper_scissors(reference=MU)
-    state = dynamics.init(dynamics.multiplicative_weights(dynamics.constant(0.1)), game)
+    state = dynamics.init(dynamics.multiplicative_weights(0.1), game)
     seen = []
     for _ in range(300):
-        state = dynamics.step(dynamics.multiplicative_weights(dynamics.constant(0.1)), state, game)
+        state = dynamics.step(dynamics.multiplicative_weights(0.1), state, game)
         seen.append(float(games.exploitability(game, state.policy)))
     assert min(seen[200:]) > 0.1
 
@@ -146,7 +146,7 @@ def test_the_last_iterate_of_multiplicative_weights_does_not_converge():
 @pytest.mark.parametrize(
     ("dynamic", "want", "within"),
     [
-        (dynamics.omd(dynamics.constant(0.5)), 0.53, 0.1),
+        (dynamics.omd(0.5), 0.53, 0.1),
         (dynamics.mmd(0.5), 0.52, 0.1),
         (dynamics.mmd(0.04), 3.3e-2, 0.1),
         (dynamics.nash_md(dynamics.theorem_1), 2.2e-2, 0.1),

@@ -210,20 +210,18 @@ def accuracy(right, mean, hard=np.inf):
     return top / integrate.quad(density, -bound, bound)[0]
 
 
-def rlaif(d):
-    """P(the sign of d + N(0, 2) is that of d)."""
-    return stats.norm.cdf(abs(d) / np.sqrt(2))
-
-
 def test_label_noise_of_rlaif_and_rlcd_in_closed_form():
-    """2307.12950 App. N: qualities A_i ~ N(m_i, 1), RLAIF compares A_i + N(0, 1), RLCD trusts the prompt."""
-
-    def rlcd(d):
-        return float(d > 0)
-
-    assert accuracy(rlaif, 0) == pytest.approx(0.75, abs=1e-6)
-    assert accuracy(rlaif, 0, hard=0.2) == pytest.approx(0.52812, abs=1e-5)
-    assert accuracy(rlcd, 3, hard=0.2) == pytest.approx(0.57432, abs=1e-5)
+    """2307.12950 App. N: the paper's three figures, and others against the integral over the difference."""
+    assert labeling.rlaif_accuracy() == pytest.approx(0.75, abs=1e-12)
+    assert labeling.rlaif_accuracy(hard=0.2) == pytest.approx(0.52812, abs=5e-6)
+    assert labeling.rlcd_accuracy(3, hard=0.2) == pytest.approx(0.57432, abs=5e-6)
+    for noise, hard in ((1.0, 0.2), (0.5, 1.0), (3.0, np.inf)):
+        want = accuracy(lambda d, n=noise: stats.norm.cdf(abs(d) / (np.sqrt(2) * n)), 0, hard)
+        assert labeling.rlaif_accuracy(noise=noise, hard=hard) == pytest.approx(want, abs=1e-7)
+    for gap, hard in ((0.0, 0.5), (1.0, 2.0), (3.0, np.inf)):
+        want = accuracy(lambda d: float(d > 0), gap, hard)
+        assert labeling.rlcd_accuracy(gap, hard=hard) == pytest.approx(want, abs=1e-7)
+    assert labeling.rlcd_accuracy(2.0, quality=2.0, hard=0.6) == labeling.rlcd_accuracy(1.0, hard=0.3)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1.0, 3.0])
@@ -234,5 +232,5 @@ def test_rlcd_labels_are_as_right_as_the_closed_form_says(gap):
 
     pairs, _ = labeling.rlcd(Writer(quality), TASK, [ONE] * 3000, range(3000), 0)
     right = np.mean([(float(pair.first) > float(pair.second)) == (pair.p > 0.5) for pair in pairs])
-    want = accuracy(lambda d: float(d > 0), gap)
+    want = labeling.rlcd_accuracy(gap)
     assert abs(right - want) < 4 * np.sqrt(want * (1 - want) / 3000)

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and a user's own part is at most 15 lines."""
+"""The notebooks run from their first cells to their last, and a user's own part in them is short."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from alignjax.config import describe, load, load_module
 from alignjax.runtime.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
+GAMES = ROOT / "notebooks" / "games.ipynb"
 NOTEBOOK = ROOT / "notebooks" / "new_objective.ipynb"
 
 
@@ -50,3 +51,19 @@ def test_the_experiment_file_holds_the_notebooks_function():
     assert experiment.stages["log_odds"].objective.keywords == {"tau": 0.05}
     quickstart = load_module(ROOT / "experiments" / "quickstart.py").get_config()
     assert describe(experiment.stages["nash_md"]) == describe(quickstart.stages["nash_md"])
+
+
+def test_the_games_notebook_shows_a_new_dynamic_against_the_others(monkeypatch, environment):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(GAMES, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(GAMES.parent)}}).execute()
+    _, idea, others, noisy = (cell for cell in notebook.cells if cell.cell_type == "code")
+    assert len([line for line in idea.source.splitlines() if line.strip()]) <= 10
+    rows = [
+        line.split("|") for line in "".join(o.get("text", "") for o in others.outputs).splitlines() if "mine" in line
+    ]
+    assert len(rows) == 2 and all(float(row[3]) < 1e-12 for row in rows)  # KL: linear, as the idea promised
+    for cell in (others, noisy):
+        assert any("image/png" in output.get("data", {}) for output in cell.outputs)
+    assert not any(cell.get("outputs") for cell in nbformat.read(GAMES, as_version=4).cells)

@@ -76,8 +76,8 @@ def nothing(game: Game, policy: Array) -> Any:
     return ()
 
 
-def constant(h: float) -> Schedule:
-    return lambda t, tau: h
+def size(h: float | Schedule, t: Array, tau: Array) -> Array | float:
+    return h(t, tau) if callable(h) else h
 
 
 def theorem_1(t: Array, tau: Array) -> Array:
@@ -93,7 +93,7 @@ def mirror(at: Array, h: Array | float, p: Array) -> Array:
 # --- regularised: the last iterate goes to pi*_tau ---
 
 
-def nash_md(h: Schedule) -> Dynamic:
+def nash_md(h: float | Schedule) -> Dynamic:
     """Nash-MD (2312.00886, Eq. 4-5): pi' = argmax h P(pi > pi^mu) - KL(pi, pi^mu), pi^mu = pi^(1-h tau) mu^(h tau).
 
     Theorem 1: KL(pi*, pi') <= (1 - h tau) KL(pi*, pi) + 2 h^2. A constant step does not end at pi*_tau: it ends
@@ -101,22 +101,22 @@ def nash_md(h: Schedule) -> Dynamic:
     """
 
     def move(wins: Wins, game: Game, t: Array, policy: Array, memory: Any) -> tuple[Array, Any]:
-        size = h(t, game.tau)
-        mixed = mixture(policy, game.log_mu, size * game.tau)
-        return mirror(mixed, size, wins(mixed)), memory
+        h_t = size(h, t, game.tau)
+        mixed = mixture(policy, game.log_mu, h_t * game.tau)
+        return mirror(mixed, h_t, wins(mixed)), memory
 
     return Dynamic(nothing, move)
 
 
-def omd(h: Schedule) -> Dynamic:
+def omd(h: float | Schedule) -> Dynamic:
     """Online mirror descent (2312.00886, Eq. 7-8): Nash-MD's centre, but preferences against pi_t itself.
 
     A constant step has exactly pi*_tau as fixed point; it cycles when h is large beside tau.
     """
 
     def move(wins: Wins, game: Game, t: Array, policy: Array, memory: Any) -> tuple[Array, Any]:
-        size = h(t, game.tau)
-        return mirror(mixture(policy, game.log_mu, size * game.tau), size, wins(policy)), memory
+        h_t = size(h, t, game.tau)
+        return mirror(mixture(policy, game.log_mu, h_t * game.tau), h_t, wins(policy)), memory
 
     return Dynamic(nothing, move)
 
@@ -203,7 +203,7 @@ def fictitious_play() -> Dynamic:
 # --- without regularisation: the Nash of P ---
 
 
-def multiplicative_weights(h: Schedule) -> Dynamic:
+def multiplicative_weights(h: float | Schedule) -> Dynamic:
     """Self-play multiplicative weights, the tabular SPPO (2405.00675): pi' ~ pi e^(h p_t).
 
     The last iterate cycles; what it proposes is the average of its iterates.
@@ -212,7 +212,7 @@ def multiplicative_weights(h: Schedule) -> Dynamic:
     def move(wins: Wins, game: Game, t: Array, policy: Array, average: Array) -> tuple[Array, Array]:
         weight = 1 / (t + 2)
         average = normalise(jnp.logaddexp(average + jnp.log1p(-weight), policy + jnp.log(weight)))
-        return mirror(policy, h(t, game.tau), wins(policy)), average
+        return mirror(policy, size(h, t, game.tau), wins(policy)), average
 
     return Dynamic(lambda game, policy: policy, move, answer=lambda state: state.memory)
 

@@ -9,6 +9,7 @@ from alignjax.stages.fit import FitPreference
 from alignjax.stages.label import Label, Writing, stop_tokens, unseen_stops
 from alignjax.stages.optimise import Optimise
 from alignjax.stages.start import Pretrain, Pretrained, pack
+from alignjax.stages.study import Finding, Study
 from alignjax.stages.tournament import Tournament
 from alignjax.stages.training import Adam, Loop
 
@@ -16,6 +17,7 @@ __all__ = [
     "Adam",
     "Context",
     "Experiment",
+    "Finding",
     "FitPreference",
     "Label",
     "Loop",
@@ -24,6 +26,7 @@ __all__ = [
     "Pretrain",
     "Pretrained",
     "Stage",
+    "Study",
     "Tournament",
     "Writing",
     "ancestors",

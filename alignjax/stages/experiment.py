@@ -27,7 +27,7 @@ from alignjax.types import Key, Params, UserError
 class Experiment:
     """What a run is: a task, a mesh, a seed and an ordered dict of stages."""
 
-    task: Task
+    task: Task | None  # None where no stage needs texts
     stages: dict[str, Any]  # name -> Stage
     mesh: sharding.Mesh = sharding.Mesh()
     seed: int = 0
@@ -62,6 +62,12 @@ class Context:
         return self.workdir / self.name
 
     @property
+    def task(self) -> Task:
+        if self.experiment.task is None:
+            raise UserError(f"stage {self.name!r} needs a task and the experiment has none; give it one")
+        return self.experiment.task
+
+    @property
     def seed(self) -> int:
         """The stage's own seed: the experiment's with the stage's name mixed in."""
         return zlib.crc32(f"{self.experiment.seed}/{self.name}".encode()) % 2**31
@@ -75,7 +81,7 @@ class Context:
         stage = self.experiment.stages[name]
         if not hasattr(stage, "build"):
             raise UserError(f"stage {self.name!r} needs a preference model and {name!r} makes none; name one that does")
-        return self.network(name, lambda m, t: stage.build(self.experiment.task, m, t))
+        return self.network(name, lambda m, t: stage.build(self.task, m, t))
 
     def policy(self, name: str) -> Network:
         return self.network(name, None)[0]

@@ -41,7 +41,7 @@ class FitPreference:
     def run(self, context: Context) -> dict[str, Any]:
         if self.truth == self.pairs:
             raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}; measure on pairs not trained on")
-        task, start = context.experiment.task, context.policy(self.start)
+        task, start = context.task, context.policy(self.start)
         built = self.build(task, start.model, start.tokenizer)
         rows = data.read_pairs(context.workdir / self.pairs / PAIR_DATA, "train")
         encoded, dropped = encode_pairs(rows, start.tokenizer, task, max(self.buckets), self.response)
@@ -72,7 +72,7 @@ class FitPreference:
         """Accuracy and calibration on the pairs of ``truth``."""
         rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, "train")
         judge = judges.model_judge(
-            built.logit, params, start.tokenizer, context.experiment.task.format,
+            built.logit, params, start.tokenizer, context.task.format,
             batch=self.loop.batch, rows=sharding.rows(context.mesh),
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))

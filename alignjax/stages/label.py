@@ -39,7 +39,7 @@ class Writing:
             policy.model,
             policy.params,
             policy.tokenizer,
-            stop=stop_tokens(context.experiment.task, policy.tokenizer),
+            stop=stop_tokens(context.task, policy.tokenizer),
             max_new_tokens=self.max_new_tokens,
             buckets=tuple(sorted(self.buckets)),
             batch=self.batch,
@@ -77,7 +77,7 @@ class Label:
     def run(self, context: Context) -> dict[str, Any]:
         if not 0 <= self.held_out < 1:
             raise UserError(f"{context.name}.held_out={self.held_out} is not a share; choose one from 0 up to 1")
-        task, policy = context.experiment.task, context.policy(self.generator)
+        task, policy = context.task, context.policy(self.generator)
         prompts = task.source.prompts(self.split, self.prompts, context.seed)
         generate = self.writing.generator(context, policy)
         context.folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ class Label:
 
     def finish(self, context: Context, chunks: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the dataset and counts what the oracle makes of its labels."""
-        task = context.experiment.task
+        task = context.task
         pairs = [labeling.Labeled(*pair) for chunk in chunks for pair in chunk["pairs"]]
         if not pairs:
             raise UserError(f"{context.name}: no pair came through the filter; look at the generator's replies")

@@ -37,7 +37,7 @@ class Optimise:
         return (self.start, self.reference, self.preference)
 
     def run(self, context: Context) -> dict[str, Any]:
-        task, start, reference = context.experiment.task, context.policy(self.start), context.policy(self.reference)
+        task, start, reference = context.task, context.policy(self.start), context.policy(self.reference)
         fitted, built = context.preference(self.preference)
         if reference.model.config != start.model.config:
             raise UserError(

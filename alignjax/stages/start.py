@@ -35,7 +35,7 @@ class Pretrain:
         return ()
 
     def run(self, context: Context) -> dict[str, Any]:
-        task = context.experiment.task
+        task = context.task
         texts = task.source.corpus(self.documents, context.seed)
         tokenizer = huggingface.train_tokenizer(
             texts[: self.tokenizer_documents], self.model.vocab_size, task.format.stop

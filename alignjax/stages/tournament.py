@@ -37,7 +37,7 @@ class Tournament:
         return {name: source for name, source in self.judges.items() if not source.startswith("oracle:")}
 
     def run(self, context: Context) -> dict[str, Any]:
-        task = context.experiment.task
+        task = context.task
         self.check_held_out(context)
         prompts = task.source.prompts(self.split, self.prompts, context.seed)
         written = dict(self.write(context, prompts))
@@ -76,7 +76,7 @@ class Tournament:
                 yield name, json.loads(path.read_text())
 
     def judge(self, context: Context, source: str) -> Judge:
-        task = context.experiment.task
+        task = context.task
         if source.startswith("oracle:"):
             oracle = source.removeprefix("oracle:")
             if oracle not in task.oracles:

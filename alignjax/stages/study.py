@@ -1,0 +1,43 @@
+"""Mathematics without a model, as a stage: a function and what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from matplotlib.figure import Figure
+
+from alignjax.runtime import metrics
+from alignjax.stages.experiment import Context
+
+
+class Finding(NamedTuple):
+    """What a study tells: Markdown for the screen and the report, pictures by name, and the numbers as JSON."""
+
+    text: str
+    pictures: dict[str, Figure]
+    numbers: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Calls ``function()`` in float64 and writes ``section.md``, ``numbers.json`` and ``WORKDIR/<name>-*.png``."""
+
+    function: Callable[[], Finding]
+
+    def inputs(self) -> tuple[str, ...]:
+        return ()
+
+    def run(self, context: Context) -> dict[str, Any]:
+        with jax.enable_x64(True):
+            finding = self.function()
+        shown = [finding.text]
+        for name, picture in finding.pictures.items():
+            file = f"{context.name}-{name}.png"
+            picture.savefig(context.workdir / file, dpi=110)
+            shown.append(f"![{name}]({file})\n")
+        metrics.write_json(context.folder / "numbers.json", finding.numbers)
+        metrics.write_atomic(context.folder / "section.md", "\n".join(shown))
+        return {}
