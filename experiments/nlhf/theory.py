@@ -156,7 +156,7 @@ def get_config(evaluations: int = 20_000, records: int = 60) -> Experiment:
             "examples": Study(examples),
             "race": Study(partial(regularised, tau=0.1, **options)),
             "discriminating": Study(partial(regularised, tau=0.01, **options)),
-            "sampled": Study(partial(sampled, tau=0.1, evaluations=4000, records=records, batch=8, seeds=16)),
+            "sampled": Study(partial(sampled, tau=0.1, evaluations=2000, records=records, batch=8, seeds=8)),
             "unregularised": Study(partial(without, tau=0.1, **options)),
         },
     )
