@@ -12,7 +12,7 @@ import numpy as np
 from alignjax.decoding import Process, Sampling, sample
 from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad
 from alignjax.models.transformer import Model
-from alignjax.types import Completion, Key, LogProb, Params, Prompt, UserError
+from alignjax.types import Completion, Key, LogProb, Params, Prompt
 
 
 class Reply(NamedTuple):
@@ -23,9 +23,9 @@ class Reply(NamedTuple):
     kl: float  # nats: log pi(y) - log mu(y) of this sample; its mean estimates KL(pi, mu)
 
 
-Generate = Callable[[Sequence[str], Sequence[int], int], list[Reply]]
-"""(prompts, example numbers, seed) -> one Reply each. A reply depends on its prompt, number and seed alone,
-not on its neighbours in the batch."""
+Generate = Callable[[Sequence[str], Sequence[int], int], list[Reply | None]]
+"""(prompts, example numbers, seed) -> one Reply each, None where a prompt is longer than what was compiled for.
+A reply depends on its prompt, number and seed alone, not on its neighbours in the batch."""
 
 
 def generator(
@@ -62,7 +62,7 @@ def generator(
             return np.full(len(logp), np.nan)
         return np.asarray((logp - ref_logp(reference[1], prompt, completion)).sum(-1))
 
-    def generate(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[Reply]:
+    def generate(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[Reply | None]:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
         replies: dict[int, Reply] = {}
         for length, members in bucketed([len(row) for row in ids], buckets).items():
@@ -77,7 +77,7 @@ def generator(
                 for row, i in enumerate(mine):
                     text = decode_continuation(tokenizer, tokens[row][mask[row]])
                     replies[i] = Reply(text, int(mask[row].sum()), float(kl[row]))
-        return [replies[i] for i in range(len(prompts))]
+        return [replies.get(i) for i in range(len(prompts))]
 
     return generate
 
@@ -91,11 +91,10 @@ def cut(members: list[int], batch: int, small: int) -> list[tuple[list[int], int
 
 
 def bucketed(lengths: Sequence[int], buckets: Sequence[int]) -> dict[int, list[int]]:
-    """Bucket length -> the members it holds. Raises UserError when a prompt is longer than every bucket."""
+    """Bucket length -> the members it holds. What is longer than every bucket is in none."""
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         fits = [bucket for bucket in buckets if bucket >= length]
-        if not fits:
-            raise UserError(f"a prompt of {length} tokens is longer than every bucket of {buckets}; add a larger one")
-        groups.setdefault(min(fits), []).append(i)
+        if fits:
+            groups.setdefault(min(fits), []).append(i)
     return dict(sorted(groups.items()))

@@ -109,17 +109,19 @@ def by_oracle(
 def filtered(
     generate: Generate, clean: Clean, prompts: Sequence[str], numbers: Sequence[int], side: int, attempts: int
 ) -> tuple[list[str | None], int]:
-    """A clean reply to each prompt, or None after ``attempts`` tries; and how many tries were made."""
+    """A clean reply to each prompt, or None after ``attempts`` tries or where the prompt is too long to answer;
+    and how many tries were made."""
     replies: list[str | None] = [None] * len(prompts)
-    tries = 0
+    left, tries = list(range(len(prompts))), 0
     for attempt in range(attempts):
-        left = [i for i, reply in enumerate(replies) if reply is None]
+        drawn = generate([prompts[i] for i in left], [numbers[i] for i in left], side * attempts + attempt)
+        answered = [(i, reply) for i, reply in zip(left, drawn, strict=True) if reply]
+        tries += len(answered)
+        for i, reply in answered:
+            replies[i] = clean(reply.text)
+        left = [i for i, _ in answered if replies[i] is None]
         if not left:
             break
-        tries += len(left)
-        drawn = generate([prompts[i] for i in left], [numbers[i] for i in left], side * attempts + attempt)
-        for i, reply in zip(left, drawn, strict=True):
-            replies[i] = clean(reply.text)
     return replies, tries
 
 

@@ -234,3 +234,17 @@ def test_rlcd_labels_are_as_right_as_the_closed_form_says(gap):
     right = np.mean([(float(pair.first) > float(pair.second)) == (pair.p > 0.5) for pair in pairs])
     want = labeling.rlcd_accuracy(gap)
     assert abs(right - want) < 4 * np.sqrt(want * (1 - want) / 3000)
+
+
+def test_a_prompt_too_long_to_answer_is_left_out_and_not_asked_again():
+    long = PLAIN[3]
+
+    class Short(Writer):
+        def __call__(self, prompts, numbers, seed):
+            replies = super().__call__(prompts, numbers, seed)
+            return [None if number == 3 else reply for number, reply in zip(numbers, replies, strict=True)]
+
+    writer = Short(honest)
+    pairs, tries = labeling.rlcd(writer, TASK, PLAIN[:8], range(8), 0)
+    assert len(pairs) == 7 and long not in {pair.prompt for pair in pairs}
+    assert len([asked for asked in writer.asked if asked[1] == 3]) == 2 and tries == len(writer.asked) - 2

@@ -3,12 +3,14 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from alignjax import rollout, stages
-from alignjax.config import load
+from alignjax.config import load, load_module
+from alignjax.generation import bucketed
 from alignjax.models import huggingface
 from alignjax.runtime import sharding
 from alignjax.tasks.task import Format
@@ -104,3 +106,16 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
         rates.append(-float(update[0]))
     np.testing.assert_allclose(rates[:6], [0, 0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-3)
     assert abs(rates[-1] - last) < 0.02
+
+
+def test_a_tournament_asks_nobody_what_is_too_long():
+    table = load_module(FILE).get_config().stages["table"]
+    network = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
+    context = SimpleNamespace(policy=lambda name: network, name="table")
+    assert table.fitting(context, ["a" * 80, "b" * 81, "c"]) == (["a" * 80, "c"], 1)
+    with pytest.raises(UserError, match=r"all 1 prompts are longer than 80 tokens; add a larger one to table\.writing"):
+        table.fitting(context, ["b" * 81])
+
+
+def test_prompts_go_to_the_smallest_bucket_that_holds_them():
+    assert bucketed([3, 9, 8, 1, 5], (8, 4)) == {4: [0, 3], 8: [2, 4]}

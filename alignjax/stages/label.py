@@ -100,7 +100,8 @@ class Label:
         task = context.task
         pairs = [labeling.Labeled(*pair) for chunk in chunks for pair in chunk["pairs"]]
         if not pairs:
-            raise UserError(f"{context.name}: no pair came through the filter; look at the generator's replies")
+            raise UserError(f"{context.name}: no pair came through the filter; look at the generator's replies, and "
+                            f"whether the prompts fit {context.name}.writing.buckets")  # fmt: skip
         rows = [pair._asdict() for pair in pairs]
         cut = len(rows) - int(self.held_out * len(rows))
         splits = {"train": rows[:cut], **({"held_out": rows[cut:]} if cut < len(rows) else {})}

@@ -39,7 +39,7 @@ class Tournament:
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task
         self.check_held_out(context)
-        prompts = task.source.prompts(self.split, self.prompts, context.seed)
+        prompts, too_long = self.fitting(context, task.source.prompts(self.split, self.prompts, context.seed))
         written = dict(self.write(context, prompts))
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
         tables = []
@@ -59,7 +59,16 @@ class Tournament:
         samples = [{"prompt": x, **{p: replies[p][i] for p in self.policies}} for i, x in enumerate(prompts[:8])]
         metrics.write_json(context.folder / "samples.json", samples)
         metrics.write_json(context.folder / "win_rates.json", tables)
-        return {"prompts": len(prompts)}
+        return {"prompts": len(prompts), "too_long": too_long}
+
+    def fitting(self, context: Context, prompts: Sequence[str]) -> tuple[list[str], int]:
+        """The prompts that a bucket holds, and how many are too long: nobody is asked those."""
+        encode, longest = context.policy(self.reference).tokenizer.encode, max(self.writing.buckets)
+        kept = [prompt for prompt in prompts if len(encode(prompt)) <= longest]
+        if not kept:
+            raise UserError(f"{context.name}: all {len(prompts)} prompts are longer than {longest} tokens; "
+                            f"add a larger one to {context.name}.writing.buckets")  # fmt: skip
+        return kept, len(prompts) - len(kept)
 
     def write(self, context: Context, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, list]]]:
         """Each policy's replies, kept in a file of its own, so that a resumed run does not write them again."""
@@ -70,7 +79,7 @@ class Tournament:
                 if not path.exists():
                     generate = self.writing.generator(context, context.policy(stage), reference)
                     drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
-                    columns = zip(*drawn, strict=True)
+                    columns = zip(*(reply for reply in drawn if reply), strict=True)
                     metrics.write_json(path, dict(zip(("text", "length", "kl"), map(list, columns), strict=True)))
                 bar.update()
                 yield name, json.loads(path.read_text())
