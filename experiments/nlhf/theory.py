@@ -15,10 +15,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from alignjax import report
-from alignjax.games import dynamics, game, solve, zoo
+from alignjax.games import dynamics, game, solve, text, zoo
 from alignjax.games.dynamics import Dynamic
 from alignjax.games.game import Game
 from alignjax.stages import Experiment, Finding, Study
+from alignjax.types import Prompt
 
 MU = (0.6, 0.3, 0.1)
 Claim = Callable[[np.ndarray, float, float], np.ndarray]
@@ -124,6 +125,24 @@ def sampled(tau: float, evaluations: int, records: int, batch: int, seeds: int) 
     return finding._replace(text=f"{title}\n\n{finding.text}", pictures={"kl": finding.pictures["kl"]})
 
 
+def mixtures(seeds: int, scale: float) -> Finding:
+    """How far the mixture that decoding makes, token by token, is from that of whole sequences (App. F.1): total
+    variation, and KL from the second, in a world of three tokens and length three; means over random policies."""
+    world, rows = text.completions(3, 3, eos=2), []
+    prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular(world)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(scale=scale, size=(seeds, 2, text.prefixes(world).max() + 1, 3))
+    policies = [[text.sequences(log_prob, {"logits": table}, prompt, world) for table in pair] for pair in logits]
+    for beta in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0):
+        apart = []
+        for policy, reference in policies:
+            whole, step = game.mixture(policy, reference, beta), text.step_mixture(world, policy, reference, beta, 3)
+            apart.append((0.5 * np.abs(np.exp(whole) - np.exp(step)).sum(), float(game.divergence(whole, step)[0])))
+        rows.append([beta, *map(float, np.mean(apart, 0))])
+    table = report.markdown(["beta", "total variation", "KL, nats"], [[f"{x:.3f}" for x in row] for row in rows])
+    return Finding(f"## The mixture of sequences against the mixture of tokens\n\n{table}", {}, rows)
+
+
 def examples() -> Finding:
     """The paper's worked examples: its number and ours."""
     dice, voters, elo = (np.asarray(build().p[0]) for build in (zoo.dice, zoo.voters, zoo.elo))
@@ -154,6 +173,7 @@ def get_config(evaluations: int = 20_000, records: int = 60) -> Experiment:
         task=None,
         stages={
             "examples": Study(examples),
+            "mixtures": Study(partial(mixtures, seeds=20, scale=1.0)),
             "race": Study(partial(regularised, tau=0.1, **options)),
             "discriminating": Study(partial(regularised, tau=0.01, **options)),
             "sampled": Study(partial(sampled, tau=0.1, evaluations=2000, records=records, batch=8, seeds=8)),
