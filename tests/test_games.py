@@ -135,8 +135,9 @@ def test_divergence_is_the_kl(scale):
     p, q = p / p.sum(), q / q.sum()
     exact = np.sum(p * (np.log(p) - np.log(q)))
     assert float(games.divergence(pi, other)) == pytest.approx(float(exact), rel=1e-5, abs=1e-30)
-    pure = np.log([1.0, 1e-300, 1e-300])
-    assert float(games.divergence(np.array([0.0, -np.inf, -np.inf]), pure)) == pytest.approx(0, abs=1e-12)
+    pure = np.array([0.0, -np.inf])
+    assert float(games.divergence(pure, np.log([0.5, 0.5]))) == pytest.approx(np.log(2), abs=1e-14)
+    assert float(games.divergence(pure, pure)) == 0
 
 
 def test_a_population_is_the_mean_of_its_annotators_and_scores_order_texts():
@@ -157,6 +158,15 @@ def test_random_families_are_games_and_follow_their_seed(family):
     np.testing.assert_array_equal(p, again)
     assert np.any(p != other)
     assert games.from_matrix(p).p.shape == (2, 6, 6)
+
+
+def test_rounding_in_what_is_given_is_mended_and_more_is_refused():
+    game = games.from_matrix([[0.5, 0.3 + 3e-7], [0.7, 0.5]], reference=[0.4, 0.6 + 5e-7], rho=[1 + 5e-7])
+    p = np.asarray(game.p[0])
+    np.testing.assert_array_equal(p + p.T, 1)
+    assert float(np.exp(game.log_mu).sum()) == pytest.approx(1, abs=1e-15) and float(game.rho[0]) == 1
+    with pytest.raises(UserError, match=r"P\[0, 1\]"):
+        games.from_matrix([[0.5, 0.3 + 1e-5], [0.7, 0.5]])
 
 
 @pytest.mark.parametrize(
@@ -207,6 +217,13 @@ def test_the_gap_bounds_the_distance_to_the_nash():
     for seed in range(20):
         pi = random_policy(seed, 1, 4)
         assert float(games.kl(game, pi, want[None])) <= float(games.gap(game, pi)) / (2 * 0.2)
+
+
+@pytest.mark.parametrize("tau", [None, 0.01, 0.3])
+def test_certificates_are_the_gaps_of_any_policy(tau):
+    game, pi = random_game(8, 3, 5, tau or 1.0), random_policy(9, 3, 5)
+    want = 2 * games.exploitability(game, pi) if tau is None else games.gap(game, pi)
+    assert solve.duality_gap(game, pi, tau) == pytest.approx(float(want), rel=1e-12)
 
 
 def test_the_linear_program_agrees_with_another_solver():

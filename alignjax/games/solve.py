@@ -35,7 +35,7 @@ def nash(game: Game) -> Solution:
 
     Where several policies are Nash, this is one of them. Its gap is twice its exploitability.
     """
-    rows, gaps = [], []
+    rows = []
     for a in advantage(game):
         n = len(a)
         found = optimize.linprog(
@@ -51,9 +51,21 @@ def nash(game: Game) -> Solution:
             raise UserError(f"the linear program of {n} actions was not solved ({found.message})")
         policy = np.clip(found.x[:n], 0, None)
         rows.append(policy / policy.sum())
-        gaps.append(2 * max(a @ rows[-1]))
     with np.errstate(divide="ignore"):
-        return Solution(np.log(rows), float(np.asarray(game.rho) @ gaps))
+        log_policy = np.log(rows)
+    return Solution(log_policy, duality_gap(game, log_policy))
+
+
+def duality_gap(game: Game, log_policy: np.ndarray, tau: float | None = None) -> float:
+    """max P(pi' > pi) - min P(pi > pi'): of the game regularised with ``tau``, or without regularisation.
+
+    In each context twice max A pi, or twice tau KL(pi, best response); weighted by rho.
+    """
+    miss = []
+    for a, log_mu, row in zip(advantage(game), np.asarray(game.log_mu, np.float64), log_policy, strict=True):
+        wins = a @ np.exp(row)
+        miss.append(wins.max() if tau is None else tau * divergence(row, normalise(log_mu + wins / tau)))
+    return float(2 * np.asarray(game.rho, np.float64) @ miss)
 
 
 def regularised_nash(game: Game, tau: float | None = None) -> Solution:
@@ -68,14 +80,14 @@ def regularised_nash(game: Game, tau: float | None = None) -> Solution:
     tau = float(np.asarray(game.tau)) if tau is None else tau
     if not tau > 0:
         raise UserError(f"tau={tau} must be positive; without regularisation use nash")
-    rho, logs = np.asarray(game.rho, np.float64), np.asarray(game.log_mu, np.float64)
+    logs = np.asarray(game.log_mu, np.float64)
     rows = [descend(a, normalise(log_mu), tau) for a, log_mu in zip(advantage(game), logs, strict=True)]
-    return Solution(np.stack([row for row, _ in rows]), float(2 * tau * rho @ [miss for _, miss in rows]))
+    return Solution(np.stack(rows), duality_gap(game, np.stack(rows), tau))
 
 
-def descend(a: np.ndarray, log_mu: np.ndarray, tau: float) -> tuple[np.ndarray, float]:
+def descend(a: np.ndarray, log_mu: np.ndarray, tau: float) -> np.ndarray:
     """Newton at one tau after another, from where the reference is nearly the solution down to ``tau``; there
-    it goes on to rounding. Returns (log pi, KL(pi, best response))."""
+    it goes on to rounding. Returns log pi."""
     theta, reached, target = log_mu, np.inf, max(tau, 1.0)
     while True:
         moved, miss = newton(a, log_mu, target, theta, BASIN if target > tau else 0.0)
@@ -85,7 +97,7 @@ def descend(a: np.ndarray, log_mu: np.ndarray, tau: float) -> tuple[np.ndarray, 
         if not arrived:
             target = np.sqrt(target * min(reached, 4 * target))
         elif target == tau:
-            return moved, miss
+            return moved
         else:
             theta, reached, target = moved, target, max(tau, target / 4)
 
