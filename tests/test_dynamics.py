@@ -140,6 +140,98 @@ def test_the_last_iterate_of_multiplicative_weights_does_not_converge():
     assert min(seen[200:]) > 0.1
 
 
+# --- one step, written out in probabilities as the papers do ---
+
+H, TAU, T = 0.7, 0.2, 3
+
+
+def written_out(p, pi, mu, last):
+    """name -> (dynamic, memory before the step at t = T, the policy after it); ``p(pi)`` = P(y > pi)."""
+
+    def norm(x):
+        return x / x.sum(-1, keepdims=True)
+
+    h = 2 / (TAU * (T + 2))
+    mixed = norm(pi ** (1 - h * TAU) * mu ** (h * TAU))
+    half = norm(pi ** (1 - H * TAU) * mu ** (H * TAU) * np.exp(H * p(pi)))
+    eta = 2 * TAU
+    prox = norm((mu * np.exp(p(pi) / TAU)) ** (eta / (1 + eta)) * pi ** (1 / (1 + eta)))
+    best = norm(mu * np.exp(p(pi) / TAU))
+    magnetic = norm((pi * last ** (H * TAU) * np.exp(H * p(pi))) ** (1 / (1 + H * TAU)))
+    return {
+        "nash_md": (dynamics.nash_md(dynamics.theorem_1), (), norm(mixed * np.exp(h * p(mixed)))),
+        "omd": (dynamics.omd(dynamics.theorem_1), (), norm(mixed * np.exp(h * p(pi)))),
+        "inpo": (dynamics.inpo(), (), norm(np.exp(h * p(pi)) * mu ** (TAU * h) * pi ** (1 - TAU * h))),
+        "mmd": (dynamics.mmd(H), np.log(last), magnetic),
+        "mpo": (dynamics.mmd(H, magnet_every=T + 1), np.log(last), magnetic),
+        "egpo": (dynamics.egpo(H), (), norm(pi ** (1 - H * TAU) * mu ** (H * TAU) * np.exp(H * p(half)))),
+        "nash_mp": (
+            dynamics.nash_mp(eta), (),
+            norm((mu * np.exp(p(prox) / TAU)) ** (eta / (1 + eta)) * pi ** (1 / (1 + eta))),
+        ),
+        "nash_ema": (
+            dynamics.nash_ema(H, 0.9), np.log(last),
+            norm(pi ** (1 - H * TAU) * mu ** (H * TAU) * np.exp(H * p(last))),
+        ),
+        "fictitious_play": (dynamics.fictitious_play(), (), ((T + 1) * pi + best) / (T + 2)),
+        "weights": (dynamics.multiplicative_weights(H), np.log(last), norm(pi * np.exp(H * p(pi)))),
+        "optimistic": (dynamics.optimistic_weights(H), last, norm(pi * np.exp(H * (2 * p(pi) - last)))),
+        "comal": (dynamics.comal(H, T + 1), np.log(last),
+                  norm(pi ** (1 - H * TAU) * last ** (H * TAU) * np.exp(H * p(pi)))),
+    }  # fmt: skip
+
+
+NAMES = [
+    "nash_md",
+    "omd",
+    "inpo",
+    "mmd",
+    "mpo",
+    "egpo",
+    "nash_mp",
+    "nash_ema",
+    "fictitious_play",
+    "weights",
+    "optimistic",
+    "comal",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_is_the_papers_formula(name):
+    game = random_game(11, 2, 5, TAU)
+    pi, last = np.exp(random_policy(12)), np.exp(random_policy(13))
+
+    def p(policy):
+        return np.einsum("xyz,xz->xy", game.p, policy)
+
+    dynamic, memory, want = written_out(p, pi, np.exp(game.log_mu), last)[name]
+    asked = []
+    state = dynamics.State(jnp.int32(T), np.log(pi), memory, jnp.int32(0))
+    wins = lambda opponent, call=0: (asked.append(call), games.wins(game, opponent))[1]  # noqa: E731
+    after = dynamics.step(dynamic, state, game, wins)
+    np.testing.assert_allclose(np.exp(after.policy), want, rtol=1e-10)
+    assert asked == list(range(dynamic.evaluations)) and int(after.evaluations) == len(asked)
+    if name in ("mpo", "comal"):  # the step before a multiple: the reference moves
+        np.testing.assert_allclose(after.memory, after.policy)
+    if name == "mmd":
+        np.testing.assert_allclose(after.memory, np.log(last))
+    if name == "nash_ema":
+        average = np.exp(0.1 * after.policy + 0.9 * np.log(last))
+        np.testing.assert_allclose(np.exp(after.memory), average / average.sum(-1, keepdims=True), rtol=1e-10)
+    if name == "weights":  # the average counts pi_0 ... pi_t alike
+        np.testing.assert_allclose(np.exp(after.memory), ((T + 1) * last + pi) / (T + 2), rtol=1e-10)
+    if name == "optimistic":
+        np.testing.assert_allclose(after.memory, p(pi))
+
+
+def test_the_first_optimistic_step_has_no_forecast():
+    game = random_game(11, 2, 5, TAU)
+    optimistic, plain = dynamics.optimistic_weights(H), dynamics.multiplicative_weights(H)
+    one, two = (dynamics.step(d, dynamics.init(d, game), game).policy for d in (optimistic, plain))
+    np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
 # --- rates ---
 
 

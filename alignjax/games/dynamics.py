@@ -194,7 +194,7 @@ def fictitious_play() -> Dynamic:
 
     def move(wins: Wins, game: Game, t: Array, policy: Array, memory: Any) -> tuple[Array, Any]:
         answer = normalise(game.log_mu + wins(policy) / game.tau)
-        weight = 1 / (t + 2)  # the reference counts as the first play
+        weight = 1 / (t + 2).astype(policy.dtype)  # the reference counts as the first play
         return normalise(jnp.logaddexp(policy + jnp.log1p(-weight), answer + jnp.log(weight))), memory
 
     return Dynamic(nothing, move)
@@ -210,7 +210,7 @@ def multiplicative_weights(h: float | Schedule) -> Dynamic:
     """
 
     def move(wins: Wins, game: Game, t: Array, policy: Array, average: Array) -> tuple[Array, Array]:
-        weight = 1 / (t + 2)
+        weight = 1 / (t + 2).astype(policy.dtype)
         average = normalise(jnp.logaddexp(average + jnp.log1p(-weight), policy + jnp.log(weight)))
         return mirror(policy, size(h, t, game.tau), wins(policy)), average
 
