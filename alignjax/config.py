@@ -34,7 +34,11 @@ def load(path: str | Path, settings: Mapping[str, str]) -> Any:
     if get_config is None:
         raise UserError(f"{path} defines no get_config(); it must return an Experiment")
     parameters = inspect.signature(get_config).parameters
-    arguments = {name: parse(value) for name, value in settings.items() if name in parameters}
+    arguments = {
+        name: parse(text) if parameters[name].default is inspect.Parameter.empty
+        else coerce(name, text, parameters[name].default)
+        for name, text in settings.items() if name in parameters
+    }  # fmt: skip
     named = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
@@ -136,6 +140,8 @@ def override(tree: Any, settings: Mapping[str, str]) -> Any:
 def coerce(path: str, text: str, old: Any) -> Any:
     """The text as a value of the old one's type. Raises UserError when it is another."""
     value = parse(text)
+    if isinstance(old, bool) and text.lower() in ("true", "false"):
+        value = text.lower() == "true"
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(old, str) and not isinstance(value, str):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from alignjax.runtime.metrics import read_metrics, write_atomic
+from alignjax.runtime.metrics import read_json, read_metrics, write_atomic
 
 CURVES = ("nll", "loss", "accuracy", "preference", "kl", "objective", "length")
 
@@ -17,10 +16,10 @@ CURVES = ("nll", "loss", "accuracy", "preference", "kl", "objective", "length")
 def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
     """Writes ``report.md``, one heat map a judge and ``curves.png``; returns the tables as text. What a stage
     left as ``section.md`` is part of both."""
-    tournaments = [name for name in records if (workdir / name / "win_rates.json").exists()]
+    tournaments = [name for name, record in records.items() if record["config"]["kind"] == "Tournament"]
     sections, shown = [f"# {workdir.name}\n"], []
     for name in tournaments:
-        for table in json.loads((workdir / name / "win_rates.json").read_text()):
+        for table in read_json(workdir / name / "win_rates.json"):
             text = win_table(table)
             picture = f"{name}-{table['judge']}.png"
             heat_map(workdir / picture, table)
@@ -31,7 +30,7 @@ def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
             sections.append(section.read_text())
             shown.append("\n".join(line for line in sections[-1].splitlines() if not line.startswith("![")))
     for name in tournaments:
-        sections.append(side_by_side(json.loads((workdir / name / "samples.json").read_text())))
+        sections.append(side_by_side(read_json(workdir / name / "samples.json")))
     if curves(workdir / "curves.png", workdir, list(records)):
         sections.append("## Training\n\n![training curves](curves.png)\n")
     sections += [figures_table(records), time_table(records)]

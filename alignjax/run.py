@@ -126,7 +126,7 @@ def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = F
             print(f"{name}: finished before", file=sys.stderr)
             continue
         for source in stage.inputs():
-            if read_record(workdir / source).get("fingerprint") != resolved(experiment, source)["fingerprint"]:
+            if not is_finished(experiment, workdir, source):
                 raise UserError(f"stage {name!r} needs {source!r}, which is not finished in {workdir}; run it first")
         figures, seconds = stages.timed(stage, context)
         spent = read_record(context.folder).get("seconds", 0.0) + seconds
@@ -134,8 +134,14 @@ def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = F
         shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
         told = ", ".join(f"{k} {v:.3g}" for k, v in flat(figures).items() if isinstance(v, int | float))
         print(f"{name}: {seconds:.1f} s; {told}", file=sys.stderr)
-    if all(read_record(workdir / name).get("finished") for name in names):
+    if all(is_finished(experiment, workdir, name) for name in names):
         show_report(experiment, workdir)
+
+
+def is_finished(experiment: Any, workdir: Path, name: str) -> bool:
+    """With this very configuration."""
+    record = read_record(workdir / name)
+    return bool(record.get("finished")) and record.get("fingerprint") == resolved(experiment, name)["fingerprint"]
 
 
 def keep_compiled(folder: Path) -> None:
@@ -208,13 +214,15 @@ def difference(found: dict[str, Any], record: dict[str, Any]) -> str:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """A stage's record, empty when there is none. Raises UserError when it is damaged."""
+    from alignjax.runtime import metrics
+
     path = folder / RECORD
     if not path.exists():
         return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError:
-        raise UserError(f"{path} is damaged; remove {folder} to make the stage again") from None
+    record = metrics.read_json(path)
+    if not isinstance(record, dict):
+        raise UserError(f"{path} is damaged; remove {folder} to make the stage again")
+    return record
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -240,8 +248,14 @@ def show_report(experiment: Any, workdir: Path) -> None:
     """Writes WORKDIR/report.md with its pictures and prints the tables."""
     from alignjax import report
 
+    for name in experiment.stages:
+        if not is_finished(experiment, workdir, name):
+            found = read_record(workdir / name)
+            what = (
+                f"was made with {difference(found, resolved(experiment, name))}"
+                if found.get("finished")
+                else ("is not finished")
+            )
+            raise UserError(f"stage {name!r} in {workdir} {what}; run the experiment first")
     records = {name: read_record(workdir / name) for name in experiment.stages}
-    missing = [name for name, record in records.items() if not record.get("finished")]
-    if missing:
-        raise UserError(f"stage {missing[0]!r} is not finished in {workdir}; run the experiment first")
     print(report.write(workdir, records))

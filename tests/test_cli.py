@@ -116,6 +116,33 @@ def test_redo_makes_a_changed_stage_again(moment, tmp_path):
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 2]
 
 
+def test_a_stage_that_was_only_begun_is_no_input(capfd, moment, tmp_path):
+    shutil.copytree(moment, tmp_path / "w")
+    record = tmp_path / "w" / "base" / "stage.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "finished": False}))
+    argv = ["run", QUICKSTART, "--workdir", str(tmp_path / "w"), "--only", "pairs", *settings(*MOMENT)]
+    assert "needs 'base', which is not finished" in refused(capfd, *argv)
+    record.write_text("[]")
+    assert "stage.json is damaged" in refused(capfd, *argv)
+
+
+def test_a_table_is_of_the_very_configuration_and_its_files_whole(capfd, tmp_path):
+    study = EXPERIMENTS / "nlhf" / "diversity.py"
+    argv = ["run", str(study), "--workdir", str(tmp_path), *settings("diversity.function.points=3")]
+    assert main(argv) == 0
+    assert main(["table", *argv[1:]]) == 0 and "Bradley-Terry" in capfd.readouterr().out
+    told = refused(capfd, "table", *argv[1:4], *settings("diversity.function.points=4"))
+    assert "was made with function.points=3, now 4" in told
+    record = tmp_path / "diversity" / "stage.json"
+    tournament = json.loads(record.read_text())
+    tournament["config"]["kind"] = "Tournament"
+    record.write_text(json.dumps(tournament))
+    for text in (None, "{"):
+        if text:
+            (tmp_path / "diversity" / "win_rates.json").write_text(text)
+        assert "win_rates.json is missing or damaged" in refused(capfd, "table", *argv[1:])
+
+
 @pytest.mark.parametrize("part", ["params", "model.json", "tokenizer", "stage.json"])
 def test_a_damaged_result_is_named(capfd, moment, tmp_path, part):
     shutil.copytree(moment, tmp_path / "w")

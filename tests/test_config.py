@@ -248,3 +248,14 @@ def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / "base" / run.RECORD).write_text('{"finger')
     with refused(str(tmp_path / "base" / run.RECORD), "damaged"):
         run.read_record(tmp_path / "base")
+
+
+@pytest.mark.parametrize(("text", "value"), [("false", False), ("FALSE", False), ("true", True), ("True", True)])
+def test_a_parameter_of_get_config_has_its_defaults_type(file, text, value):
+    path = file("def get_config(small: bool = False, size: int = 3):\n    return {'small': small, 'size': size}\n")
+    assert config.load(path, {"small": text}) == {"small": value, "size": 3}
+    assert config.override({"small": not value}, {"small": text}) == {"small": value}
+    with refused("small='no' is not a bool"):
+        config.load(path, {"small": "no"})
+    with refused("size='x' is not a int"):
+        config.load(path, {"size": "x"})

@@ -103,6 +103,8 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
     """Rows of a split as text and floats. Raises UserError when the dataset is missing or damaged."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
     try:
         source = tfds.data_source("pairs", split=split, data_dir=str(folder))
         rows = [source[i] for i in range(len(source))]
