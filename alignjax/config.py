@@ -133,7 +133,11 @@ def override(tree: Any, settings: Mapping[str, str]) -> Any:
             near += [n for n in short if n.rsplit(".", 1)[-1] == path.rsplit(".", 1)[-1]][:3]
             hint = f"did you mean {', '.join(dict.fromkeys(near))}?" if near else "see run FILE --help for the names"
             raise UserError(f"unknown field {path!r}; {hint}")
-        tree = replace_at(tree, full.split("."), coerce(path, text, known[full]))
+        value = coerce(path, text, known[full])
+        try:
+            tree = replace_at(tree, full.split("."), value)
+        except ValueError as error:  # what a dataclass says of its own fields
+            raise UserError(f"{path}={text}: {one_line(error)}") from error
     return tree
 
 
@@ -156,10 +160,7 @@ def replace_at(node: Any, names: list[str], value: Any) -> Any:
         return value
     # Path parts may themselves hold dots only in dict keys, which stage names may not.
     child = (children(node) or {})[names[0]]
-    try:
-        return with_child(node, names[0], replace_at(child, names[1:], value))
-    except ValueError as error:
-        raise UserError(one_line(error)) from error
+    return with_child(node, names[0], replace_at(child, names[1:], value))
 
 
 def describe(node: Any) -> Any:

@@ -5,13 +5,15 @@ Nash-MD's opponent is such a process, made of two: the sampler never learns that
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alignjax.types import Array, Completion, Key, Step
+from alignjax.types import TINY, Array, Completion, Key, Step, in_range
 
 
 class Process(NamedTuple):
@@ -22,12 +24,17 @@ class Process(NamedTuple):
     logits: Array  # [B, V]
 
 
-class Sampling(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Sampling:
     """How tokens are drawn; the defaults sample the process itself."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0  # keep the fewest most likely tokens whose mass reaches top_p
+
+    def __post_init__(self) -> None:
+        in_range(self, 0, math.inf, "temperature", "top_k")
+        in_range(self, TINY, 1, "top_p")
 
 
 class Sample(NamedTuple):

@@ -96,6 +96,10 @@ def by_oracle(
 ) -> tuple[list[Labeled], int]:
     """Two answers to the plain prompt, labelled by one of the task's oracles as an annotator who errs with
     probability ``error``; ties are left out. With error 0 this is the truth that models are held to."""
+    if oracle not in task.oracles:
+        raise UserError(f"task {task.name!r} has no oracle {oracle!r}; it has {', '.join(task.oracles)}")
+    if not 0 <= error <= 1:
+        raise UserError(f"error={error} is no probability; choose one from 0 to 1")
     (first, tries), (second, more) = (filtered(generate, task.clean, prompts, numbers, i, attempts) for i in range(2))
     labeled = []
     for x, y, z, number in zip(prompts, first, second, numbers, strict=True):

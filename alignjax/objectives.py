@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from alignjax.types import Array, Key, LogProb, Metrics, Pair, Params, PreferenceLogit, Rollout
+from alignjax.types import Array, Key, LogProb, Metrics, Pair, Params, PreferenceLogit, Rollout, UserError
 
 
 def sequence_sum(per_token: Array, mask: Array) -> Array:
@@ -49,6 +49,8 @@ def nash_md(params: Params, rollout: Rollout, key: Key, *, log_prob: LogProb, ta
     averaged over the batch. 1/2 is the baseline P(y > y); y' carries no gradient; the log-ratio is the
     sampled one, and a token is answerable for the KL from its own place on (reward-to-go).
     """
+    if not tau >= 0:
+        raise UserError(f"tau={tau} must not be negative")
     mask = rollout.y.mask
     logp = log_prob(params, rollout.prompt, rollout.y)
     ratio = jnp.where(mask, lax.stop_gradient(logp) - rollout.ref_logp, 0.0)

@@ -12,7 +12,7 @@ from jax import lax
 from alignjax.decoding import Process, Sample, geometric_mixture, sample
 from alignjax.models.transformer import Model
 from alignjax.preference import probability
-from alignjax.types import Array, Batch, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout
+from alignjax.types import Array, Batch, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout, UserError
 
 Opponent = Callable[[Callable[[Params], Process], Params, Params, Params], Process]
 """(start, policy, reference, average) -> the process that answers; ``start(params)`` prefills a prompt."""
@@ -20,6 +20,8 @@ Opponent = Callable[[Callable[[Params], Process], Params, Params, Params], Proce
 
 def mixture(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params, *, beta: float):
     """Nash-MD's opponent pi^(1-beta) mu^beta (2312.00886, Eq. 15); beta 0 is self-play, 1 the reference."""
+    if not 0 <= beta <= 1:
+        raise UserError(f"beta={beta} is no weight of the reference; choose one from 0 to 1")
     return geometric_mixture(start(policy), start(reference), beta)
 
 

@@ -14,6 +14,16 @@ class UserError(ValueError):
     """Something the user can mend. The message is one line that names the thing and the mend."""
 
 
+def in_range(node: Any, low: float, high: float, *names: str) -> None:
+    """Raises UserError when one of the node's fields, or a part of a tuple, is no number in [low, high]."""
+    for name in names:
+        value = getattr(node, name)
+        if value == () or not all(low <= part <= high for part in (value if isinstance(value, tuple) else (value,))):
+            raise UserError(f"{type(node).__name__}.{name}={value} must be in [{low:g}, {high:g}]")
+
+
+TINY = 1e-12  # the least of what must be positive
+
 Params = dict[str, Any]
 """Nested dict of arrays."""
 Key = jax.Array

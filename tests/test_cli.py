@@ -60,6 +60,17 @@ def test_a_wrong_word_is_named_with_its_mend(capfd, tmp_path, argv, told):
         ("base.model.kv_heads=3", "is not a multiple of kv_heads"),
         ("base.model.remat=some", "choose one of none, dots, full"),
         ("base.loop.batch=100000", "do not fill one batch"),
+        ("base.loop.batch=0", "base.loop.batch=0: Loop.batch=0 must be in [1, inf]"),
+        ("base.loop.log_every=0", "Loop.log_every=0 must be"),
+        ("base.adam.lr=-1.0", "Adam.lr=-1.0 must be in [0, inf]"),
+        ("base.adam.b1=2.0", "Adam.b1=2.0 must be in [0, 1]"),
+        ("base.model.width=0", "TransformerConfig.width=0 must be"),
+        ("task.source.two_turns=3.0", "World.two_turns=3.0 must be in [0, 1]"),
+        ("pairs.prompts=-3", "Label.prompts=-3 must be"),
+        ("pairs.writing.buckets.0=-3", "Writing.buckets=(-3, 104) must be"),
+        ("pairs.writing.sampling.top_p=0.0", "Sampling.top_p=0.0 must be"),
+        ("pairs.writing.max_new_tokens=0", "Writing.max_new_tokens=0 must be"),
+        ("table.prompts=0", "Tournament.prompts=0 must be"),
     ],
 )
 def test_a_value_that_cannot_work_is_named(capfd, tmp_path, change, told):

@@ -54,6 +54,8 @@ def another(value):
     """A text that parses to another value of the same type."""
     if isinstance(value, bool):
         return str(not value)
+    if isinstance(value, float):
+        return repr(value / 2 or 0.25)
     if isinstance(value, int | float):
         return repr(value - 1 if value > 1 else value + 1)
     return "0.25" if value is None else f"{value}-other"

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives
-from alignjax.types import Completion, Pair, Prompt, Rollout
+from alignjax import objectives, rollout
+from alignjax.types import Completion, Pair, Prompt, Rollout, UserError
 
 COMPLETIONS = np.array(list(itertools.product((0, 1), repeat=2)), np.int32)  # [4, 2]
 TAU = 0.3
@@ -67,8 +67,8 @@ def expected_gradient(objective, params, reference, opponent):
     def one(y, other):
         prompt, completion = everything(COMPLETIONS[y][None])
         ref = log_prob(reference, prompt, completion)
-        rollout = Rollout(prompt, completion, completion, preference()[y, other][None], ref)
-        return jax.grad(lambda p: objective(p, rollout, None, log_prob=log_prob, tau=TAU)[0])(params)
+        seen = Rollout(prompt, completion, completion, preference()[y, other][None], ref)
+        return jax.grad(lambda p: objective(p, seen, None, log_prob=log_prob, tau=TAU)[0])(params)
 
     total = jax.tree.map(jnp.zeros_like, params)
     for y, other in itertools.product(range(4), repeat=2):
@@ -155,3 +155,11 @@ def test_next_token_is_the_mean_over_real_tokens():
     logp = jnp.array([[-1.0, -2.0, -50.0], [-3.0, -50.0, -50.0]])
     mask = jnp.array([[True, True, False], [True, False, False]])
     assert objectives.next_token(logp, mask)[0] == 2.0
+
+
+def test_a_negative_tau_and_a_beta_that_is_no_weight_are_refused():
+    with pytest.raises(UserError, match="tau=-1 must not be negative"):
+        objectives.nash_md({}, None, None, log_prob=None, tau=-1)
+    for beta in (-0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="is no weight of the reference"):
+            rollout.mixture(lambda params: None, {}, {}, {}, beta=beta)

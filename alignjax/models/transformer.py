@@ -8,6 +8,7 @@ Shape letters: B rows, T tokens, S cache slots, D width, H query heads, K key/va
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from flax import nnx
 from jax import lax
 
 from alignjax.models.functional import functional
-from alignjax.types import Array, Completion, Key, Params, Prompt, Rules, UserError
+from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, UserError, in_range
 
 P = jax.sharding.PartitionSpec
 
@@ -45,6 +46,10 @@ class TransformerConfig:
     initializer_range: float = 0.02
     compute_dtype: str = "float32"  # parameters stay float32; "bfloat16" casts inside the step
     remat: str = "none"  # a key of REMAT_POLICIES
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden")
+        in_range(self, TINY, math.inf, "rope_theta", "norm_eps")
 
 
 class Cache(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from alignjax.stages.experiment import Context, Network
 from alignjax.stages.label import PAIR_DATA
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.tasks.task import Task
-from alignjax.types import Array, Key, Metrics, Pair, Params, UserError
+from alignjax.types import Array, Key, Metrics, Pair, Params, UserError, in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class FitPreference:
     response: int  # most tokens of a response
     form: Callable[..., preference.Preference] = preference.pairwise  # or bradley_terry
     truth: str | None = None  # a Label stage to be measured on: its pairs are never trained on
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "buckets", "response")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.pairs, *([self.truth] if self.truth else []))

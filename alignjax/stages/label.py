@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,7 @@ from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_tok
 from alignjax.runtime import data, metrics, sharding
 from alignjax.stages.experiment import Context, Network
 from alignjax.tasks.task import Task
-from alignjax.types import UserError
+from alignjax.types import TINY, UserError, in_range
 
 PAIR_DATA = "data"
 
@@ -30,6 +31,9 @@ class Writing:
     buckets: tuple[int, ...]  # prompt lengths in tokens that are compiled for
     batch: int
     sampling: Sampling = Sampling()
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "max_new_tokens", "buckets", "batch")
 
     def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
@@ -71,12 +75,14 @@ class Label:
     writing: Writing
     held_out: float = 0.0  # share of the pairs that goes to the split "held_out"
 
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "prompts")
+        in_range(self, 0, 1 - TINY, "held_out")
+
     def inputs(self) -> tuple[str, ...]:
         return (self.generator,)
 
     def run(self, context: Context) -> dict[str, Any]:
-        if not 0 <= self.held_out < 1:
-            raise UserError(f"{context.name}.held_out={self.held_out} is not a share; choose one from 0 up to 1")
         task, policy = context.task, context.policy(self.generator)
         prompts = task.source.prompts(self.split, self.prompts, context.seed)
         generate = self.writing.generator(context, policy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from alignjax.runtime import data
 from alignjax.stages.experiment import Context
 from alignjax.stages.label import stop_tokens, unseen_stops
 from alignjax.stages.training import Adam, Loop, run_loop
-from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError
+from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Optimise:
     max_new_tokens: int
     average_decay: float | None = None  # of the weights' moving average, for rollout.moving_average
     unfinished_loses: bool = True
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "prompts", "buckets", "max_new_tokens")
+        if self.average_decay is not None:
+            in_range(self, 0, 1, "average_decay")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.reference, self.preference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from alignjax.models.transformer import TransformerConfig, transformer
 from alignjax.runtime import data
 from alignjax.stages.experiment import Context
 from alignjax.stages.training import Adam, Loop, run_loop
-from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError
+from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Pretrain:
     adam: Adam
     loop: Loop
     tokenizer_documents: int = 4000
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "documents", "row", "tokenizer_documents")
 
     def inputs(self) -> tuple[str, ...]:
         return ()

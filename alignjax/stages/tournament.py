@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from alignjax.runtime import metrics, sharding
 from alignjax.stages.experiment import Context, ancestors
 from alignjax.stages.label import Writing
 from alignjax.stages.optimise import Optimise
-from alignjax.types import UserError
+from alignjax.types import UserError, in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Tournament:
     prompts: int
     writing: Writing
     split: str = "test"
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "prompts")
 
     def inputs(self) -> tuple[str, ...]:
         return (*self.policies.values(), self.reference, *self.model_judges().values())

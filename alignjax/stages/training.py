@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import optax
 from alignjax.runtime import data, metrics, sharding, train
 from alignjax.runtime.checkpoint import Checkpointer
 from alignjax.stages.experiment import Context
-from alignjax.types import Array, Batch, Metrics, Params, Rules, UserError
+from alignjax.types import TINY, Array, Batch, Metrics, Params, Rules, UserError, in_range
 
 SHOWN = ("nll", "loss", "accuracy", "preference", "kl", "length")  # beside a progress bar
 
@@ -29,6 +30,11 @@ class Adam:
     b2: float = 0.98
     eps: float = 1e-8
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range(self, 0, math.inf, "lr", "warmup", "weight_decay")
+        in_range(self, TINY, math.inf, "clip", "eps")
+        in_range(self, 0, 1 - TINY, "b1", "b2")
 
     def build(self, steps: int) -> optax.GradientTransformation:
         if self.schedule not in ("cosine", "constant"):
@@ -52,6 +58,9 @@ class Loop:
     accumulate: int = 1
     log_every: int = 10
     save_every: int = 100
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "steps", "batch", "accumulate", "log_every", "save_every")
 
 
 def run_loop(

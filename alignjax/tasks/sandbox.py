@@ -21,7 +21,7 @@ import numpy as np
 
 from alignjax.labeling import clean_reply, contrast_dialogue
 from alignjax.tasks.task import Affixes, Format, Oracle, Task, Template, oracle_from_score
-from alignjax.types import UserError
+from alignjax.types import UserError, in_range
 
 NOUNS = (
     "garden", "bicycle", "kitchen", "roof", "cat", "neighbour", "exam", "guitar", "car", "speech",
@@ -102,6 +102,8 @@ class World:
     def __post_init__(self) -> None:
         if not (1 <= self.nouns <= len(NOUNS) and 1 <= self.verbs <= len(VERBS)):
             raise UserError(f"a World has 1 to {len(NOUNS)} nouns and 1 to {len(VERBS)} verbs")
+        in_range(self, 0, 20, "sharpness", "mean_gap")
+        in_range(self, 0, 1, "two_turns", "affixed", "rater", "rater_error")
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
         return prompts(self, split, count, seed)
@@ -165,6 +167,9 @@ def draw_affix(world: World, rng: np.random.Generator) -> tuple[str, dict[str, f
     return f" {pair[side]}", {attribute: world.mean_gap * (0.5 - side)}
 
 
+SPLITS = ("train", "validation", "test")
+
+
 def in_split(text: str, split: str) -> bool:
     """Questions are dealt by their hash: 80% train, 10% validation, 10% test."""
     tenth = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10
@@ -173,6 +178,8 @@ def in_split(text: str, split: str) -> bool:
 
 def prompts(world: World, split: str, count: int, seed: int) -> list[str]:
     """Distinct plain prompts, every question of theirs from the split."""
+    if split not in SPLITS:
+        raise UserError(f"the sandbox has no split {split!r}; it has {', '.join(SPLITS)}")
     rng, seen = np.random.default_rng((seed, len(split))), dict[str, None]()
     for _ in range(20 * count + 1000):
         if len(seen) == count:

@@ -50,7 +50,10 @@ class Openings:
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
         """Openings of the split, shuffled by the seed; all of them when there are fewer than ``count``."""
-        found = list(dict.fromkeys(read_openings(self.path)[split]))
+        splits = read_openings(self.path)
+        if split not in splits:
+            raise UserError(f"stories have no split {split!r}; they have {', '.join(splits)}")
+        found = list(dict.fromkeys(splits[split]))
         return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
 
     def corpus(self, count: int, seed: int) -> Sequence[str]:
