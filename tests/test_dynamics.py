@@ -52,8 +52,8 @@ def slack_of_one_step(game, nash, key):
 @pytest.mark.parametrize(("contexts", "actions", "count"), [(1, 3, 120), (3, 6, 100)])
 def test_theorem_1_in_over_a_thousand_games(contexts, actions, count):
     """KL(pi*, pi_{t+1}) <= (1 - h tau) KL(pi*, pi_t) + 2 h^2 along the theorem's step sizes and from random
-    policies with random ones; KL(pi*, pi_T) <= 8 / (tau^2 (T + 1)). In 600 + 500 games, a quarter at each tau; the smallest slack is 4.8e-3 along the theorem's steps, 1.3e-3 from
-    anywhere and .195 for the bound."""
+    policies with random ones; KL(pi*, pi_T) <= 8 / (tau^2 (T + 1)). In 600 + 500 games, a quarter at each tau.
+    The smallest slack: 4.8e-3 along the theorem's steps, 1.3e-3 from anywhere, .195 of the bound."""
     batch, nash = theorem_games(contexts, actions, count)
     tau = np.asarray(batch.tau)[:, None]
     md = dynamics.nash_md(dynamics.theorem_1)
