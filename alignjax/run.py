@@ -25,7 +25,7 @@ NOT_SCIENCE = {"log_every", "save_every"}  # fields that change no result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can mend, 130 when interrupted."""
+    """Returns the exit status: 0, or 2 for what the user can mend; ends the process with 130 when interrupted."""
     arguments = parser().parse_args(argv)
     try:
         settings = dict(split_setting(text) for text in arguments.set)
@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\nalignjax: interrupted; the same command goes on from the last save", file=sys.stderr)
-        return 130
+        sys.stderr.flush()
+        os._exit(130)  # a tidy exit would take the interpreter from under threads at work, which can crash
 
 
 def parser() -> argparse.ArgumentParser:
