@@ -12,7 +12,7 @@ install: $(VENV)/installed
 $(VENV)/installed: setup.cfg pyproject.toml requirements.lock
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable ".[test,stories]"
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable ".[test,stories]"
 	touch $@
 
 quickstart: install

@@ -10,7 +10,28 @@ from matplotlib.figure import Figure
 
 from alignjax.runtime.metrics import read_json, read_metrics, write_atomic
 
-CURVES = ("nll", "loss", "accuracy", "preference", "kl", "objective", "length")
+CURVES = {  # metric -> what a panel shows
+    "nll": "nats a token of text",
+    "loss": "cross-entropy, nats a pair",
+    "accuracy": "share of labels that the preference model agrees with",
+    "preference": "P(y > opponent's y'); the opponent may move with the policy, so that a good one can stay near 1/2",
+    "kl": "of the policy to the reference, nats a reply, from its samples",
+    "objective": "what Nash-MD maximises: preference - tau * kl",
+    "length": "tokens a reply",
+}
+MEANINGS = {  # figure -> what it says
+    "documents": "packed into rows",
+    "too long": "left out: longer than a row or than every bucket",
+    "pairs": "kept",
+    "dropped": "prompts without a pair: refused by the filter to the last try, or too long",
+    "tries per prompt": "replies drawn for a prompt, both sides together",
+    "oracle ties": "share of the pairs that the task's oracle calls equal",
+    "label accuracy": "share of the labels that the oracle agrees with, where it does not tie",
+    "held out accuracy": "share of held-out labels that the preference model agrees with",
+    "held out calibration error": "mean gap between its probabilities and the labels, ten bins",
+    "held out cross entropy": "nats a pair",
+    "held out n": "held-out pairs",
+}
 
 
 def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
@@ -20,7 +41,7 @@ def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
     sections, shown = [f"# {workdir.name}\n"], []
     for name in tournaments:
         for table in read_json(workdir / name / "win_rates.json"):
-            text = win_table(table)
+            text = win_table(table, records[name]["config"])
             picture = f"{name}-{table['judge']}.png"
             heat_map(workdir / picture, table)
             shown.append(text)
@@ -32,7 +53,8 @@ def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
     for name in tournaments:
         sections.append(side_by_side(read_json(workdir / name / "samples.json")))
     if curves(workdir / "curves.png", workdir, list(records)):
-        sections.append("## Training\n\n![training curves](curves.png)\n")
+        legend = "\n".join(f"- {metric}: {words}" for metric, words in CURVES.items())
+        sections.append(f"## Training\n\n![training curves](curves.png)\n\n{legend}\n")
     sections += [figures_table(records), time_table(records)]
     write_atomic(workdir / "report.md", "\n".join(sections))
     return "\n".join([*shown, f"report: {workdir / 'report.md'}"])
@@ -46,9 +68,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def win_table(table: Mapping[str, Any]) -> str:
+def win_table(table: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Row beats column, with the 95% interval; then each policy's length, KL and score."""
-    names = table["policies"]
+    names, judge = table["policies"], table["judge"]
     rows = []
     for i, name in enumerate(names):
         cells = [
@@ -57,9 +79,15 @@ def win_table(table: Mapping[str, Any]) -> str:
         ]
         measures = [table["mean_length"][i], table["kl_to_reference"][i], table["mean_score"][i]]
         rows.append([name, *cells, *map(two_digits, measures)])
-    header = [f"{table['judge']} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
-    note = "In brackets: 95% Clopper-Pearson over prompts, ties 1/2; a judge's own errors are not in it.\n"
-    return f"## Win rate of row over column, judge: {table['judge']}\n\n{markdown(header, rows)}\n{note}"
+    header = [f"{judge} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
+    source = config["judges"][judge]
+    who = "the task's exact oracle" if source.startswith("oracle:") else f"the preference model of stage {source}"
+    note = (
+        f"The judge is {who}. In brackets: 95% Clopper-Pearson over the n prompts, ties 1/2; a judge's own\n"
+        f"errors are not in it. Of the row's replies: mean tokens; mean log-ratio to {config['reference']}, which\n"
+        "estimates the KL; the task's own score, higher is better.\n"
+    )
+    return f"## Win rate of row over column, judge: {judge}\n\n{markdown(header, rows)}\n{note}"
 
 
 def two_digits(value: float | None) -> str:
@@ -121,8 +149,9 @@ def figures_table(records: Mapping[str, Mapping[str, Any]]) -> str:
             inner = value.items() if isinstance(value, Mapping) else [("", value)]
             for part, number in inner:
                 text = f"{number:.4g}" if isinstance(number, float) else str(number)
-                rows.append([name, f"{figure} {part}".strip().replace("_", " "), text])
-    return f"## Figures\n\n{markdown(['stage', 'figure', 'value'], rows)}" if rows else ""
+                what = f"{figure} {part}".strip().replace("_", " ")
+                rows.append([name, what, text, MEANINGS.get(what, "")])
+    return f"## Figures\n\n{markdown(['stage', 'figure', 'value', 'meaning'], rows)}" if rows else ""
 
 
 def time_table(records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import hashlib
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ NOT_SCIENCE = {"log_every", "save_every"}  # fields that change no result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for what the user can mend; ends the process with 130 when interrupted."""
+    """Returns the exit status: 0, or 2 for what the user can mend."""
     arguments = parser().parse_args(argv)
     try:
         settings = dict(split_setting(text) for text in arguments.set)
@@ -42,10 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"alignjax: {where}{error.strerror or config.one_line(error)}; mend that and run again", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nalignjax: interrupted; the same command goes on from the last save", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(130)  # a tidy exit would take the interpreter from under threads at work, which can crash
 
 
 def parser() -> argparse.ArgumentParser:
@@ -58,13 +57,14 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=words, description=words, add_help=False)
         sub.add_argument("file", metavar="FILE", help="an experiment: a Python file with get_config()")
         sub.add_argument("-h", "--help", action="store_true", help="show what the experiment file can set")
-        sub.add_argument("--workdir", type=Path, metavar="W", help="where everything is written")
+        sub.add_argument("--workdir", metavar="W", help="where everything is written")
         sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
-        sub.add_argument(
-            "--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable"
-        )
-        sub.add_argument("--redo", action="store_true", help="make stages again whose configuration has changed")
-        sub.set_defaults(command=command, usage=sub.format_help())
+        if command is run_command:
+            sub.add_argument(
+                "--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable"
+            )
+            sub.add_argument("--redo", action="store_true", help="make stages again whose configuration has changed")
+        sub.set_defaults(command=command)
     return top
 
 
@@ -76,38 +76,62 @@ def split_setting(text: str) -> tuple[str, str]:
 
 
 def show_leaves(path: str, settings: Mapping[str, str]) -> int:
-    """Prints every leaf of an experiment with its value."""
-    experiment = config.load(path, settings)
+    """Prints what an experiment file says of itself and all that ``--set`` can change in it."""
+    get_config = config.get_config_of(path)
     print(f"usage: alignjax run {path} --workdir W [--set PATH=VALUE ...] [--only NAME ...] [--redo]\n")
-    print("What --set can change, and its value now:")
-    for name, value in config.leaves(experiment):
+    if words := get_config.__globals__.get("__doc__"):
+        print(f"{words.strip()}\n")
+    parameters = inspect.signature(get_config).parameters.values()
+    if parameters:
+        print("What --set gives to the file, and what it is without:")
+        for p in parameters:
+            print(f"  {p.name}" + (" must be given" if p.default is p.empty else f" = {p.default!r}"))
+        print()
+    missing = [name for name in config.required(get_config) if name not in settings]
+    if missing:
+        print(f"What else can be set is shown when {' and '.join(missing)} are given with --help." if len(missing) > 1
+              else f"What else can be set is shown when {missing[0]} is given with --help.")  # fmt: skip
+        return 0
+    print("What else --set can change, and its value now:")
+    for name, value in config.leaves(load_experiment(path, settings)):
         print(f"  {name.removeprefix('stages.')} = {value!r}")
     return 0
 
 
+def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
+    """Raises UserError when the file makes no experiment."""
+    from alignjax.stages import Experiment
+
+    experiment = config.load(path, settings)
+    if not isinstance(experiment, Experiment):
+        kind = type(experiment).__name__
+        raise UserError(f"{path}: get_config() returned a {kind}; it must return an alignjax.stages.Experiment")
+    return experiment
+
+
 def run_command(arguments: argparse.Namespace, settings: Mapping[str, str]) -> int:
-    experiment = config.load(arguments.file, settings)
+    experiment = load_experiment(arguments.file, settings)
     run(experiment, workdir_of(arguments), only=arguments.only, redo=arguments.redo)
     return 0
 
 
 def table_command(arguments: argparse.Namespace, settings: Mapping[str, str]) -> int:
-    experiment = config.load(arguments.file, settings)
+    experiment = load_experiment(arguments.file, settings)
     show_report(experiment, workdir_of(arguments))
     return 0
 
 
 def workdir_of(arguments: argparse.Namespace) -> Path:
-    if arguments.workdir is None:
+    if not arguments.workdir:
         raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
-    return arguments.workdir
+    return Path(arguments.workdir)
 
 
 def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = False) -> None:
     """Runs the stages that are not finished, inputs first; with ``only``, those named (their inputs must be
-    finished). A finished stage whose configuration, or an input's, has changed is refused, or made again
-    with ``redo``. Raises UserError."""
-    from alignjax import stages  # here, so that --help and a typo answer before JAX starts
+    finished). A stage that was made with another configuration, its own or an input's, is refused, or made again
+    with ``redo``. What can be known to fail is refused before anything runs. Raises UserError."""
+    from alignjax import stages  # here, so that a typo answers before JAX starts
     from alignjax.runtime import sharding
 
     names = stages.order(experiment.stages)
@@ -115,28 +139,63 @@ def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = F
         if name not in names:
             raise UserError(f"unknown stage {name!r}; this experiment has {', '.join(names)}")
     mesh = sharding.make_mesh(experiment.mesh)
+    contexts = [stages.Context(experiment, workdir, name, mesh) for name in names if not only or name in only]
+    for context in contexts:
+        if not is_finished(experiment, workdir, context.name):
+            stages.check(context)
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
         raise UserError(f"{workdir} cannot be written; choose another --workdir")
     keep_compiled(workdir / "compiled")
-    for name in [n for n in names if not only or n in only]:
-        stage = experiment.stages[name]
-        context = stages.Context(experiment, workdir, name, mesh)
-        record = resolved(experiment, name)
-        if prepare(context.folder, record, redo):
-            print(f"{name}: finished before", file=sys.stderr)
-            continue
-        for source in stage.inputs():
-            if not is_finished(experiment, workdir, source):
-                raise UserError(f"stage {name!r} needs {source!r}, which is not finished in {workdir}; run it first")
-        figures, seconds = stages.timed(stage, context)
-        spent = read_record(context.folder).get("seconds", 0.0) + seconds
-        write_record(context.folder, {**record, "finished": True, "seconds": spent, "figures": figures})
-        shutil.rmtree(context.folder / "checkpoints", ignore_errors=True)
-        told = ", ".join(f"{k} {v:.3g}" for k, v in flat(figures).items() if isinstance(v, int | float))
-        print(f"{name}: {seconds:.1f} s; {told}", file=sys.stderr)
+    for context in contexts:
+        with locked(workdir, context.name):
+            run_stage(context, redo)
     if all(is_finished(experiment, workdir, name) for name in names):
         show_report(experiment, workdir)
+
+
+def run_stage(context: Any, redo: bool) -> None:
+    """Runs one stage, or resumes it, unless it is finished."""
+    from alignjax import stages
+
+    experiment, name, folder = context.experiment, context.name, context.folder
+    if is_finished(experiment, context.workdir, name):
+        print(f"{name}: finished before", file=sys.stderr)
+        return
+    stage, record = experiment.stages[name], resolved(experiment, name)
+    for source in stage.inputs():
+        if not is_finished(experiment, context.workdir, source):
+            raise UserError(
+                f"stage {name!r} needs {source!r}, which is not finished in {context.workdir}; run it first"
+            )
+    if prepare(folder, record, redo):
+        print(f"{name}: finished before, and taken back", file=sys.stderr)
+        return
+    try:
+        figures, seconds = stages.timed(stage, context)
+    except BaseException:
+        withdraw(folder)
+        raise
+    spent = read_record(folder).get("seconds", 0.0) + seconds
+    write_record(folder, {**record, "finished": True, "seconds": spent, "figures": figures})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    shutil.rmtree(aside(folder), ignore_errors=True)
+    told = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat(figures).items() if v is not None]
+    print(f"{name}: {seconds:.1f} s; {', '.join(told)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, name: str) -> Iterator[None]:
+    """One process at a time works on a stage; the lock of a killed one is gone with it."""
+    with (workdir / f".{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"stage {name!r} in {workdir} is at work in another process; wait for it, "
+                            "or choose another --workdir") from None  # fmt: skip
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def is_finished(experiment: Any, workdir: Path, name: str) -> bool:
@@ -187,21 +246,52 @@ def without(node: Any, names: set[str]) -> Any:
 
 
 def prepare(folder: Path, record: dict[str, Any], redo: bool) -> bool:
-    """Makes the stage's folder ready. True when it is finished with this very configuration. Raises
-    UserError when it was begun with another, unless ``redo``, which empties it."""
+    """Makes the stage's folder ready: to be resumed, or empty.
+
+    Work done with another configuration is refused with UserError; with ``redo`` a finished stage is put aside until
+    the new one is finished, and what was put aside with this very configuration comes back: then True.
+    """
     found = read_record(folder)
-    if found and found.get("fingerprint") != record["fingerprint"]:
-        if not redo:
+    if found.get("fingerprint") not in (None, record["fingerprint"]):
+        if has_work(folder) and not redo:
             raise UserError(
                 f"stage {record['stage']!r} in {folder.parent} was made with {difference(found, record)}; "
                 "use another --workdir, or --redo to make it again"
             )
-        shutil.rmtree(folder)
-        found = {}
+        if found.get("finished"):
+            shutil.rmtree(aside(folder), ignore_errors=True)
+            folder.rename(aside(folder))
+        else:
+            shutil.rmtree(folder)
+    if not folder.exists() and read_record(aside(folder)).get("fingerprint") == record["fingerprint"]:
+        aside(folder).rename(folder)
+    found = read_record(folder)
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
         write_record(folder, {**record, "finished": False})
     return bool(found.get("finished"))
+
+
+def aside(folder: Path) -> Path:
+    """Where a finished stage waits while it is made again."""
+    return folder.with_name(f".{folder.name}.before")
+
+
+def withdraw(folder: Path) -> None:
+    """After a failure: a stage that left no work is as if never begun."""
+    if not has_work(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        if aside(folder).exists():
+            aside(folder).rename(folder)
+
+
+def has_work(folder: Path) -> bool:
+    """Whether a stage is finished or left what a resumed run would use."""
+    if read_record(folder).get("finished"):
+        return True
+    told = (RECORD, "metrics.jsonl", "tensorboard", "wandb")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
+    return any(path.relative_to(folder).parts[0] not in told for path in files)
 
 
 def difference(found: dict[str, Any], record: dict[str, Any]) -> str:

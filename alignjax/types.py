@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +17,16 @@ class UserError(ValueError):
 
 
 def in_range(node: Any, low: float, high: float, *names: str) -> None:
-    """Raises UserError when one of the node's fields, or a part of a tuple, is no number in [low, high]."""
+    """Raises UserError when one of the node's fields, or a part of a tuple, is no finite number in [low, high]."""
+
+    def fits(part: Any) -> bool:
+        return isinstance(part, numbers.Real) and math.isfinite(part) and low <= float(part) <= high
+
     for name in names:
         value = getattr(node, name)
-        if value == () or not all(low <= part <= high for part in (value if isinstance(value, tuple) else (value,))):
-            raise UserError(f"{type(node).__name__}.{name}={value} must be in [{low:g}, {high:g}]")
+        if value == () or not all(map(fits, value if isinstance(value, tuple) else (value,))):
+            end = ")" if math.isinf(high) else "]"
+            raise UserError(f"{type(node).__name__}.{name}={value!r} must be in [{low:g}, {high:g}{end}")
 
 
 TINY = 1e-12  # the least of what must be positive

@@ -1,6 +1,7 @@
 """Experiments as files: every leaf can be reached, every mistake is one line, every result has its name."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -58,7 +59,10 @@ def another(value):
         return repr(value / 2 or 0.25)
     if isinstance(value, int | float):
         return repr(value - 1 if value > 1 else value + 1)
-    return "0.25" if value is None else f"{value}-other"
+    if isinstance(value, tuple):
+        return repr((*value, value[0]))
+    choices = {"float32": "bfloat16", "none": "dots", "cosine": "constant"}
+    return "0.25" if value is None else choices.get(value, f"{value}-other")
 
 
 def fingerprints(experiment):
@@ -76,7 +80,7 @@ def below(experiment, names):
 def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
     before = dict(config.leaves(quickstart))
     deep = {"stages.nash_md.objective.tau", "stages.pairs.writing.sampling.temperature", "stages.base.model.width"}
-    assert deep | {"seed", "mesh.fsdp", "task.template.question", "stages.nash_md.buckets.0"} <= set(before)
+    assert deep | {"seed", "mesh.fsdp", "task.template.question", "stages.nash_md.buckets"} <= set(before)
     for path, value in before.items():
         after = dict(config.leaves(config.override(quickstart, {path: another(value)})))
         changed = {name for name in before if after[name] != before[name]}
@@ -164,26 +168,71 @@ def test_an_edited_file_is_read_anew(file, monkeypatch):
         assert config.load(path, {}) == {"lr": value}
 
 
+def test_a_mistake_in_get_config_is_told_with_its_line(file):
+    path = file("TABLE = {}\ndef get_config():\n    x = 1\n    return {'x': TABLE['y']}\n")
+    with refused(f"{path}, line 4: KeyError: 'y'"):
+        config.load(path, {})
+    path = file("import sys\ndef get_config():\n    sys.exit(3)\n")
+    with refused(f"{path}, line 3: SystemExit: 3"):
+        config.load(path, {})
+
+
+def test_tuples_are_set_whole():
+    tree = {"buckets": (32, 104), "stop": ("a",), "rates": (0.5,), "none": ()}
+    settings = {"buckets": "(8,16,24)", "stop": "</s>", "rates": "[1, 2]", "none": "(1,)"}
+    want = {"buckets": (8, 16, 24), "stop": ("</s>",), "rates": (1.0, 2.0), "none": (1,)}
+    assert config.override(tree, settings) == want and config.override(tree, {"buckets": "7"})["buckets"] == (7,)
+    with refused("buckets='x' is not a int"):
+        config.override(tree, {"buckets": "(8,'x')"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Optional:
+    decay: float | None = None
+    truth: str | None = "stage"
+    plain: str = "text"
+
+
+def test_what_may_be_none_is_set_and_unset_and_its_kind_is_known():
+    set_once = config.override(Optional(), {"decay": "1", "truth": "None", "plain": "None"})
+    assert set_once == Optional(1.0, None, "None") and isinstance(set_once.decay, float)
+    assert config.override(set_once, {"decay": "None", "truth": "7"}) == Optional(None, "7", "None")
+    with refused("decay='high' is not a float or None"):
+        config.override(Optional(), {"decay": "high"})
+
+
+def test_a_parameter_is_among_the_nearest_names(file):
+    path = file("def get_config(small: bool = False):\n    return {'lr': 0.5}\n")
+    with refused("unknown field 'smal'", "did you mean small"):
+        config.load(path, {"smal": "True"})
+
+
 OWN = """
 from functools import partial
-RATE = 2
+RATE = {rate}
+def scaled(x):
+    return {scale} * x if x else scaled(x)
+def unused():
+    return {unused}
 def make(k):
     def loss(x, tau):
-        return {body} + k
+        return scaled({body}) * RATE + k
     return loss
 def get_config():
     return {{"objective": partial(make({k}), tau=0.1), "other": [1], "name": "n"}}
 """
 
 
-def test_describe_notices_an_edited_function_and_what_it_closes_over(file):
-    def described(folder, body="x", k=1):
-        return config.describe(config.load(file(OWN.format(body=body, k=k), folder), {}))
+def test_describe_notices_an_edited_function_and_what_it_closes_over_or_mentions(file):
+    def described(folder, **changes):
+        words = dict(body="x", k=1, rate=2, scale=3, unused=4)
+        return config.describe(config.load(file(OWN.format(**{**words, **changes}), folder), {}))
 
     base = described("a")
     assert base == described("b") and base["name"] == "n" and base["objective"]["tau"] == 0.1
-    assert base["objective"]["function"] != described("c", body="x * tau")["objective"]["function"]
-    assert base["objective"]["function"] != described("d", k=2)["objective"]["function"]
+    for i, change in enumerate(({"body": "x * tau"}, {"k": 2}, {"rate": 5}, {"scale": 5})):
+        assert base["objective"]["function"] != described(f"c{i}", **change)["objective"]["function"], change
+    assert base == described("d", unused=5)
 
 
 def test_describe_names_the_package_s_functions_and_is_json(quickstart):
@@ -221,16 +270,58 @@ def test_a_stage_is_prepared_finished_refused_and_redone(quickstart, tmp_path):
     folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
     other = run.resolved(config.override(quickstart, {"nash_md.objective.tau": "0.5"}), "nash_md")
     assert not run.prepare(folder, record, redo=False)
+    assert not run.prepare(folder, other, redo=False)  # nothing was done yet: it is begun anew
+    assert not run.prepare(folder, record, redo=False)
     (folder / "work").write_text("half")
     assert not run.prepare(folder, record, redo=False) and (folder / "work").exists()  # it resumes
-    run.write_record(folder, {**record, "finished": True})
-    assert run.prepare(folder, record, redo=False)
     tau = record["config"]["objective"]["tau"]
-    with refused("nash_md", f"objective.tau={tau}, now 0.5", "--redo"):
-        run.prepare(folder, other, redo=False)
-    assert (folder / "work").exists() and run.read_record(folder)["finished"]
+    for finished in (False, True):
+        run.write_record(folder, {**record, "finished": finished})
+        with refused("nash_md", f"objective.tau={tau}, now 0.5", "--redo"):
+            run.prepare(folder, other, redo=False)
+        assert (folder / "work").exists()
+    assert run.prepare(folder, record, redo=False)
     assert not run.prepare(folder, other, redo=True)
     assert not (folder / "work").exists() and run.read_record(folder)["fingerprint"] == other["fingerprint"]
+
+
+@pytest.mark.parametrize("back", ["a failure", "the old configuration", "the old one after work", "a kill"])
+def test_a_finished_stage_is_put_aside_until_its_new_one_is_finished(quickstart, tmp_path, back):
+    folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
+    other = run.resolved(config.override(quickstart, {"nash_md.objective.tau": "0.5"}), "nash_md")
+    run.prepare(folder, record, redo=False)
+    (folder / "params").write_text("trained")
+    run.write_record(folder, {**record, "finished": True})
+    assert not run.prepare(folder, other, redo=True) and not (folder / "params").exists()
+    if back == "a failure":
+        run.withdraw(folder)
+    elif back == "the old configuration":
+        assert run.prepare(folder, record, redo=False)
+    elif back == "the old one after work":
+        (folder / "work").write_text("half")
+        with refused("now 0.02"):
+            run.prepare(folder, record, redo=False)
+        assert run.prepare(folder, record, redo=True)
+    else:  # between putting aside and beginning
+        (folder / run.RECORD).unlink()
+        folder.rmdir()
+        assert run.prepare(folder, record, redo=False)
+    assert (folder / "params").read_text() == "trained" and run.read_record(folder)["finished"]
+    assert not run.aside(folder).exists()
+
+
+def test_a_failure_takes_nothing_that_was_done(quickstart, tmp_path):
+    folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
+    run.prepare(folder, record, redo=False)
+    (folder / "metrics.jsonl").write_text("{}")
+    (folder / "checkpoints").mkdir()
+    run.withdraw(folder)
+    assert not folder.exists()
+    run.prepare(folder, record, redo=False)
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "4").write_text("saved")
+    run.withdraw(folder)
+    assert (folder / "checkpoints" / "4").exists()
 
 
 def test_how_often_a_stage_looks_up_is_no_difference(quickstart, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from alignjax.config import describe, leaves
 from alignjax.models import huggingface
 from alignjax.models.tokenizer import (
     decode_continuation,
@@ -17,6 +18,7 @@ from alignjax.models.tokenizer import (
     single_token,
 )
 from alignjax.models.transformer import transformer
+from alignjax.stages import Pretrained
 from alignjax.types import UserError
 from tests.conftest import TINY
 
@@ -131,3 +133,16 @@ def test_padding_on_either_side_keeps_the_rows():
         assert [row[m].tolist() for row, m in zip(padded.tokens, padded.mask, strict=True)] == [[1, 2, 3], [4]]
     with pytest.raises(UserError, match="does not fit"):
         pad([[1, 2, 3]], 2)
+
+
+def test_a_folder_s_mark_changes_with_a_weight_and_is_no_setting(tmp_path):
+    weights = tmp_path / "model.safetensors"
+    values = np.zeros(3 * 2**18, np.float32)  # three mebibytes
+    marks = []
+    for at, name in ((0, "a"), (-1, "a"), (-1, "b")):
+        values[at] = 1.0
+        safetensors.numpy.save_file({name: values}, weights)
+        marks += [describe(Pretrained(str(tmp_path)))["content"], describe(Pretrained(str(tmp_path)))["content"]]
+    assert marks[::2] == marks[1::2] and len(set(marks)) == 3
+    assert dict(leaves(Pretrained(str(tmp_path)))) == {"path": str(tmp_path)}
+    assert Pretrained(str(tmp_path / "nowhere")).content == ""

@@ -13,6 +13,7 @@ from alignjax.config import load, load_module
 from alignjax.generation import bucketed
 from alignjax.models import huggingface
 from alignjax.runtime import sharding
+from alignjax.stages import fit
 from alignjax.tasks.task import Format
 from alignjax.types import UserError
 from tests.conftest import ragged
@@ -37,9 +38,9 @@ def judged_by(experiment, source):
 
 def test_a_judge_is_never_what_a_policy_was_trained_against(experiment):
     check(experiment)
-    fit, md = experiment.stages["preference"], experiment.stages["nash_md"]
-    clone = dataclasses.replace(fit, start="base")
-    tuned = dataclasses.replace(fit, start="preference", pairs="annotated")
+    fitted, md = experiment.stages["preference"], experiment.stages["nash_md"]
+    clone = dataclasses.replace(fitted, start="base")
+    tuned = dataclasses.replace(fitted, start="preference", pairs="annotated")
     further = dataclasses.replace(md, start="nash_md", preference="judge")
     for source, extra in {
         "preference": {}, "clone": {"clone": clone}, "tuned": {"tuned": tuned},
@@ -47,6 +48,28 @@ def test_a_judge_is_never_what_a_policy_was_trained_against(experiment):
     }.items():  # fmt: skip
         with pytest.raises(UserError, match="held-out"):
             check(judged_by(experiment.with_stages(**extra), source))
+
+
+def test_held_out_pairs_of_the_same_stage_can_be_the_truth(experiment, monkeypatch):
+    read = []
+    monkeypatch.setattr(fit.data, "read_pairs", lambda folder, split: read.append((folder, split)) or [])
+    monkeypatch.setattr(fit.judges, "model_judge", lambda *_, **__: lambda *_: np.zeros(0))
+    monkeypatch.setattr(fit.judges, "calibration", lambda p, label: {})
+    for truth in ("pairs", "truth"):
+        stage = dataclasses.replace(experiment.stages["preference"], truth=truth)
+        context = stages.Context(experiment, Path("w"), "preference", sharding.make_mesh(experiment.mesh))
+        stage.measure(context, SimpleNamespace(tokenizer=None), SimpleNamespace(logit=None), {})
+    assert read == [(Path("w/pairs/data"), "held_out"), (Path("w/truth/data"), "train")]
+    held = dataclasses.replace(experiment.stages["pairs"], held_out=0.25)
+    stages.check(dataclasses.replace(context, experiment=experiment.with_stages(
+        pairs=held, preference=dataclasses.replace(stage, truth="pairs"))))  # fmt: skip
+
+
+def test_a_stage_of_ones_own_needs_no_check_and_is_trusted(experiment):
+    own = SimpleNamespace(inputs=lambda: (), run=lambda context: {})
+    mine = experiment.with_stages(own=own, table=dataclasses.replace(experiment.stages["table"], reference="own"))
+    for name in ("own", "table"):
+        stages.check(stages.Context(mine, Path(), name, sharding.make_mesh(experiment.mesh)))
 
 
 def test_inputs_come_before_their_users_and_circles_are_named(experiment):

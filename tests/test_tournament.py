@@ -9,8 +9,10 @@ from scipy import stats
 from alignjax import judges, report
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
 from alignjax.runtime import sharding
+from alignjax.stages.tournament import read_replies
 from alignjax.tasks.task import Format, oracle_from_score
 from alignjax.tournament import clopper_pearson, win_rates
+from alignjax.types import UserError
 
 PROMPTS = [f"x{i}" for i in range(24)]
 
@@ -192,9 +194,25 @@ def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
         "low": [[0.5, 0.54], [0.17, 0.5]], "high": [[0.5, 0.83], [0.46, 0.5]],
         "mean_length": [3.0, 4.5], "kl_to_reference": [-0.0004, None], "mean_score": [0.25, -1.0],
     }  # fmt: skip
-    rows = [line for line in report.win_table(table).splitlines() if line.startswith("|")]
+    text = report.win_table(table, {"judges": {"oracle": "oracle:exact"}, "reference": "a"})
+    assert "the task's exact oracle" in text and "log-ratio to a" in text
+    fitted = report.win_table(table, {"judges": {"oracle": "judge"}, "reference": "a"})
+    assert "the preference model of stage judge" in fitted
+    rows = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert cells[0] == ["oracle (n=40)", "a", "b", "tokens", "KL, nats", "score"]
     assert cells[2] == ["a", "-", "0.700 [0.540, 0.830]", "3.00", "0.00", "0.25"]
     assert cells[3] == ["b", "0.300 [0.170, 0.460]", "-", "4.50", "-", "-1.00"]
     assert len({len(row) for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"text": ["a"], "length": [1]}', '{"text": [], "length": [], "kl": []}']
+)
+def test_damaged_replies_are_named(tmp_path, text):
+    path = tmp_path / "replies-base.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"replies-base\.json is (missing or )?damaged; remove"):
+        read_replies(path, 1)
+    path.write_text('{"text": ["a"], "length": [1], "kl": [NaN]}')
+    assert read_replies(path, 1)["text"] == ["a"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
 
@@ -18,6 +20,11 @@ from alignjax.models.tokenizer import Tokenizer
 from alignjax.models.transformer import TransformerConfig
 from alignjax.types import Params, UserError
 
+MEBIBYTE = 2**20
+COUNTS = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size",
+)  # fmt: skip
 BLOCK_NAMES = {  # ours -> Hugging Face's, inside model.layers.N; True where the matrix is transposed
     ("attention_norm", "scale"): ("input_layernorm.weight", False),
     ("mlp_norm", "scale"): ("post_attention_layernorm.weight", False),
@@ -33,13 +40,12 @@ BLOCK_NAMES = {  # ours -> Hugging Face's, inside model.layers.N; True where the
 
 def read_config(folder: Path) -> TransformerConfig:
     """config.json -> TransformerConfig. UserError on a family or an option not built yet, by name."""
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/config.json cannot be read ({error}); give a Hugging Face folder") from None
+    raw = read_object(folder / "config.json")
     if raw.get("model_type") != "llama":
         raise UserError(f"{folder}: model_type {raw.get('model_type')!r} is not supported; Llama folders are")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{folder}/config.json: rope_parameters={rope!r} is no JSON object; mend it")
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {
         f"rope type {kind!r}": kind != "default",
@@ -51,6 +57,9 @@ def read_config(folder: Path) -> TransformerConfig:
     for option, present in refused.items():
         if present:
             raise UserError(f"{folder}: {option} is not supported; use a checkpoint without it")
+    for name in COUNTS:
+        if not isinstance(raw.get(name), int | None):
+            raise UserError(f"{folder}/config.json: {name}={raw[name]!r} is no whole number; mend it")
     try:
         heads, width = raw["num_attention_heads"], raw["hidden_size"]
         return TransformerConfig(
@@ -58,7 +67,7 @@ def read_config(folder: Path) -> TransformerConfig:
             width=width,
             layers=raw["num_hidden_layers"],
             heads=heads,
-            kv_heads=raw.get("num_key_value_heads", heads),
+            kv_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or width // heads,
             hidden=raw["intermediate_size"],
             rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
@@ -67,13 +76,43 @@ def read_config(folder: Path) -> TransformerConfig:
         )
     except KeyError as error:
         raise UserError(f"{folder}/config.json lacks {error}; it is not a whole Llama configuration") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{folder}/config.json holds a value that cannot be ({error}); mend it") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a Hugging Face folder") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; fetch it again")
+    return found
+
+
+def content(folder: Path) -> str:
+    """A mark of what lies in a folder, empty when there is none: its files' names and sizes, and of each the first and
+    the last mebibyte, which tell apart two checkpoints of one shape without reading them whole."""
+    mark = hashlib.sha256()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".txt"):
+            size = path.stat().st_size
+            mark.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                mark.update(file.read(MEBIBYTE))
+                file.seek(max(size - MEBIBYTE, 0))
+                mark.update(file.read(MEBIBYTE))
+    return mark.hexdigest()[:16] if folder.is_dir() else ""
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it (one file, or shards with an index)."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = json.loads(index.read_text())["weight_map"]
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{index} is damaged: it has no weight_map of names to files; fetch it again")
         outside = [file for file in names.values() if Path(file).name != file]
         if outside:
             raise UserError(f"{index}: shard {outside[0]!r} points outside the folder; mend the index")

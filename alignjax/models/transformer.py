@@ -22,6 +22,7 @@ from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, 
 
 P = jax.sharding.PartitionSpec
 
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,  # keep every activation
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
@@ -50,6 +51,12 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden")
         in_range(self, TINY, math.inf, "rope_theta", "norm_eps")
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(f"remat={self.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise UserError(
+                f"compute_dtype={self.compute_dtype!r} is unknown; choose one of {', '.join(COMPUTE_DTYPES)}"
+            )
 
 
 class Cache(NamedTuple):
@@ -208,8 +215,6 @@ def transformer(config: TransformerConfig) -> Model:
         raise UserError(f"heads={c.heads} is not a multiple of kv_heads={c.kv_heads}; make it one")
     if c.head_dim % 2:
         raise UserError(f"head_dim={c.head_dim} is odd; rotary positions need an even one")
-    if c.remat not in REMAT_POLICIES:
-        raise UserError(f"remat={c.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
     block = functional(lambda rngs: Block(c, rngs=rngs))
     ends = functional(lambda rngs: Ends(c, rngs=rngs))
     norm = functional(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ def save_tree(path: Path, tree: Any) -> None:
 
     Raises UserError when it cannot be written.
     """
-    with written(path):
+    with told(path, "cannot be written", "mend that and run again"):
         ocp.save(path.resolve(), tree, overwrite=True)
 
 
@@ -36,13 +37,8 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
     )
-    try:
-        with uninterrupted():
-            return ocp.load(path.resolve(), abstract)
-    except Exception as error:  # Orbax and tensorstore raise many kinds; the user hears which folder
-        raise UserError(
-            f"{path} cannot be restored ({one_line(error)}); remove its stage folder to make it again"
-        ) from error
+    with told(path, "cannot be restored", "remove its stage folder to make it again"):
+        return ocp.load(path.resolve(), abstract)
 
 
 class Checkpointer:
@@ -60,7 +56,7 @@ class Checkpointer:
         """Saves the state after ``state.step`` updates; ``wait`` returns when it is whole, and must be used
         where the next update takes over the state's memory."""
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
-        with written(self.folder):
+        with told(self.folder, "cannot be written", "mend that and run again"):
             self.inner.save_async(int(state.step), tree, overwrite=True)
             if wait:
                 self.inner.wait()
@@ -71,13 +67,8 @@ class Checkpointer:
             return state
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-        try:
-            with uninterrupted():
-                found = self.inner.load(self.inner.latest.step, abstract)
-        except Exception as error:  # as above
-            raise UserError(
-                f"{self.folder} is damaged ({one_line(error)}); remove it to start the stage again"
-            ) from error
+        with told(self.folder, "is damaged", "remove it to start the stage again"):
+            found = self.inner.load(self.inner.latest.step, abstract)
         return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})
 
     def close(self) -> None:
@@ -104,22 +95,31 @@ def uninterrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[None]:
-    """Turns what a library raises when it cannot write into one line.
+def told(path: Path, what: str, mend: str) -> Iterator[None]:
+    """Turns what Orbax and tensorstore raise, of many kinds, into one line.
 
-    Orbax logs the traceback of its own thread before it raises here, and once more when the process ends:
-    after a failure its log stays off.
+    Orbax logs the tracebacks of its threads and tasks before it raises here and once more when the process ends, and
+    reads still under way complain of its closed event loop: after a failure these stay silent.
     """
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+
+    def silent(lost: sys.UnraisableHookArgs) -> None:
+        if str(lost.exc_value) != "Event loop is closed":
+            hook(lost)
+
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = silent
     try:
         with uninterrupted():
             yield
-    except Exception as error:  # Orbax and tensorstore raise many kinds
-        raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
-    logger.setLevel(level)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        full = any(words in reason for words in ("No space left", "File too large", "quota"))
+        raise UserError(
+            f"{path} {what} ({reason[:160]}); {'free some space and run again' if full else mend}"
+        ) from error
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    sys.unraisablehook = hook

@@ -4,14 +4,14 @@ A stage names its inputs by other stages' names and writes ``WORKDIR/<name>/``. 
 whether it runs; here is what it does. Each kind is a frozen dataclass with ``inputs()`` and ``run(context)``.
 """
 
-from alignjax.stages.experiment import Context, Experiment, Network, Stage, ancestors, order, timed
+from alignjax.stages.experiment import Context, Experiment, Network, Stage, ancestors, check, order, timed
 from alignjax.stages.fit import FitPreference
 from alignjax.stages.label import Label, Writing, stop_tokens, unseen_stops
 from alignjax.stages.optimise import Optimise
 from alignjax.stages.start import Pretrain, Pretrained, pack
 from alignjax.stages.study import Finding, Study
 from alignjax.stages.tournament import Tournament
-from alignjax.stages.training import Adam, Loop
+from alignjax.stages.training import Adam, Loop, run_loop
 
 __all__ = [
     "Adam",
@@ -30,8 +30,10 @@ __all__ = [
     "Tournament",
     "Writing",
     "ancestors",
+    "check",
     "order",
     "pack",
+    "run_loop",
     "stop_tokens",
     "timed",
     "unseen_stops",

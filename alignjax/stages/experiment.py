@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -76,11 +77,15 @@ class Context:
     def key(self) -> Key:
         return jax.random.key(self.seed)
 
+    def expect(self, source: str, *kinds: str) -> None:
+        """Raises UserError when the stage ``source`` is known to make something else."""
+        made = getattr(self.experiment.stages[source], "makes", kinds[0])
+        if made not in kinds:
+            raise UserError(f"stage {self.name!r} needs {kinds[0]} and {source!r} makes {made}; name another")
+
     def preference(self, name: str) -> tuple[Network, Preference]:
-        """A fitted preference model and its form. Raises UserError when the stage makes none."""
+        """A fitted preference model and its form."""
         stage = self.experiment.stages[name]
-        if not hasattr(stage, "build"):
-            raise UserError(f"stage {self.name!r} needs a preference model and {name!r} makes none; name one that does")
         return self.network(name, lambda m, t: stage.build(self.task, m, t))
 
     def policy(self, name: str) -> Network:
@@ -114,11 +119,23 @@ class Context:
         self.save_network(sizes, params, huggingface.read_tokenizer(self.workdir / start / "tokenizer"))
 
 
+POLICY, PREFERENCE, PAIRS, TABLES, FINDINGS = "a policy", "a preference model", "pairs", "tables", "findings"
+"""What a stage may say that it ``makes``, so that a wrong input is told before anything runs."""
+
+
 class Stage(Protocol):
+    """A frozen dataclass. Beside these it may have ``check(context)``, which raises UserError for what can be known
+    to fail before anything runs, and a class attribute ``makes``."""
+
     def inputs(self) -> tuple[str, ...]: ...
     def run(self, context: Context) -> dict[str, Any]:
         """Does the work, resuming what an interrupted run left; returns figures for the report."""
         ...
+
+
+def check(context: Context) -> None:
+    """Calls the stage's own check, if it has one."""
+    getattr(context.experiment.stages[context.name], "check", lambda context: None)(context)
 
 
 def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:
@@ -130,8 +147,13 @@ def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:
 
 
 def order(stages: Mapping[str, Stage]) -> list[str]:
-    """The stages' names, inputs first. Raises UserError on an unknown input or a circle."""
+    """The stages' names, inputs first. Raises UserError on an unknown input, a circle, or what is no stage."""
     done: list[str] = []
+    for name, stage in stages.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "compiled":
+            raise UserError(f"{name!r} cannot name a stage, whose folder it is; use letters, digits, _ and -")
+        if not (callable(getattr(stage, "inputs", None)) and callable(getattr(stage, "run", None))):
+            raise UserError(f"stage {name!r} is a {type(stage).__name__}, which has no inputs() and run(context)")
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         if name in above:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from alignjax import judges, objectives, preference
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
 from alignjax.models.transformer import Model
 from alignjax.runtime import data, sharding
-from alignjax.stages.experiment import Context, Network
+from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, Context, Network
 from alignjax.stages.label import PAIR_DATA
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.tasks.task import Task
@@ -24,6 +24,7 @@ from alignjax.types import Array, Key, Metrics, Pair, Params, UserError, in_rang
 class FitPreference:
     """A preference model on a Label stage's pairs, from the parameters of ``start``."""
 
+    makes: ClassVar = PREFERENCE
     start: str
     pairs: str
     adam: Adam
@@ -31,7 +32,7 @@ class FitPreference:
     buckets: tuple[int, ...]  # prompt lengths in tokens
     response: int  # most tokens of a response
     form: Callable[..., preference.Preference] = preference.pairwise  # or bradley_terry
-    truth: str | None = None  # a Label stage to be measured on: its pairs are never trained on
+    truth: str | None = None  # a Label stage to be measured on; ``pairs`` itself stands for its held-out split
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "buckets", "response")
@@ -39,12 +40,20 @@ class FitPreference:
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.pairs, *([self.truth] if self.truth else []))
 
+    def check(self, context: Context) -> None:
+        self.loop.check(context)
+        context.expect(self.start, POLICY, PREFERENCE)
+        context.expect(self.pairs, PAIRS)
+        if self.truth:
+            context.expect(self.truth, PAIRS)
+        if self.truth == self.pairs and not getattr(context.experiment.stages[self.pairs], "held_out", 1.0):
+            raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}, which holds nothing out; "
+                            f"set {self.pairs}.held_out, or name another stage")  # fmt: skip
+
     def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
         return self.form(model, preference.template_tokens(tokenizer, task.template))
 
     def run(self, context: Context) -> dict[str, Any]:
-        if self.truth == self.pairs:
-            raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}; measure on pairs not trained on")
         task, start = context.task, context.policy(self.start)
         built = self.build(task, start.model, start.tokenizer)
         rows = data.read_pairs(context.workdir / self.pairs / PAIR_DATA, "train")
@@ -74,7 +83,8 @@ class FitPreference:
         self, context: Context, start: Network, built: preference.Preference, params: Params
     ) -> dict[str, float]:
         """Accuracy and calibration on the pairs of ``truth``."""
-        rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, "train")
+        split = "held_out" if self.truth == self.pairs else "train"
+        rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
         judge = judges.model_judge(
             built.logit, params, start.tokenizer, context.task.format,
             batch=self.loop.batch, rows=sharding.rows(context.mesh),

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from alignjax.generation import Generate, generator
 from alignjax.models.likelihood import log_prob
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
 from alignjax.runtime import data, metrics, sharding
-from alignjax.stages.experiment import Context, Network
+from alignjax.stages.experiment import PAIRS, POLICY, Context, Network
 from alignjax.tasks.task import Task
 from alignjax.types import TINY, UserError, in_range
 
@@ -35,8 +35,12 @@ class Writing:
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "max_new_tokens", "buckets", "batch")
 
-    def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
+    def check(self, context: Context, split: str) -> None:
+        """Raises UserError when the batch does not divide over the mesh, or the task has no such split."""
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
+        context.task.source.prompts(split, 1, context.seed)
+
+    def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
         if reference and reference.fingerprint != policy.fingerprint:
             raise UserError(f"{context.name}: the policy and the reference have different tokenizers; use one start")
         return generator(
@@ -68,6 +72,7 @@ def unseen_stops(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
 class Label:
     """prompts -> a TFDS dataset of pairs, by a labelling method. Resumes after its last whole chunk."""
 
+    makes: ClassVar = PAIRS
     generator: str
     method: Callable[..., tuple[list[labeling.Labeled], int]]  # a labeling.Method
     split: str
@@ -81,6 +86,10 @@ class Label:
 
     def inputs(self) -> tuple[str, ...]:
         return (self.generator,)
+
+    def check(self, context: Context) -> None:
+        context.expect(self.generator, POLICY)
+        self.writing.check(context, self.split)
 
     def run(self, context: Context) -> dict[str, Any]:
         task, policy = context.task, context.policy(self.generator)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from alignjax import rollout
 from alignjax.models.likelihood import log_prob
 from alignjax.models.tokenizer import pad
 from alignjax.runtime import data
-from alignjax.stages.experiment import Context
+from alignjax.stages.experiment import POLICY, PREFERENCE, Context
 from alignjax.stages.label import stop_tokens, unseen_stops
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
@@ -21,6 +21,7 @@ from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_ra
 class Optimise:
     """A policy optimised on-policy against an opponent under a preference model."""
 
+    makes: ClassVar = POLICY
     start: str
     reference: str
     preference: str
@@ -42,6 +43,15 @@ class Optimise:
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.reference, self.preference)
 
+    def check(self, context: Context) -> None:
+        self.loop.check(context)
+        context.expect(self.start, POLICY)
+        context.expect(self.reference, POLICY)
+        context.expect(self.preference, PREFERENCE)
+        context.task.source.prompts("train", 1, context.seed)
+        if self.opponent is rollout.moving_average and self.average_decay is None:
+            raise UserError(f"{context.name}: the opponent moving_average needs average_decay; set it, e.g. 0.999")
+
     def run(self, context: Context) -> dict[str, Any]:
         task, start, reference = context.task, context.policy(self.start), context.policy(self.reference)
         fitted, built = context.preference(self.preference)
@@ -52,8 +62,6 @@ class Optimise:
         for name, network in ((self.reference, reference), (self.preference, fitted)):
             if network.fingerprint != start.fingerprint:
                 raise UserError(f"{context.name}: {self.start!r} and {name!r} have different tokenizers; use one start")
-        if self.opponent is rollout.moving_average and self.average_decay is None:
-            raise UserError(f"{context.name}: the opponent moving_average needs average_decay; set it, e.g. 0.999")
         score = log_prob(start.model)
         collect = rollout.collector(
             start.model, score, built.logit, self.opponent, self.max_new_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from alignjax.models.likelihood import token_log_probs
 from alignjax.models.tokenizer import single_token
 from alignjax.models.transformer import TransformerConfig, transformer
 from alignjax.runtime import data
-from alignjax.stages.experiment import Context
+from alignjax.stages.experiment import POLICY, Context
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
 
@@ -25,6 +25,7 @@ from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_ra
 class Pretrain:
     """A tokenizer and a language model from nothing, on the task's own corpus, packed into rows."""
 
+    makes: ClassVar = POLICY
     model: TransformerConfig
     documents: int
     row: int  # tokens
@@ -37,6 +38,11 @@ class Pretrain:
 
     def inputs(self) -> tuple[str, ...]:
         return ()
+
+    def check(self, context: Context) -> None:
+        self.loop.check(context)
+        transformer(self.model)  # sizes that do not go together
+        context.task.source.corpus(1, context.seed)
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task
@@ -94,10 +100,19 @@ def pack(documents: list[list[int]], length: int) -> Tokens:
 class Pretrained:
     """A Hugging Face folder as it is."""
 
+    makes: ClassVar = POLICY
     path: str
+    content: str = dataclasses.field(init=False)  # what lay in the folder, so that another checkpoint is noticed
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", huggingface.content(Path(self.path)))
 
     def inputs(self) -> tuple[str, ...]:
         return ()
+
+    def check(self, context: Context) -> None:
+        huggingface.read_config(Path(self.path))
+        huggingface.tensor_files(Path(self.path))
 
     def run(self, context: Context) -> dict[str, Any]:
         folder = Path(self.path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 from matplotlib.figure import Figure
 
 from alignjax.runtime import metrics
-from alignjax.stages.experiment import Context
+from alignjax.stages.experiment import FINDINGS, Context
 
 
 class Finding(NamedTuple):
@@ -25,6 +25,7 @@ class Finding(NamedTuple):
 class Study:
     """Calls ``function()`` in float64 and writes ``section.md``, ``numbers.json`` and ``WORKDIR/<name>-*.png``."""
 
+    makes: ClassVar = FINDINGS
     function: Callable[[], Finding]
 
     def inputs(self) -> tuple[str, ...]:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from alignjax import judges, tournament
 from alignjax.judges import Judge
 from alignjax.runtime import metrics, sharding
-from alignjax.stages.experiment import Context, ancestors
+from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, ancestors
 from alignjax.stages.label import Writing
 from alignjax.stages.optimise import Optimise
 from alignjax.types import UserError, in_range
+
+ORACLE = "oracle:"  # before the name of one of the task's oracles
+COLUMNS = ("text", "length", "kl")  # of a file of replies
 
 
 @dataclasses.dataclass(frozen=True)
 class Tournament:
     """Policies against each other on held-out prompts, by oracles and held-out preference models."""
 
+    makes: ClassVar = TABLES
     policies: dict[str, str]  # name in the table -> stage
     reference: str
     judges: dict[str, str]  # name in the table -> one of the task's oracles, or a FitPreference stage
@@ -33,16 +38,34 @@ class Tournament:
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "prompts")
+        for name in (*self.policies, *self.judges):
+            if not re.fullmatch(r"[\w. +-]+", name):
+                raise UserError(
+                    f"{name!r} cannot name a policy or a judge, whose files it names; use letters and digits"
+                )
 
     def inputs(self) -> tuple[str, ...]:
         return (*self.policies.values(), self.reference, *self.model_judges().values())
 
     def model_judges(self) -> dict[str, str]:
-        return {name: source for name, source in self.judges.items() if not source.startswith("oracle:")}
+        return {name: source for name, source in self.judges.items() if not source.startswith(ORACLE)}
+
+    def check(self, context: Context) -> None:
+        for source in (*self.policies.values(), self.reference):
+            context.expect(source, POLICY)
+        oracles = context.task.oracles
+        for source in self.judges.values():
+            if not source.startswith(ORACLE):
+                context.expect(source, PREFERENCE)
+            elif source.removeprefix(ORACLE) not in oracles:
+                raise UserError(
+                    f"{context.name}: task {context.task.name!r} has no {source}; it has {', '.join(oracles)}"
+                )
+        self.writing.check(context, self.split)
+        self.check_held_out(context)
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task
-        self.check_held_out(context)
         prompts, too_long = self.fitting(context, task.source.prompts(self.split, self.prompts, context.seed))
         written = dict(self.write(context, prompts))
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
@@ -84,17 +107,14 @@ class Tournament:
                     generate = self.writing.generator(context, context.policy(stage), reference)
                     drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
                     columns = zip(*(reply for reply in drawn if reply), strict=True)
-                    metrics.write_json(path, dict(zip(("text", "length", "kl"), map(list, columns), strict=True)))
+                    metrics.write_json(path, dict(zip(COLUMNS, map(list, columns), strict=True)))
                 bar.update()
-                yield name, json.loads(path.read_text())
+                yield name, read_replies(path, len(prompts))
 
     def judge(self, context: Context, source: str) -> Judge:
         task = context.task
-        if source.startswith("oracle:"):
-            oracle = source.removeprefix("oracle:")
-            if oracle not in task.oracles:
-                raise UserError(f"task {task.name!r} has no oracle {oracle!r}; it has {', '.join(task.oracles)}")
-            return judges.oracle_judge(task.oracles[oracle])
+        if source.startswith(ORACLE):
+            return judges.oracle_judge(task.oracles[source.removeprefix(ORACLE)])
         network, built = context.preference(source)
         return judges.model_judge(
             built.logit, network.params, network.tokenizer, task.format,
@@ -118,6 +138,14 @@ class Tournament:
             if found:
                 raise UserError(f"{context.name}: judge {name!r} is or shares {min(found)!r}, which a policy was "
                                 "trained against; name a held-out one")  # fmt: skip
+
+
+def read_replies(path: Path, count: int) -> dict[str, list]:
+    """The columns of a replies file. Raises UserError when it is damaged."""
+    columns = metrics.read_json(path)
+    if not isinstance(columns, dict) or [len(columns.get(name, ())) for name in COLUMNS] != [count] * len(COLUMNS):
+        raise UserError(f"{path} is damaged; remove it to have it written again")
+    return columns
 
 
 def finite_mean(values: Sequence[float]) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -35,10 +36,10 @@ class Adam:
         in_range(self, 0, math.inf, "lr", "warmup", "weight_decay")
         in_range(self, TINY, math.inf, "clip", "eps")
         in_range(self, 0, 1 - TINY, "b1", "b2")
+        if self.schedule not in ("cosine", "constant"):
+            raise UserError(f"Adam.schedule={self.schedule!r} is unknown; choose cosine or constant")
 
     def build(self, steps: int) -> optax.GradientTransformation:
-        if self.schedule not in ("cosine", "constant"):
-            raise UserError(f"schedule={self.schedule!r} is unknown; choose cosine or constant")
         warm = min(self.warmup, max(steps - 1, 0))
         after = {
             "cosine": optax.cosine_decay_schedule(self.lr, max(steps - warm, 1)),
@@ -62,6 +63,12 @@ class Loop:
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "steps", "batch", "accumulate", "log_every", "save_every")
 
+    def check(self, context: Context) -> None:
+        """Raises UserError when the batch does not divide over the mesh or into parts."""
+        sharding.check_batch(f"{context.name}.loop.batch", self.batch, context.mesh)
+        if self.batch % self.accumulate:
+            raise UserError(f"{context.name}: accumulate={self.accumulate} does not divide batch={self.batch}")
+
 
 def run_loop(
     context: Context,
@@ -75,11 +82,12 @@ def run_loop(
     frozen: Any = None,
     average_decay: float | None = None,
 ) -> Params:
-    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters."""
+    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters.
+
+    Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite.
+    """
     mesh = context.mesh
-    sharding.check_batch(f"{context.name}.loop.batch", loop.batch, mesh)
-    if loop.batch % loop.accumulate:
-        raise UserError(f"{context.name}: accumulate={loop.accumulate} does not divide batch={loop.batch}")
+    loop.check(context)
     optimizer = adam.build(loop.steps)
     start = jax.jit(lambda p, k: train.init(p, optimizer, k, average_decay is not None))
     shapes = jax.eval_shape(start, params, context.key)
@@ -102,6 +110,11 @@ def run_loop(
         saves = step % loop.save_every == 0 and step < loop.steps
         if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
             for index, row in waiting:
+                if not math.isfinite(norm := float(row["gradient_norm"])):
+                    raise UserError(
+                        f"{context.name}: the gradient of step {index} is {norm}; lower {context.name}.adam.lr "
+                        f"(now {adam.lr:g}), or mend the objective"
+                    )
                 writer.write(index, row)
             waiting.clear()
             bar.set_postfix({k: f"{float(values[k]):.3f}" for k in SHOWN if k in values}, refresh=False)
@@ -109,9 +122,8 @@ def run_loop(
         if saves:
             saver.save(state)
 
-    with bar:
+    with contextlib.closing(writer), bar:
         state = train.fit(state, done, frozen, data.batches(make_batch, done, loop.steps), compiled, every)
         jax.block_until_ready(state.params)
-    writer.close()
     saver.close()
     return state.params

@@ -54,6 +54,8 @@ class Openings:
         if split not in splits:
             raise UserError(f"stories have no split {split!r}; they have {', '.join(splits)}")
         found = list(dict.fromkeys(splits[split]))
+        if not found:
+            raise UserError(f"{self.path} holds no opening of the {split} split; give a file with more stories")
         return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
 
     def corpus(self, count: int, seed: int) -> Sequence[str]:
@@ -68,13 +70,17 @@ def read_openings(path: str) -> dict[str, list[str]]:
     """
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a JSON-lines file of openings") from None
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-            text, story = str(row["prompt"]), int(row["story"])
+            text, story = row["prompt"], int(row["story"])
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{path}, line {number} is not {{"prompt": text, "story": number}}; mend it') from None
         splits[{0: "test", 1: "test", 2: "validation"}.get(story % 10, "train")].append(text)
