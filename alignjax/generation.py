@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from alignjax.decoding import Process, Sampling, sample
+from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad
-from alignjax.models.transformer import Model
 from alignjax.types import Completion, Key, LogProb, Params, Prompt
 
 

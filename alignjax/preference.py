@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
-from alignjax.models.transformer import Model
 from alignjax.tasks.task import Template
 from alignjax.types import Array, Completion, Key, Params, PreferenceLogit, Prompt, Rules, Tokens
 

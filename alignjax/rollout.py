@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from alignjax.decoding import Process, Sample, geometric_mixture, sample
-from alignjax.models.transformer import Model
+from alignjax.models.model import Model
 from alignjax.preference import probability
 from alignjax.types import Array, Batch, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout, UserError
 

@@ -23,7 +23,7 @@ DOORS = {
     "tensorflow_datasets": {"runtime/data.py"},
     "grain": {"runtime/data.py"},
     "transformers": {"models/huggingface.py"},
-    "flax": {"models/functional.py", "models/transformer.py"},
+    "flax": {"models/functional.py", "models/layers.py", "models/transformer.py", "models/t5.py"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from alignjax.config import describe, leaves
-from alignjax.models import huggingface
+from alignjax.models import huggingface, weights
 from alignjax.models.tokenizer import (
     decode_continuation,
     encode_continuation,
@@ -80,13 +80,13 @@ def test_a_folder_is_read_back_bit_for_bit(tmp_path, tied, shards):
     params = transformer(config).init(jax.random.key(4))
     written(tmp_path, params, config, shards=shards)
     assert huggingface.read_config(tmp_path) == config
-    jax.tree.map(np.testing.assert_array_equal, huggingface.read_params(tmp_path, config), params)
+    jax.tree.map(np.testing.assert_array_equal, weights.read_params(tmp_path, config), params)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_widened_exactly(tmp_path, params, dtype):
     written(tmp_path, params, TINY, dtype)
-    got = huggingface.read_params(tmp_path, TINY)
+    got = weights.read_params(tmp_path, TINY)
     want = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 

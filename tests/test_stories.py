@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from alignjax.decoding import Process, Sampling, sample
-from alignjax.models import huggingface
+from alignjax.models import huggingface, weights
 from alignjax.models.likelihood import log_prob
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad
 from alignjax.models.transformer import transformer
@@ -27,7 +27,7 @@ def checkpoint():
     folder = DATA / "models" / "stories260K"
     config = huggingface.read_config(folder)
     golden = json.loads((folder / "golden.json").read_text())
-    return transformer(config), huggingface.read_params(folder, config), huggingface.read_tokenizer(folder), golden
+    return transformer(config), weights.read_params(folder, config), huggingface.read_tokenizer(folder), golden
 
 
 @needs_data

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax.models.layers import segment_positions
 from alignjax.models.likelihood import log_prob, token_log_probs
-from alignjax.models.transformer import TransformerConfig, segment_positions, transformer
+from alignjax.models.transformer import TransformerConfig, transformer
 from alignjax.types import Tokens, UserError
 from tests.conftest import TINY, ragged
 
@@ -161,7 +162,8 @@ def test_bfloat16_computes_over_float32_parameters(params):
     tokens, ones = np.array([[3, 4, 5, 6, 7]]), np.ones((1, 5), np.int32)
     low, high = half.causal(params, tokens, ones), transformer(TINY).causal(params, tokens, ones)
     assert low.dtype == jnp.bfloat16
-    np.testing.assert_allclose(low.astype(jnp.float32), high, atol=0.1)
+    # One rounding is 2^-9 of a value; states are of the order of 1 and pass some twenty roundings.
+    assert np.abs(low.astype(jnp.float32) - high).mean() < 0.04
 
 
 @pytest.mark.parametrize("change", [{"kv_heads": 3}, {"head_dim": 5}, {"remat": "some"}])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alignjax.models.transformer import Model
+from alignjax.models.model import Model
 from alignjax.types import Array, Completion, LogProb, Params, Prompt
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ class Tokenizer(NamedTuple):
     token_id: Callable[[str], int | None]  # of a piece that is one token as it stands
     vocab_size: int
     save: Callable[[Path], None]  # a Hugging Face tokenizer folder
+    specials: Mapping[str, int] = MappingProxyType({})  # {"bos_token_id": 1, ...}: those that it has
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -1,33 +1,44 @@
-"""A decoder-only transformer of the Llama family: RMSNorm, rotary, grouped queries, SwiGLU.
+"""A decoder-only transformer by configuration: Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX.
 
 Layers are stacked along a leading axis [L, ...] and scanned in training; decoding unstacks them once
 and keeps one cache per layer (carrying caches through a scan copies them at every token).
-Shape letters: B rows, T tokens, S cache slots, D width, H query heads, K key/value heads, V vocabulary.
+Shape letters as in ``layers``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from alignjax.models.functional import functional
+from alignjax.models.layers import (
+    ACTIVATIONS,
+    COMPUTE_DTYPES,
+    REMAT_POLICIES,
+    Cache,
+    Linear,
+    Norm,
+    attend,
+    capped,
+    causal_mask,
+    near,
+    one_of,
+    segment_positions,
+    take_last,
+)
+from alignjax.models.model import Model, Start
+from alignjax.models.rope import RopeScaling, rotary, stretched
 from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, UserError, in_range
 
 P = jax.sharding.PartitionSpec
-
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "none": None,  # keep every activation
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matrix products
-    "full": jax.checkpoint_policies.nothing_saveable,  # recompute the whole layer
-}
+UNBOUNDED = 2**30  # the window, in tokens, of a layer that sees everything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +58,57 @@ class TransformerConfig:
     initializer_range: float = 0.02
     compute_dtype: str = "float32"  # parameters stay float32; "bfloat16" casts inside the step
     remat: str = "none"  # a key of REMAT_POLICIES
+    # What sets the families apart.
+    family: str = "llama"  # whose names and file format an exported checkpoint has
+    norm: str = "rms"  # or "layer": centred, with a bias
+    norm_offset: float = 0.0  # added to every norm's scale (Gemma: 1)
+    biases: tuple[str, ...] = ()  # the projections that have one: some of q, k, v, o, gate, up, down
+    activation: str = "silu"  # a key of ACTIVATIONS
+    gated: bool = True  # activation(gate) * up; else activation(up)
+    parallel: bool = False  # attention and MLP both read the layer's input (GPT-NeoX)
+    post_norms: bool = False  # norms after attention and MLP too (Gemma)
+    head_norms: bool = False  # norms over each query and key head (Qwen 3, Gemma 3)
+    positions: str = "rotary"  # or "learned": a table of ``context`` positions (GPT-2)
+    context: int = 2048  # tokens of context that a checkpoint was made for; rotary positions go beyond
+    rotary_dim: int | None = None  # of head_dim, the first so many are rotated; None: all
+    rope_scaling: RopeScaling = RopeScaling()
+    windows: tuple[int, ...] = ()  # tokens each layer sees, itself included; UNBOUNDED: all. Empty: all layers all
+    windowed_theta: float | None = None  # the rope_theta of layers with a window, unscaled (Gemma 3)
+    query_scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    attention_cap: float | None = None  # scores become cap * tanh(score / cap) (Gemma 2)
+    logit_cap: float | None = None  # and logits
+    embed_scale: float = 1.0  # of embedded tokens (Gemma: sqrt(width))
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "vocab_size", "width", "layers", "heads", "kv_heads", "head_dim", "hidden")
-        in_range(self, TINY, math.inf, "rope_theta", "norm_eps")
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(f"remat={self.remat!r} is unknown; choose one of {', '.join(REMAT_POLICIES)}")
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise UserError(
-                f"compute_dtype={self.compute_dtype!r} is unknown; choose one of {', '.join(COMPUTE_DTYPES)}"
-            )
+        in_range(self, TINY, math.inf, "rope_theta", "norm_eps", "embed_scale")
+        in_range(self, 1, math.inf, "context")
+        for name in ("rotary_dim", "windowed_theta", "query_scale", "attention_cap", "logit_cap"):
+            if getattr(self, name) is not None:
+                in_range(self, TINY, math.inf, name)
+        if self.windows:
+            in_range(self, 1, UNBOUNDED, "windows")
+        one_of(self, "remat", tuple(REMAT_POLICIES))
+        one_of(self, "compute_dtype", COMPUTE_DTYPES)
+        one_of(self, "activation", tuple(ACTIVATIONS))
+        one_of(self, "norm", ("rms", "layer"))
+        one_of(self, "positions", ("rotary", "learned"))
+
+    @property
+    def rotated(self) -> int:
+        """How many of a head's dimensions are rotated."""
+        return 0 if self.positions == "learned" else self.rotary_dim or self.head_dim
 
 
-class Cache(NamedTuple):
-    """Keys and values of one layer, [B, K, S, head_dim] each: a step reads them without moving them."""
-
-    k: Array
-    v: Array
+def frequencies(config: TransformerConfig) -> np.ndarray:
+    """Rotary frequencies of every layer, [L, rotated / 2] radians a token, float32."""
+    half = config.rotated // 2
+    exponent = -np.arange(half, dtype=np.float64) / max(half, 1)
+    everywhere = stretched(config.rope_theta**exponent, config.rope_scaling)
+    if config.windowed_theta is None:
+        return np.tile(everywhere, (config.layers, 1)).astype(np.float32)
+    near = config.windowed_theta**exponent
+    return np.stack([near if w < UNBOUNDED else everywhere for w in config.windows]).astype(np.float32)
 
 
 class Carry(NamedTuple):
@@ -71,65 +116,15 @@ class Carry(NamedTuple):
 
     caches: tuple[Cache, ...]
     valid: Array  # [B, S] bool, slots that hold a real token
-    position: Array  # [B] int32, the next token's rotary position
+    position: Array  # [B] int32, the next token's position
     slot: Array  # [] int32, the next token's cache slot
 
 
-class Start(NamedTuple):
-    """A prefilled prompt: a Step, its first carry and the first logits [B, V]."""
-
-    step: Callable[[Carry, Array], tuple[Carry, Array]]
-    carry: Any
-    logits: Array
-
-
-class Model(NamedTuple):
-    """A language model as pure functions. An encoder-decoder offers the same six."""
-
-    config: TransformerConfig
-    init: Callable[[Key], Params]
-    causal: Callable[[Params, Array, Array], Array]
-    """(params, tokens [B, T], segments [B, T]) -> states [B, T, D]. Segment 0 is padding; a token
-    attends to earlier tokens of its own segment alone, so several texts can share a row."""
-    predict: Callable[[Params, Prompt, Completion], Array]
-    """(params, prompt, completion) -> [B, T, D]: the state that predicts each completion token."""
-    final: Callable[[Params, Prompt], Array]
-    """(params, prompt) -> [B, D]: the state after each row's last token."""
-    unembed: Callable[[Params, Array], Array]
-    """(params, states [..., D]) -> logits [..., V], float32."""
-    start: Callable[[Params, Prompt, int], Start]
-    """(params, prompt, tokens to come) -> the process that continues the prompt."""
-    rules: Rules
-
-
-def rotary(x: Array, positions: Array, theta: float) -> Array:
-    """Rotates x [B, T, N, head_dim] by its positions [B, T], pairs being (i, i + head_dim/2).
-
-    RoFormer (2104.09864), in the half-split layout of Hugging Face.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None, None].astype(jnp.float32) * frequency[None, None, None]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """Softmax attention: q [B, T, H, h], k and v [B, K, S, h], mask [B, T, S] -> [B, T, H, h].
-
-    H is a multiple of K: consecutive query heads share a key/value head (2305.13245).
-    """
-    batch, length, heads, dim = q.shape
-    kv_heads = k.shape[1]
-    # Heads of a group side by side with the queries: plain products over two batch axes, which is
-    # several times faster on CPU than a five-axis einsum and the same to an accelerator.
-    grouped = q.reshape(batch, length, kv_heads, -1, dim).transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, dim)
-    scores = jnp.einsum("bkqd,bksd->bkqs", grouped, k).astype(jnp.float32) * dim**-0.5
-    mask = jnp.tile(mask, (1, heads // kv_heads, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkqs,bksd->bkqd", weights, v).reshape(batch, kv_heads, -1, length, dim)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+def norm_of(c: TransformerConfig, width: int | None = None) -> Norm:
+    """The configuration's norm, over ``width`` dimensions (or the model's)."""
+    return Norm(
+        width or c.width, eps=c.norm_eps, dtype=c.compute_dtype, offset=c.norm_offset, centred=c.norm == "layer"
+    )
 
 
 class Block(nnx.Module):
@@ -137,41 +132,66 @@ class Block(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        dtype = jnp.dtype(c.compute_dtype)
 
-        def linear(inputs: int, outputs: int) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, rngs=rngs)
+        def linear(name: str, inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, bias=name in c.biases, dtype=c.compute_dtype, rngs=rngs)
 
-        def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(c.width, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
-
-        self.attention_norm, self.mlp_norm = norm(), norm()
-        self.q = linear(c.width, c.heads * c.head_dim)
-        self.k = linear(c.width, c.kv_heads * c.head_dim)
-        self.v = linear(c.width, c.kv_heads * c.head_dim)
-        self.o = linear(c.heads * c.head_dim, c.width)
-        self.gate, self.up = linear(c.width, c.hidden), linear(c.width, c.hidden)
-        self.down = linear(c.hidden, c.width)
+        self.attention_norm, self.mlp_norm = norm_of(c), norm_of(c)
+        if c.post_norms:
+            self.attention_post_norm, self.mlp_post_norm = norm_of(c), norm_of(c)
+        if c.head_norms:
+            self.q_norm, self.k_norm = norm_of(c, c.head_dim), norm_of(c, c.head_dim)
+        self.q = linear("q", c.width, c.heads * c.head_dim)
+        self.k = linear("k", c.width, c.kv_heads * c.head_dim)
+        self.v = linear("v", c.width, c.kv_heads * c.head_dim)
+        self.o = linear("o", c.heads * c.head_dim, c.width)
+        if c.gated:
+            self.gate = linear("gate", c.width, c.hidden)
+        self.up, self.down = linear("up", c.width, c.hidden), linear("down", c.hidden, c.width)
 
     def __call__(
-        self, x: Array, positions: Array, mask: Array, cache: Cache | None = None, slot: Array | None = None
+        self,
+        x: Array,
+        positions: Array,
+        mask: Array,
+        frequency: Array,
+        cache: Cache | None = None,
+        slot: Array | None = None,
     ) -> tuple[Array, Cache]:
         """x [B * T, D], flat so that every projection is one matrix product; positions [B, T].
 
         With a cache, writes the T new keys and values at ``slot`` and attends to all of it.
         """
         c = self.config
-        h = self.attention_norm(x)
-        q = rotary(self.q(h).reshape(*positions.shape, c.heads, c.head_dim), positions, c.rope_theta)
-        k = rotary(self.k(h).reshape(*positions.shape, c.kv_heads, c.head_dim), positions, c.rope_theta)
-        v = self.v(h).reshape(*positions.shape, c.kv_heads, c.head_dim)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        mixed, cache = self.attention(self.attention_norm(x), positions, mask, frequency, cache, slot)
+        if c.post_norms:
+            mixed = self.attention_post_norm(mixed)
+        if c.parallel:
+            return x + mixed + self.mlp(self.mlp_norm(x)), cache
+        x = x + mixed
+        out = self.mlp(self.mlp_norm(x))
+        return x + (self.mlp_post_norm(out) if c.post_norms else out), cache
+
+    def attention(self, h, positions, mask, frequency, cache, slot) -> tuple[Array, Cache]:
+        c = self.config
+        q = self.q(h).reshape(*positions.shape, c.heads, c.head_dim)
+        k = self.k(h).reshape(*positions.shape, c.kv_heads, c.head_dim)
+        v = self.v(h).reshape(*positions.shape, c.kv_heads, c.head_dim).swapaxes(1, 2)
+        if c.head_norms:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if c.rotated:
+            q, k = rotary(q, positions, frequency), rotary(k, positions, frequency)
+        k = k.swapaxes(1, 2)
         if cache is not None and slot is not None:
             k = lax.dynamic_update_slice_in_dim(cache.k, k, slot, axis=2)
             v = lax.dynamic_update_slice_in_dim(cache.v, v, slot, axis=2)
-        x = x + self.o(attend(q, k, v, mask).reshape(len(x), -1))
-        h = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(h)) * self.up(h)), Cache(k, v)
+        mixed = attend(q, k, v, mask, c.query_scale or c.head_dim**-0.5, c.attention_cap)
+        return self.o(mixed.reshape(len(h), -1)), Cache(k, v)
+
+    def mlp(self, h: Array) -> Array:
+        c = self.config
+        act = ACTIVATIONS[c.activation]
+        return self.down(act(self.gate(h)) * self.up(h) if c.gated else act(self.up(h)))
 
 
 class Ends(nnx.Module):
@@ -179,47 +199,50 @@ class Ends(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         c, dtype = config, jnp.dtype(config.compute_dtype)
+        self.config = config
         scale = nnx.initializers.normal(c.initializer_range)
         self.embed = nnx.Embed(c.vocab_size, c.width, embedding_init=scale, dtype=dtype, rngs=rngs)
-        self.norm = nnx.RMSNorm(c.width, epsilon=c.norm_eps, dtype=dtype, rngs=rngs)
+        self.norm = norm_of(c)
+        if c.positions == "learned":
+            self.positions = nnx.Embed(c.context, c.width, embedding_init=scale, dtype=dtype, rngs=rngs)
         if not c.tied:
-            self.head = nnx.Linear(c.width, c.vocab_size, use_bias=False, dtype=dtype, rngs=rngs)
+            self.head = Linear(c.width, c.vocab_size, bias=False, dtype=c.compute_dtype, rngs=rngs)
 
-    def __call__(self, x: Array, out: bool) -> Array:
-        """Tokens [...] -> [..., D] when ``out`` is false; states [..., D] -> logits [..., V] when true."""
-        if not out:
-            return self.embed(x)
-        logits = self.head(x) if hasattr(self, "head") else self.embed.attend(x)
-        return logits.astype(jnp.float32)
+    def __call__(self, x: Array, positions: Array | None) -> Array:
+        """Tokens [...] at positions [...] -> [..., D]; without positions, states [..., D] -> logits [..., V]."""
+        c = self.config
+        if positions is not None:
+            x = self.embed(x)
+            if c.embed_scale != 1.0:
+                x = x * jnp.asarray(c.embed_scale, x.dtype)
+            return x + self.positions(positions) if c.positions == "learned" else x
+        kernel = self.embed.embedding[...].T if c.tied else self.head.kernel[...]
+        x = x.astype(c.compute_dtype)
+        # Accumulated and kept in float32: a logit rounded to bfloat16 is a log-prob wrong in its second digit.
+        return capped(jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32), c.logit_cap)
 
 
-def causal_mask(segments: Array) -> Array:
-    """[B, T] segments -> [B, T, T]: query t sees key s <= t of its own, non-zero segment."""
-    length = segments.shape[1]
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    return same & jnp.tril(jnp.ones((1, length, length), bool))
-
-
-def segment_positions(segments: Array) -> Array:
-    """Index of each real token within its segment, [B, T] int32; padding anywhere does not count."""
-    real = segments > 0
-    count = jnp.cumsum(real, axis=1)
-    first = real & (segments != jnp.pad(lax.cummax(jnp.asarray(segments), axis=1), ((0, 0), (1, 0)))[:, :-1])
-    return count - lax.cummax(jnp.where(first, count, 0), axis=1)
+def check_sizes(config: TransformerConfig) -> None:
+    """Raises UserError on sizes that do not go together."""
+    c = config
+    if c.heads % c.kv_heads:
+        raise UserError(f"heads={c.heads} is not a multiple of kv_heads={c.kv_heads}; make it one")
+    if c.rotated % 2 or c.rotated > c.head_dim:
+        raise UserError(f"rotary positions need an even part of head_dim={c.head_dim}, not {c.rotated}")
+    if c.windows and len(c.windows) != c.layers:
+        raise UserError(f"windows has {len(c.windows)} entries for {c.layers} layers; give one each")
+    if c.windowed_theta is not None and not c.windows:
+        raise UserError("windowed_theta is set and no layer has a window; set windows")
 
 
 def transformer(config: TransformerConfig) -> Model:
     """Builds the model's functions. Raises UserError on sizes that cannot be."""
     c = config
-    if c.heads % c.kv_heads:
-        raise UserError(f"heads={c.heads} is not a multiple of kv_heads={c.kv_heads}; make it one")
-    if c.head_dim % 2:
-        raise UserError(f"head_dim={c.head_dim} is odd; rotary positions need an even one")
+    check_sizes(c)
     block = functional(lambda rngs: Block(c, rngs=rngs))
     ends = functional(lambda rngs: Ends(c, rngs=rngs))
-    norm = functional(
-        lambda rngs: nnx.RMSNorm(c.width, epsilon=c.norm_eps, dtype=jnp.dtype(c.compute_dtype), rngs=rngs)
-    )
+    norm = functional(lambda rngs: norm_of(c))
+    frequency, windows = frequencies(c), np.asarray(c.windows or [UNBOUNDED] * c.layers, np.int32)
 
     def init(key: Key) -> Params:
         first, rest = jax.random.split(key)
@@ -228,19 +251,32 @@ def transformer(config: TransformerConfig) -> Model:
     def outer(params: Params) -> Params:
         return {name: value for name, value in params.items() if name != "blocks"}
 
+    def embed(params: Params, tokens: Array, positions: Array) -> Array:
+        return ends.apply(outer(params), tokens.reshape(-1), positions.reshape(-1))
+
+    def check_length(length: int) -> None:
+        if c.positions == "learned" and c.context < length:
+            raise UserError(f"the model has {c.context} positions and a row has room for {length} tokens; "
+                            "lower the buckets or max_new_tokens")  # fmt: skip
+
+    def seen(mask: Array, queries: Array, keys: Array, window: Array) -> Array:
+        return near(mask, queries, keys, window) if c.windows else mask
+
     def causal(params: Params, tokens: Array, segments: Array) -> Array:
+        check_length(tokens.shape[1])
         positions, mask = segment_positions(segments), causal_mask(segments)
 
-        def layer(x: Array, weights: Params) -> tuple[Array, None]:
-            return block.apply(weights, x, positions, mask)[0], None
+        def layer(x: Array, one: tuple[Params, Array, Array]) -> tuple[Array, None]:
+            weights, turns, window = one
+            return block.apply(weights, x, positions, seen(mask, positions, positions, window), turns)[0], None
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
-        x, _ = lax.scan(layer, ends.apply(outer(params), tokens.reshape(-1), False), params["blocks"])
+        x, _ = lax.scan(layer, embed(params, tokens, positions), (params["blocks"], frequency, windows))
         return norm.apply(params["norm"], x).reshape(*tokens.shape, -1)
 
     def unembed(params: Params, states: Array) -> Array:
-        return ends.apply(outer(params), states, True)
+        return ends.apply(outer(params), states, None)
 
     def predict(params: Params, prompt: Prompt, completion: Completion) -> Array:
         tokens = jnp.concatenate([prompt.tokens, completion.tokens], axis=1)
@@ -254,14 +290,15 @@ def transformer(config: TransformerConfig) -> Model:
         return take_last(causal(params, prompt.tokens, prompt.mask.astype(jnp.int32)), prompt.mask)
 
     def start(params: Params, prompt: Prompt, max_new_tokens: int) -> Start:
+        check_length(prompt.tokens.shape[1] + max_new_tokens)
         layers = [jax.tree.map(lambda w, i=i: w[i], params["blocks"]) for i in range(c.layers)]
         segments = prompt.mask.astype(jnp.int32)
         positions, mask = segment_positions(segments), causal_mask(segments)
-        x = ends.apply(outer(params), prompt.tokens.reshape(-1), False)
+        x = embed(params, prompt.tokens, positions)
         room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
         caches = []
-        for weights in layers:
-            x, cache = block.apply(weights, x, positions, mask)
+        for weights, turns, window in zip(layers, frequency, windows, strict=True):
+            x, cache = block.apply(weights, x, positions, seen(mask, positions, positions, window), turns)
             caches.append(Cache(jnp.pad(cache.k, room), jnp.pad(cache.v, room)))
         carry = Carry(
             caches=tuple(caches),
@@ -272,9 +309,11 @@ def transformer(config: TransformerConfig) -> Model:
 
         def step(carry: Carry, token: Array) -> tuple[Carry, Array]:
             valid = lax.dynamic_update_slice_in_dim(carry.valid, jnp.ones_like(carry.valid[:, :1]), carry.slot, axis=1)
-            x, caches = ends.apply(outer(params), token, False), []
-            for weights, cache in zip(layers, carry.caches, strict=True):
-                x, cache = block.apply(weights, x, carry.position[:, None], valid[:, None], cache, carry.slot)
+            here, slots = carry.position[:, None], jnp.cumsum(valid, axis=1) - 1
+            x, caches = embed(params, token, carry.position), []
+            for weights, turns, window, cache in zip(layers, frequency, windows, carry.caches, strict=True):
+                mask = seen(valid[:, None], here, slots, window)
+                x, cache = block.apply(weights, x, here, mask, turns, cache, carry.slot)
                 caches.append(cache)
             logits = unembed(params, norm.apply(params["norm"], x))
             return Carry(tuple(caches), valid, carry.position + 1, carry.slot + 1), logits
@@ -285,18 +324,14 @@ def transformer(config: TransformerConfig) -> Model:
     return Model(c, init, causal, predict, final, unembed, start, RULES)
 
 
-def take_last(states: Array, mask: Array) -> Array:
-    """[B, T, D] -> [B, D]: the state of each row's last real token, wherever the padding lies."""
-    last = jnp.max(jnp.where(mask, jnp.arange(mask.shape[1]), 0), axis=1)
-    return jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
-
-
 RULES: Rules = (
     (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"positions/embedding$", P(None, "fsdp")),
     (r"blocks/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"blocks/(o|down)/kernel$", P(None, "tensor", "fsdp")),
-    (r"blocks/\w+_norm/scale$", P()),
-    (r"^norm/scale$", P()),
+    (r"blocks/(q|k|v|gate|up)/bias$", P(None, "tensor")),
+    (r"blocks/(o|down)/bias$", P()),
+    (r"norm/(scale|bias)$", P()),
     (r"head/kernel$", P("fsdp", "tensor")),
 )
 """Megatron's split of heads and hidden units over ``tensor``, everything else over ``fsdp``."""

@@ -15,8 +15,9 @@ import jax
 
 from alignjax import config
 from alignjax.models import huggingface
+from alignjax.models.build import ModelConfig, build, from_json, to_json
+from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer
-from alignjax.models.transformer import Model, TransformerConfig, transformer
 from alignjax.preference import Preference
 from alignjax.runtime import metrics, sharding
 from alignjax.runtime.checkpoint import restore_tree, save_tree
@@ -95,10 +96,10 @@ class Context:
         """Restores a stage's network onto the mesh."""
         folder = self.workdir / name
         try:
-            sizes = TransformerConfig(**json.loads((folder / "model.json").read_text()))
+            sizes = from_json(json.loads((folder / "model.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{folder} holds no model ({config.one_line(error)}); run its stage first") from None
-        model, tokenizer = transformer(sizes), huggingface.read_tokenizer(folder / "tokenizer")
+        model, tokenizer = build(sizes), huggingface.read_tokenizer(folder / "tokenizer")
         shapes = jax.eval_shape(model.init, jax.random.key(0))
         built = form(model, tokenizer) if form else None
         if built:
@@ -108,14 +109,14 @@ class Context:
         mark = str(zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes()))
         return Network(model, params, tokenizer, mark), built
 
-    def save_network(self, sizes: TransformerConfig, params: Params, tokenizer: Tokenizer) -> None:
+    def save_network(self, sizes: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
         save_tree(self.folder / "params", params)
         tokenizer.save(self.folder / "tokenizer")
-        metrics.write_json(self.folder / "model.json", dataclasses.asdict(sizes))
+        metrics.write_json(self.folder / "model.json", to_json(sizes))
 
     def inherit(self, start: str, params: Params) -> None:
         """Saves parameters of the same sizes and tokenizer as the stage ``start``."""
-        sizes = TransformerConfig(**json.loads((self.workdir / start / "model.json").read_text()))
+        sizes = from_json(json.loads((self.workdir / start / "model.json").read_text()))
         self.save_network(sizes, params, huggingface.read_tokenizer(self.workdir / start / "tokenizer"))
 
 

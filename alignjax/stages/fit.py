@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from alignjax import judges, objectives, preference
+from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
-from alignjax.models.transformer import Model
 from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, Context, Network
 from alignjax.stages.label import PAIR_DATA

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from alignjax import objectives
-from alignjax.models import huggingface
+from alignjax.models import huggingface, weights
+from alignjax.models.build import ModelConfig, build
 from alignjax.models.likelihood import token_log_probs
 from alignjax.models.tokenizer import single_token
-from alignjax.models.transformer import TransformerConfig, transformer
 from alignjax.runtime import data
 from alignjax.stages.experiment import POLICY, Context
 from alignjax.stages.training import Adam, Loop, run_loop
@@ -26,7 +26,7 @@ class Pretrain:
     """A tokenizer and a language model from nothing, on the task's own corpus, packed into rows."""
 
     makes: ClassVar = POLICY
-    model: TransformerConfig
+    model: ModelConfig
     documents: int
     row: int  # tokens
     adam: Adam
@@ -41,7 +41,7 @@ class Pretrain:
 
     def check(self, context: Context) -> None:
         self.loop.check(context)
-        transformer(self.model)  # sizes that do not go together
+        build(self.model)  # sizes that do not go together
         context.task.source.corpus(1, context.seed)
 
     def run(self, context: Context) -> dict[str, Any]:
@@ -55,11 +55,15 @@ class Pretrain:
         end = single_token(tokenizer, "</s>")
         rows = pack([[*tokenizer.encode(text), end] for text in texts], self.row)
         plan = data.planned([self.row] * len(rows.tokens), [self.row], self.loop.batch, context.seed)
-        model = transformer(self.model)
+        model = build(self.model)
+
+        if model.causal is None:
+            raise UserError(f"{context.name} packs documents into rows, which an encoder-decoder cannot read")
+        causal = model.causal
 
         def objective(params: Params, batch: Tokens, key: Key) -> tuple[Array, Metrics]:
             segments, targets = batch.mask, batch.tokens[:, 1:]
-            states = model.causal(params, batch.tokens, segments)[:, :-1]
+            states = causal(params, batch.tokens, segments)[:, :-1]
             logp = token_log_probs(model.unembed, params, states, targets, chunk=128)
             return objectives.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
 
@@ -105,18 +109,18 @@ class Pretrained:
     content: str = dataclasses.field(init=False)  # what lay in the folder, so that another checkpoint is noticed
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "content", huggingface.content(Path(self.path)))
+        object.__setattr__(self, "content", weights.content(Path(self.path)))
 
     def inputs(self) -> tuple[str, ...]:
         return ()
 
     def check(self, context: Context) -> None:
         huggingface.read_config(Path(self.path))
-        huggingface.tensor_files(Path(self.path))
+        weights.tensor_files(Path(self.path))
 
     def run(self, context: Context) -> dict[str, Any]:
         folder = Path(self.path)
         sizes = huggingface.read_config(folder)
-        params, tokenizer = huggingface.read_params(folder, sizes), huggingface.read_tokenizer(folder)
+        params, tokenizer = weights.read_params(folder, sizes), huggingface.read_tokenizer(folder)
         context.save_network(sizes, params, tokenizer)
         return {"parameters": sum(x.size for x in jax.tree.leaves(params))}

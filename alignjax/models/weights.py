@@ -1,0 +1,236 @@
+"""Safetensors <-> params, tensor by tensor: a checkpoint never lies on the host whole."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from alignjax.config import one_line
+from alignjax.models.build import ModelConfig, build
+from alignjax.models.families import FAMILIES, Family, entries, is_ignored
+from alignjax.models.names import Entry
+from alignjax.runtime.sharding import path_name
+from alignjax.types import Params, UserError
+
+MEBIBYTE = 2**20
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError when the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a Hugging Face folder") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object; fetch it again")
+    return found
+
+
+def content(folder: Path) -> str:
+    """A mark of what lies in a folder, empty when there is none: its files' names and sizes, and of each the first and
+    the last mebibyte, which tell apart two checkpoints of one shape without reading them whole."""
+    mark = hashlib.sha256()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_file() and path.suffix in (".json", ".safetensors", ".model", ".txt"):
+            size = path.stat().st_size
+            mark.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                mark.update(file.read(MEBIBYTE))
+                file.seek(max(size - MEBIBYTE, 0))
+                mark.update(file.read(MEBIBYTE))
+    return mark.hexdigest()[:16] if folder.is_dir() else ""
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file that holds it (one file, or shards with an index)."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = read_object(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise UserError(f"{index} is damaged: it has no weight_map of names to files; fetch it again")
+        outside = [file for file in names.values() if Path(file).name != file]
+        if outside:
+            raise UserError(f"{index}: shard {outside[0]!r} points outside the folder; mend the index")
+        return {name: folder / file for name, file in names.items()}
+    single = folder / "model.safetensors"
+    if not single.exists():
+        mend = "convert it to safetensors" if list(folder.glob("*.bin")) else "give a folder that has it"
+        raise UserError(f"{single} is missing; {mend}")
+    with open_tensors(single) as file:
+        return dict.fromkeys(file.keys(), single)
+
+
+def open_tensors(path: Path):
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is damaged or missing ({one_line(error)}); fetch it again") from None
+
+
+def read_params(folder: Path, config: ModelConfig, shardings: Any = None, dtype: Any = np.float32) -> Params:
+    """Safetensors -> params of ``dtype``, layers stacked: NumPy arrays, or with ``shardings`` (a tree) arrays on the
+    devices. Each shard is read by its own byte range, so that the host holds one shard at a time.
+
+    UserError names a tensor that is missing, left over or misshapen; one that holds NaN is warned of.
+    """
+    family, shapes = FAMILIES[config.family], parameter_shapes(config)
+    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
+    table = entries(family, config, leaves)
+    views = tensor_views(folder, family, config)
+
+    def view(name: str, shape: tuple[int, ...]) -> Any:
+        if name not in views:
+            raise UserError(f"{folder}: tensor {name} is missing; the checkpoint is not whole")
+        found = tuple(views[name].get_shape())
+        if found != shape:
+            raise UserError(f"{folder}: tensor {name} has shape {found}, config.json says {shape}")
+        return views[name]
+
+    def leaf(path: Any, spec: jax.ShapeDtypeStruct, where: Any) -> Any:
+        entry = table[path_name(path)]
+        stacked = "{}" in entry.theirs
+        shape = spec.shape[1:] if stacked else spec.shape
+        names = tensor_names(entry, spec.shape)
+        found = [view(name, their_shape(entry, shape)) for name in names]
+
+        def piece(index: Any) -> np.ndarray:
+            inner = index[1:] if stacked else index
+            which = range(len(found))[index[0]] if stacked else [0]
+            rows = [read_piece(found[i], entry, shape, inner, config).astype(dtype) for i in which]
+            for i, row in zip(which, rows, strict=True):
+                if np.isnan(row).any():
+                    warnings.warn(f"{folder}: tensor {names[i]} holds NaN", stacklevel=2)
+            return np.stack(rows) if stacked else rows[0]
+
+        whole = (slice(None),) * len(spec.shape)
+        return piece(whole) if where is None else jax.make_array_from_callback(spec.shape, where, piece)
+
+    places = shardings if shardings is not None else jax.tree.map(lambda _: None, shapes)
+    params = jax.tree_util.tree_map_with_path(leaf, shapes, places, is_leaf=lambda x: x is None)
+    used = {name for path, entry in table.items() for name in tensor_names(entry, leaves[path].shape)}
+    if left := set(views) - used:
+        raise UserError(f"{folder}: tensor {min(left)} has no place in {family.architecture}; is config.json of this "
+                        "checkpoint?")  # fmt: skip
+    return params
+
+
+def parameter_shapes(config: ModelConfig) -> Any:
+    return jax.eval_shape(build(config).init, jax.random.key(0))
+
+
+def tensor_views(folder: Path, family: Family, config: ModelConfig) -> dict[str, Any]:
+    """Tensor name -> a view that reads ranges. A bare backbone's names get the family's prefix; what holds no
+    parameter, and the head of a tied model, are left out."""
+    opened = functools.cache(open_tensors)
+    heads = {entry.theirs for entry in family.table(config) if entry.ours == "head/kernel"}
+    found = {}
+    for name, file in tensor_files(folder).items():
+        if is_ignored(family, name) or (config.tied and name in heads):
+            continue
+        full = name if name.startswith(family.prefix) or name in heads else family.prefix + name
+        try:
+            found[full] = opened(file).get_slice(name)
+        except safetensors.SafetensorError:
+            raise UserError(f"{folder}: {file.name} lacks tensor {name} that the index says it has") from None
+    return found
+
+
+def tensor_names(entry: Entry, shape: Sequence[int]) -> list[str]:
+    """The tensors that one of our parameters of that shape lies in: one a layer, or one."""
+    return [entry.theirs.format(i) for i in range(shape[0])] if "{}" in entry.theirs else [entry.theirs]
+
+
+def their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The tensor's shape, from that of ours."""
+    fused = (*shape[:-1], shape[-1] * entry.parts)
+    return fused[::-1] if entry.turned else fused
+
+
+def read_piece(
+    view: Any, entry: Entry, shape: tuple[int, ...], index: tuple[slice, ...], config: ModelConfig
+) -> np.ndarray:
+    """The piece of one of our matrices or vectors that ``index`` cuts out of ``shape``."""
+    if entry.parts == 1:
+        cut = index[::-1] if entry.turned else index
+        value = view[cut if len(cut) > 1 else cut[0]]
+        return value.T if entry.turned else value
+    whole = view[:]
+    return split(whole.T if entry.turned else whole, entry, config.heads)[entry.part][index]
+
+
+def split(fused: np.ndarray, entry: Entry, heads: int) -> list[np.ndarray]:
+    """The parts of a fused output axis."""
+    if not entry.by_head:
+        return np.split(fused, entry.parts, axis=-1)
+    by_head = fused.reshape(*fused.shape[:-1], heads, entry.parts, -1)
+    return [by_head[..., i, :].reshape(*fused.shape[:-1], -1) for i in range(entry.parts)]
+
+
+def fuse(parts: Sequence[np.ndarray], entry: Entry, heads: int) -> np.ndarray:
+    """What ``split`` takes apart."""
+    if not entry.by_head:
+        return np.concatenate(parts, axis=-1)
+    by_head = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
+    return np.stack(by_head, axis=-2).reshape(*parts[0].shape[:-1], -1)
+
+
+def their_tensors(
+    table: Mapping[str, Entry], leaves: Mapping[str, Any], config: ModelConfig
+) -> dict[str, Callable[[], np.ndarray]]:
+    """Tensor name -> what makes it, so that one at a time is on the host."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in table.values():
+        groups.setdefault(entry.theirs, []).append(entry)
+
+    def make(group: list[Entry], layer: int | None) -> np.ndarray:
+        parts = [
+            leaves[e.ours] if layer is None else leaves[e.ours][layer] for e in sorted(group, key=lambda e: e.part)
+        ]
+        arrays = [np.asarray(part) for part in parts]
+        value = arrays[0] if len(arrays) == 1 else fuse(arrays, group[0], config.heads)
+        return np.ascontiguousarray(value.T if group[0].turned else value)
+
+    tensors: dict[str, Callable[[], np.ndarray]] = {}
+    for name, group in groups.items():
+        for layer in range(len(leaves[group[0].ours])) if "{}" in name else [None]:
+            tensors[name.format(layer)] = functools.partial(make, group, layer)
+    return tensors
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]], shard: int) -> None:
+    """Safetensors of at most ``shard`` bytes (or one tensor), and their index when there are several."""
+    files: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+
+    def flush() -> None:
+        safetensors.numpy.save_file(held, folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+
+    total = 0
+    for name, make in tensors.items():
+        value = make()
+        total += value.nbytes
+        if held and sum(v.nbytes for v in held.values()) + value.nbytes > shard:
+            flush()
+        held[name] = value
+    flush()
+    single = len(files) == 1
+    named = [
+        "model.safetensors" if single else f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))
+    ]
+    for i, name in enumerate(named):
+        (folder / f"{i}.part").rename(folder / name)
+    if not single:
+        where = {tensor: file for file, names in zip(named, files, strict=True) for tensor in names}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
