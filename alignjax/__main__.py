@@ -9,9 +9,9 @@ from types import FrameType
 def main() -> int:
     """The command's exit status; 130 when interrupted, at any moment."""
     signal.signal(signal.SIGINT, interrupted)
-    from alignjax import run  # takes a second or two: after the handler is there
+    from alignjax import commands  # takes a second or two: after the handler is there
 
-    return run.main()
+    return commands.main()
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,9 @@ from jax import lax
 
 from alignjax.types import TINY, Array, Completion, Key, Step, in_range
 
+Stop = tuple[tuple[int, ...], ...]
+"""Token sequences, each of which ends a completion."""
+
 
 class Process(NamedTuple):
     """A distribution over sequences: the next token has log-probs log_softmax(logits)."""
@@ -92,20 +95,29 @@ def draw(logits: Array, keys: Key, sampling: Sampling) -> Array:
     return jax.vmap(jax.random.categorical)(keys, keep(logits, sampling)).astype(jnp.int32)
 
 
+def ends(tokens: Array, index: Array, stop: Stop) -> Array:
+    """Whether tokens [B, T], of which those up to ``index`` are drawn, end with one of the sequences; [B] bool."""
+    met = jnp.zeros(tokens.shape[:1], bool)
+    for sequence in stop:
+        back = index - len(sequence) + 1
+        tail = jnp.stack([lax.dynamic_index_in_dim(tokens, back + i, 1, False) for i in range(len(sequence))], axis=1)
+        met = met | ((back >= 0) & jnp.all(tail == jnp.asarray(sequence, jnp.int32)[None], axis=1))
+    return met
+
+
 def sample(
     process: Process,
     keys: Key,
     max_new_tokens: int,
-    stop: tuple[int, ...],
+    stop: Stop,
     sampling: Sampling = Sampling(),
 ) -> Sample:
-    """Draws until every row has met one of the ``stop`` tokens, in one compiled loop.
+    """Draws until every row has met one of the ``stop`` sequences, in one compiled loop.
 
-    The stop token belongs to the completion: it is scored, and its mask is true. Keys [B] are per row,
+    Its tokens belong to the completion: they are scored, and their mask is true. Keys [B] are per row,
     folded with the token's index.
     """
     batch = process.logits.shape[0]
-    stops = jnp.asarray(stop, jnp.int32)
 
     def active(state: tuple) -> Array:
         index, *_, done = state
@@ -119,7 +131,7 @@ def sample(
         tokens = lax.dynamic_update_index_in_dim(tokens, token, index, 1)
         mask = lax.dynamic_update_index_in_dim(mask, ~done, index, 1)
         logp = lax.dynamic_update_index_in_dim(logp, jnp.where(done, 0.0, chosen), index, 1)
-        done = done | jnp.any(token[:, None] == stops[None], axis=-1)
+        done = done | ends(tokens, index, stop)
         carry, logits = process.step(carry, token)
         return index + 1, carry, logits, tokens, mask, logp, done
 

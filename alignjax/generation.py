@@ -9,16 +9,16 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from alignjax.decoding import Process, Sampling, sample
+from alignjax.decoding import Process, Sampling, Stop, sample
 from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad
+from alignjax.models.tokenizer import Tokenizer, decode_reply, pad
 from alignjax.types import Completion, Key, LogProb, Params, Prompt
 
 
 class Reply(NamedTuple):
     """One sampled continuation."""
 
-    text: str  # raw, with its stop token if it met one
+    text: str  # raw, with the task's end marker if it met one
     length: int  # tokens, the stop token included
     kl: float  # nats: log pi(y) - log mu(y) of this sample; its mean estimates KL(pi, mu)
 
@@ -33,7 +33,8 @@ def generator(
     params: Params,
     tokenizer: Tokenizer,
     *,
-    stop: tuple[int, ...],
+    stop: Stop,
+    end: str,
     max_new_tokens: int,
     buckets: tuple[int, ...],
     batch: int,
@@ -43,7 +44,8 @@ def generator(
     rows: jax.sharding.NamedSharding,
 ) -> Generate:
     """Builds a Generate; compiled at most twice a bucket, for whole batches and for the small ones that
-    retries leave. Without ``reference``, or where sampling is not plain, every kl is NaN."""
+    retries leave. ``end`` is the task's end marker, which stands in a text for the tokenizer's own. Without
+    ``reference``, or where sampling is not plain, every kl is NaN."""
     mesh = rows.mesh.shape
     parts = mesh["data"] * mesh["fsdp"]
     small = max(batch // 8 // parts, 1) * parts
@@ -75,7 +77,7 @@ def generator(
                 kl = score(prompt, completion, logp)
                 tokens, mask = np.asarray(completion.tokens), np.asarray(completion.mask)
                 for row, i in enumerate(mine):
-                    text = decode_continuation(tokenizer, tokens[row][mask[row]])
+                    text = decode_reply(tokenizer, tokens[row][mask[row]].tolist(), stop, end)
                     replies[i] = Reply(text, int(mask[row].sum()), float(kl[row]))
         return [replies.get(i) for i in range(len(prompts))]
 

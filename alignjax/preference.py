@@ -12,7 +12,7 @@ import numpy as np
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
 from alignjax.tasks.task import Template
-from alignjax.types import Array, Completion, Key, Params, PreferenceLogit, Prompt, Rules, Tokens
+from alignjax.types import Array, Completion, Key, Params, PreferenceLogit, Prompt, Rules, Tokens, UserError
 
 
 class TemplateTokens(NamedTuple):
@@ -22,6 +22,7 @@ class TemplateTokens(NamedTuple):
     between: tuple[int, ...]
     question: tuple[int, ...]
     answer: int
+    other: int | None = None
 
 
 class Preference(NamedTuple):
@@ -35,17 +36,62 @@ class Preference(NamedTuple):
 def template_tokens(tokenizer: Tokenizer, template: Template) -> TemplateTokens:
     """Raises UserError when the answer is not one token."""
     before, between, question = (tuple(encode_continuation(tokenizer, text)) for text in template[:3])
-    return TemplateTokens(before, between, question, single_token(tokenizer, template.answer))
+    other = single_token(tokenizer, template.other) if template.other else None
+    return TemplateTokens(before, between, question, single_token(tokenizer, template.answer), other)
 
 
 def pairwise(model: Model, template: TemplateTokens) -> Preference:
     """P(y > y' | x) = sigmoid(s(x, y, y') - s(x, y', y)), s the logit of one fixed token after a context
     that shows both responses (2312.00886 section 7). It can express intransitive preferences."""
 
+    return of_both(model, template, lambda params, state: model.unembed(params, state)[:, template.answer])
+
+
+def choice(model: Model, template: TemplateTokens) -> Preference:
+    """As ``pairwise``, s the log-odds of the token that says "the first" against the one that says "the second". The
+    two orders' mean takes a rater's position bias out, so that a language model is one as it is (RLAIF's question,
+    2307.12950 section 4) or after training. Raises UserError when the template names no other answer."""
+    if template.other is None:
+        raise UserError("preference.choice needs a template with both answers; give its ``other``")
+    answers = jnp.asarray([template.answer, template.other])
+
+    def odds(params: Params, state: Array) -> Array:
+        both = model.unembed(params, state)[:, answers]
+        return 0.5 * (both[:, 0] - both[:, 1])
+
+    return of_both(model, template, odds)
+
+
+def pairwise_head(model: Model, template: TemplateTokens) -> Preference:
+    """As ``pairwise``, s linear in the state after the question, zero at the start."""
+
+    def linear(params: Params, state: Array) -> Array:
+        return state.astype(jnp.float32) @ params["pairwise"]["kernel"]
+
+    built = of_both(model, template, linear, ("pairwise",))
+    return Preference(head("pairwise", model), built.logit, ((r"^pairwise/", REPLICATED), *model.rules))
+
+
+REPLICATED = jax.sharding.PartitionSpec()
+
+
+def head(name: str, model: Model) -> Callable[[Params, Key], Params]:
+    """Extends a backbone by a zero vector of the model's width."""
+    return lambda params, key: {**params, name: {"kernel": jnp.zeros((model.config.width,), jnp.float32)}}
+
+
+def of_both(
+    model: Model,
+    template: TemplateTokens,
+    read: Callable[[Params, Array], Array],
+    heads: tuple[str, ...] = (),
+) -> Preference:
+    """s(x, y, y') - s(x, y', y), s = read(params, the state [B, D] after a context that shows both responses)."""
+
     def score(params: Params, prompt: Prompt, first: Completion, second: Completion) -> Array:
         parts = (template.before, first, template.between, second, template.question)
-        state = model.final(params, join(prompt, *parts))
-        return model.unembed(params, state)[:, template.answer]
+        backbone = {name: part for name, part in params.items() if name not in heads}
+        return read(params, model.final(backbone, join(prompt, *parts)))
 
     def margin(params: Params, prompt: Prompt, first: Completion, second: Completion) -> Array:
         scores = score(params, twice(prompt, prompt), twice(first, second), twice(second, first))
@@ -58,10 +104,6 @@ def bradley_terry(model: Model, template: TemplateTokens) -> Preference:
     """P(y > y' | x) = sigmoid(r(x, y) - r(x, y')), r linear in the state after the response, zero at
     the start (2307.12950; Bradley and Terry 1952). ``template`` is not used: the forms are exchangeable."""
 
-    def extend(params: Params, key: Key) -> Params:
-        width = params["norm"]["scale"].shape[-1]
-        return {**params, "reward": {"kernel": jnp.zeros((width,), jnp.float32)}}
-
     def reward(params: Params, prompt: Prompt, response: Completion) -> Array:
         state = model.final({k: v for k, v in params.items() if k != "reward"}, join(prompt, response))
         return state.astype(jnp.float32) @ params["reward"]["kernel"]
@@ -70,8 +112,7 @@ def bradley_terry(model: Model, template: TemplateTokens) -> Preference:
         rewards = reward(params, twice(prompt, prompt), twice(first, second))
         return rewards[0::2] - rewards[1::2]
 
-    spec = jax.sharding.PartitionSpec()
-    return Preference(extend, antisymmetric(margin), ((r"reward/kernel$", spec), *model.rules))
+    return Preference(head("reward", model), antisymmetric(margin), ((r"^reward/", REPLICATED), *model.rules))
 
 
 def antisymmetric(margin: PreferenceLogit) -> PreferenceLogit:

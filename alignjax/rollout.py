@@ -1,7 +1,9 @@
-"""prompts -> Rollout, inside the compiled step: the policy answers, the opponent answers, P compares."""
+"""prompts -> Rollout: the policy answers, the opponent answers, P compares. All in one compiled step where they share
+a tokenizer; else the answers become text between two compiled halves (``stages.optimise``)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from alignjax.decoding import Process, Sample, geometric_mixture, sample
+from alignjax.decoding import Process, Sample, Stop, geometric_mixture, sample
 from alignjax.models.model import Model
 from alignjax.preference import probability
-from alignjax.types import Array, Batch, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout, UserError
+from alignjax.types import Array, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout, UserError
 
 Opponent = Callable[[Callable[[Params], Process], Params, Params, Params], Process]
 """(start, policy, reference, average) -> the process that answers; ``start(params)`` prefills a prompt."""
@@ -42,24 +44,35 @@ def moving_average(start: Callable[[Params], Process], policy: Params, reference
     return start(average)
 
 
-def collector(
-    model: Model,
-    log_prob: LogProb,
-    logit: PreferenceLogit,
-    opponent: Opponent,
-    max_new_tokens: int,
-    stop: tuple[int, ...],
-    unfinished_loses: bool,
-    hidden: tuple[int, ...],
-) -> Callable[[Params, Params, Any, Batch, Key], Rollout]:
-    """A Collect (runtime.train) of on-policy data at temperature 1.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """What the policy and its opponent answered."""
 
-    ``frozen`` holds the trees "reference" and "preference". With ``unfinished_loses`` a response that met
-    no stop token loses to one that did, and two such tie. ``hidden`` are the stop tokens that P never saw in
-    training, because the task's reply format has no such end: P is asked without them.
-    """
+    prompt: Prompt
+    y: Sample
+    opponent: Sample
 
-    def collect(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Rollout:
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """The same as the preference model reads it: in its own tokens, without what it never saw in training."""
+
+    prompt: Prompt
+    y: Completion
+    opponent: Completion
+    answered: tuple[Array, Array] | None = None  # [B] each: not refused by the task's filter; None: not asked
+
+
+Respond = Callable[[Params, Params, Any, Prompt, Key], Drawn]
+"""(policy, its average, frozen trees, prompt, key) -> both answers, at temperature 1."""
+
+
+def responder(model: Model, opponent: Opponent, max_new_tokens: int, stop: Stop) -> Respond:
+    """A Respond. ``frozen`` holds the tree "reference"."""
+
+    def respond(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Drawn:
         def start(weights: Params) -> Process:
             return Process(*model.start(weights, prompt, max_new_tokens))
 
@@ -70,13 +83,38 @@ def collector(
 
         y = draw(start(params), 0)
         other = draw(opponent(start, params, frozen["reference"], average), 1)
-        p = probability(
-            logit(frozen["preference"], prompt, without(y.completion, hidden), without(other.completion, hidden))
-        )
-        if unfinished_loses:
-            p = finished_first(p, y.finished, other.finished)
-        ref_logp = log_prob(frozen["reference"], prompt, y.completion)
-        return lax.stop_gradient(Rollout(prompt, y.completion, other.completion, p, ref_logp))
+        return lax.stop_gradient(Drawn(prompt, y, other))
+
+    return respond
+
+
+def compared(
+    log_prob: LogProb, logit: PreferenceLogit, unfinished_loses: bool, frozen: Any, drawn: Drawn, seen: Seen
+) -> Rollout:
+    """P of both answers, and the policy's under the reference. ``frozen`` holds "reference" and "preference". With
+    ``unfinished_loses`` a response that met no end loses to one that did, and two such tie."""
+    p = probability(logit(frozen["preference"], seen.prompt, seen.y, seen.opponent))
+    if unfinished_loses:
+        p = finished_first(p, drawn.y.finished, drawn.opponent.finished)
+    if seen.answered is not None:
+        p = finished_first(p, *seen.answered)
+    ref_logp = log_prob(frozen["reference"], drawn.prompt, drawn.y.completion)
+    return lax.stop_gradient(Rollout(drawn.prompt, drawn.y.completion, drawn.opponent.completion, p, ref_logp))
+
+
+def collector(
+    respond: Respond, log_prob: LogProb, logit: PreferenceLogit, unfinished_loses: bool, hidden: tuple[int, ...]
+) -> Callable[[Params, Params, Any, Prompt, Key], Rollout]:
+    """A Collect (runtime.train) where policy and preference model share a tokenizer: all in one compiled step.
+
+    ``hidden`` are the stop tokens that P never saw in training, because the task's reply format has no such end: P is
+    asked without them.
+    """
+
+    def collect(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Rollout:
+        drawn = respond(params, average, frozen, prompt, key)
+        y, other = (without(side.completion, hidden) for side in (drawn.y, drawn.opponent))
+        return compared(log_prob, logit, unfinished_loses, frozen, drawn, Seen(prompt, y, other))
 
     return collect
 

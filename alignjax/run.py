@@ -1,14 +1,12 @@
-"""The command line: run an experiment's stages in order, each once, and show its table."""
+"""Runs an experiment's stages in order, each once, and shows its table."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
 import functools
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -25,106 +23,6 @@ from alignjax.types import UserError
 
 RECORD = "stage.json"
 NOT_SCIENCE = {"log_every", "save_every"}  # fields that change no result
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for what the user can mend."""
-    arguments = parser().parse_args(argv)
-    try:
-        settings = dict(split_setting(text) for text in arguments.set)
-        if arguments.help:
-            return show_leaves(arguments.file, settings)
-        return arguments.command(arguments, settings)
-    except UserError as error:
-        print(f"alignjax: {config.one_line(error)}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has gone: `alignjax ... | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
-        return 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"alignjax: {where}{error.strerror or config.one_line(error)}; mend that and run again", file=sys.stderr)
-        return 2
-
-
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="alignjax", description=alignjax.__doc__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for name, command, words in (
-        ("run", run_command, "run the stages of an experiment file that are not finished, then show its table"),
-        ("table", table_command, "show the table of a finished run and write its report again"),
-    ):
-        sub = commands.add_parser(name, help=words, description=words, add_help=False)
-        sub.add_argument("file", metavar="FILE", help="an experiment: a Python file with get_config()")
-        sub.add_argument("-h", "--help", action="store_true", help="show what the experiment file can set")
-        sub.add_argument("--workdir", metavar="W", help="where everything is written")
-        sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
-        if command is run_command:
-            sub.add_argument(
-                "--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable"
-            )
-            sub.add_argument("--redo", action="store_true", help="make stages again whose configuration has changed")
-        sub.set_defaults(command=command)
-    return top
-
-
-def split_setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"--set {text!r} is not PATH=VALUE; write, for example, --set nash_md.adam.lr=1e-4")
-    return name, value
-
-
-def show_leaves(path: str, settings: Mapping[str, str]) -> int:
-    """Prints what an experiment file says of itself and all that ``--set`` can change in it."""
-    get_config = config.get_config_of(path)
-    print(f"usage: alignjax run {path} --workdir W [--set PATH=VALUE ...] [--only NAME ...] [--redo]\n")
-    if words := get_config.__globals__.get("__doc__"):
-        print(f"{words.strip()}\n")
-    parameters = inspect.signature(get_config).parameters.values()
-    if parameters:
-        print("What --set gives to the file, and what it is without:")
-        for p in parameters:
-            print(f"  {p.name}" + (" must be given" if p.default is p.empty else f" = {p.default!r}"))
-        print()
-    missing = [name for name in config.required(get_config) if name not in settings]
-    if missing:
-        print(f"What else can be set is shown when {' and '.join(missing)} are given with --help." if len(missing) > 1
-              else f"What else can be set is shown when {missing[0]} is given with --help.")  # fmt: skip
-        return 0
-    print("What else --set can change, and its value now:")
-    for name, value in config.leaves(load_experiment(path, settings)):
-        print(f"  {name.removeprefix('stages.')} = {value!r}")
-    return 0
-
-
-def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
-    """Raises UserError when the file makes no experiment."""
-    from alignjax.stages import Experiment
-
-    experiment = config.load(path, settings)
-    if not isinstance(experiment, Experiment):
-        kind = type(experiment).__name__
-        raise UserError(f"{path}: get_config() returned a {kind}; it must return an alignjax.stages.Experiment")
-    return experiment
-
-
-def run_command(arguments: argparse.Namespace, settings: Mapping[str, str]) -> int:
-    experiment = load_experiment(arguments.file, settings)
-    run(experiment, workdir_of(arguments), only=arguments.only, redo=arguments.redo)
-    return 0
-
-
-def table_command(arguments: argparse.Namespace, settings: Mapping[str, str]) -> int:
-    experiment = load_experiment(arguments.file, settings)
-    show_report(experiment, workdir_of(arguments))
-    return 0
-
-
-def workdir_of(arguments: argparse.Namespace) -> Path:
-    if not arguments.workdir:
-        raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
-    return Path(arguments.workdir)
 
 
 def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = False) -> None:

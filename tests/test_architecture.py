@@ -16,7 +16,8 @@ FLOORS = [
     {"models", "objectives", "decoding"},
     {"preference", "labeling", "generation", "rollout", "judges", "tournament", "tasks"},
     {"report", "stages"},
-    {"plan", "run", "__main__"},
+    {"plan", "run", "export", "sample"},
+    {"commands", "__main__"},
 ]
 DOORS = {
     "orbax": {"runtime/checkpoint.py"},

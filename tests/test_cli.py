@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from alignjax.run import main
+from alignjax.commands import main
 
 PROGRESS = r"\w+: +\d+%\||\w+: finished before|\w+: [\d.]+ s;"  # bars, and a line a stage
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -281,15 +281,16 @@ def test_an_interrupt_is_told_and_names_what_goes_on(tmp_path, environment):
     "moment",
     [
         # A callback's exception is printed and lost: what XLA's gc callback does to a KeyboardInterrupt.
-        "gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT)); run.main = gc.collect",
-        "run.main = lambda: signal.raise_signal(signal.SIGINT)",
+        "gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT)); commands.main = gc.collect",
+        "commands.main = lambda: signal.raise_signal(signal.SIGINT)",
         # While the command is imported, which takes a second or more.
-        "del sys.modules['alignjax.run'], alignjax.run; signal.setitimer(signal.ITIMER_REAL, 0.05)",
+        "for name in ('commands', 'run'): delattr(alignjax, name), sys.modules.pop(f'alignjax.{name}')\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.05)",
     ],
 )
 def test_an_interrupt_at_any_moment_ends_the_process(environment, moment):
     code = (
-        "import gc, os, signal, sys, alignjax; from alignjax import __main__, run\n"
+        "import gc, os, signal, sys, alignjax; from alignjax import __main__, commands\n"
         "signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
         f"{moment}\n__main__.main(); signal.pause() if 'ITIMER' in {moment!r} else None\n"
     )

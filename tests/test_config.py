@@ -61,7 +61,10 @@ def another(value):
         return repr(value - 1 if value > 1 else value + 1)
     if isinstance(value, tuple):
         return repr((*value, value[0]))
-    choices = {"float32": "bfloat16", "none": "dots", "cosine": "constant"}
+    choices = {
+        "float32": "bfloat16", "none": "dots", "cosine": "constant", "rms": "layer", "silu": "gelu",
+        "rotary": "learned",
+    }  # fmt: skip
     return "0.25" if value is None else choices.get(value, f"{value}-other")
 
 

@@ -16,7 +16,7 @@ from alignjax.models.transformer import transformer
 from alignjax.types import Completion
 from tests.conftest import TINY, ragged
 
-LENGTH, STOP = 8, (2,)
+LENGTH, STOP = 8, ((2,),)
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ def test_one_device_and_eight_give_the_same_numbers(whole, environment, tmp_path
         for source in STAGES[: STAGES.index(name)]:
             shutil.copytree(whole[0] / source, tmp_path / name / source)
     code = (
-        "import sys; from alignjax.run import main\n"
+        "import sys; from alignjax.commands import main\n"
         f"for name in {stages!r}:\n"
         "    at = sys.argv.index('--workdir') + 1\n"
         "    argv = [*sys.argv[1:at], sys.argv[at] + '/' + name, *sys.argv[at + 1:]]\n"

@@ -30,17 +30,15 @@ def test_a_mesh_that_does_not_divide_is_refused(sizes):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("form", [None, preference.pairwise, preference.bradley_terry])
+@pytest.mark.parametrize("form", [None, preference.pairwise, preference.pairwise_head, preference.bradley_terry])
 def test_rules_are_total_and_live(tied, form):
-    """Every parameter is claimed; without the tied head's rule, every rule claims one."""
+    """Every parameter is claimed, and every rule claims one."""
     model = transformer(dataclasses.replace(TINY, tied=tied))
     shapes, rules = jax.eval_shape(model.init, jax.random.key(0)), model.rules
     if form:
         built = form(model, preference.TemplateTokens((), (), (), 1))
         shapes, rules = jax.eval_shape(built.extend, shapes, jax.random.key(0)), built.rules
-    live = sharding.live(rules, shapes)
-    assert set(rules) - set(live) <= ({rules[-1]} if tied else set())
-    specs = sharding.shardings(shapes, live, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
+    specs = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
     assert specs["blocks"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
 
 
@@ -74,8 +72,8 @@ def nash_md_update(params, other_params):
     model, logit_params = transformer(TINY), other_params
     score = log_prob(model)
     collect = rollout.collector(
-        model, score, preference.pairwise(model, preference.TemplateTokens((14,), (15,), (16,), 9)).logit,
-        partial(rollout.mixture, beta=0.3), 6, (2,), True, (),
+        rollout.responder(model, partial(rollout.mixture, beta=0.3), 6, ((2,),)), score,
+        preference.pairwise(model, preference.TemplateTokens((14,), (15,), (16,), 9)).logit, True, (),
     )  # fmt: skip
     objective = partial(objectives.nash_md, log_prob=score, tau=0.1)
     optimizer = optax.adam(1e-2)

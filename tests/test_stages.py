@@ -86,12 +86,13 @@ def test_stop_tokens_outside_the_reply_format_are_not_shown_to_the_preference_mo
     tokenizer = huggingface.train_tokenizer(["Human: a\n\nAssistant: b"] * 9, 280, ("Human:",))
     inside = dataclasses.replace(experiment.task, format=Format(" ", "\n\nHuman:", ("Human:", "</s>")))
     stop = stages.stop_tokens(inside, tokenizer)
-    assert stages.unseen_stops(inside, tokenizer) == stop[1:]
+    assert stages.unseen_stops(inside, tokenizer) == stop[1]
     bare = dataclasses.replace(inside, format=Format("", "", ("Human:", "</s>")))
-    assert stages.unseen_stops(bare, tokenizer) == stop
-    shown = rollout.without(ragged([[5, stop[0]], [6, 7]]), stop)
+    hidden = stages.unseen_stops(bare, tokenizer)
+    assert [(token,) for token in hidden] == list(stop)
+    shown = rollout.without(ragged([[5, hidden[0]], [6, 7]]), hidden)
     assert np.asarray(shown.mask).tolist() == [[True, False], [True, True]]
-    untouched = rollout.without(ragged([[5, stop[0]], [6, 7]]), ())
+    untouched = rollout.without(ragged([[5, hidden[0]], [6, 7]]), ())
     assert np.asarray(untouched.mask).all()
 
 

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from alignjax.commands import main
 from alignjax.config import load_module
-from alignjax.run import main, run
+from alignjax.run import run
 from alignjax.types import UserError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

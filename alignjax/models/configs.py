@@ -199,7 +199,7 @@ def gemma_json(c: TransformerConfig) -> dict[str, Any]:
         "rms_norm_eps": c.norm_eps,
         "hidden_activation": activation_json(c),
         "attention_bias": "o" in c.biases,
-        "query_pre_attn_scalar": round(c.query_scale**-2, 6) if c.query_scale else c.head_dim,
+        "query_pre_attn_scalar": round(c.query_scale**-2) if c.query_scale else c.head_dim,  # an integer there
         "attn_logit_softcapping": c.attention_cap,
         "final_logit_softcapping": c.logit_cap,
     }
@@ -297,5 +297,5 @@ def t5_json(c: T5Config) -> dict[str, Any]:
         "num_heads": c.heads, "d_kv": c.head_dim, "d_ff": c.hidden, "layer_norm_epsilon": c.norm_eps,
         "feed_forward_proj": f"gated-{plain}" if c.gated else plain, "tie_word_embeddings": c.scaled_output,
         "relative_attention_num_buckets": c.buckets, "relative_attention_max_distance": c.distance,
-        "decoder_start_token_id": c.start_token, "eos_token_id": c.end_token, "pad_token_id": c.start_token,
+        "decoder_start_token_id": c.start_token, "eos_token_id": c.end_token,
     }  # fmt: skip

@@ -25,6 +25,7 @@ class Family(NamedTuple):
 
     config: type  # TransformerConfig or T5Config
     architecture: str  # the class that transformers opens it with
+    scorer: str  # and with a reward head; empty where there is no place for one
     prefix: str  # of the backbone's names; checkpoints of the bare backbone go without
     table: Callable[[Any], tuple[Entry, ...]]  # of a configuration
     read: Callable[[Raw], dict[str, Any]]  # config.json -> the configuration's fields
@@ -33,13 +34,14 @@ class Family(NamedTuple):
 
 
 def decoder(architecture: str, prefix: str, table: tuple[Entry, ...], read: Any, write: Any) -> Family:
-    return Family(TransformerConfig, architecture, prefix, lambda config: table, read, write, BUFFERS)
+    scorer = re.sub("(LMHeadModel|ForCausalLM)$", "ForSequenceClassification", architecture)
+    return Family(TransformerConfig, architecture, scorer, prefix, lambda config: table, read, write, BUFFERS)
 
 
 def encoder_decoder(architecture: str) -> Family:
     ignored = r"(EncDecAttention\.relative_attention_bias|(encoder|decoder)\.embed_tokens)\.weight$"
     return Family(
-        T5Config, architecture, "", lambda config: t5_table(config.gated), configs.t5, configs.t5_json, ignored
+        T5Config, architecture, "", "", lambda config: t5_table(config.gated), configs.t5, configs.t5_json, ignored
     )
 
 
@@ -49,7 +51,9 @@ FAMILIES = {  # by config.json's model_type
     "qwen2": decoder("Qwen2ForCausalLM", "model.", LLAMA, configs.qwen2, configs.qwen_json),
     "qwen3": decoder("Qwen3ForCausalLM", "model.", LLAMA, configs.qwen3, configs.qwen_json),
     "gemma2": decoder("Gemma2ForCausalLM", "model.", GEMMA, configs.gemma, configs.gemma_json),
-    "gemma3_text": decoder("Gemma3ForCausalLM", "model.", GEMMA, configs.gemma, configs.gemma_json),
+    "gemma3_text": decoder("Gemma3ForCausalLM", "model.", GEMMA, configs.gemma, configs.gemma_json)._replace(
+        scorer="Gemma3TextForSequenceClassification"
+    ),
     "gpt2": decoder("GPT2LMHeadModel", "transformer.", GPT2, configs.gpt2, configs.gpt2_json),
     "gpt_neox": decoder("GPTNeoXForCausalLM", "gpt_neox.", NEOX, configs.neox, configs.neox_json),
     "t5": encoder_decoder("T5ForConditionalGeneration"),

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from alignjax.models.functional import functional
+from alignjax.models.functional import Functional, functional
 from alignjax.models.layers import (
     ACTIVATIONS,
     COMPUTE_DTYPES,
@@ -187,6 +187,10 @@ class Ends(nnx.Module):
         return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
+def block_of(c: T5Config, decodes: bool) -> Functional:
+    return functional(lambda rngs: Block(c, decodes, rngs=rngs))
+
+
 def norm_of(c: T5Config) -> Norm:
     return Norm(c.width, eps=c.norm_eps, dtype=c.compute_dtype)
 
@@ -212,7 +216,7 @@ def encoder(config: T5Config) -> Callable[[Params, Prompt], tuple[Array, Array]]
     """(params, prompt [B, T]) -> the encoder's states [B, T + 1, D] of the prompt, moved to the front, and its end
     token; and their mask."""
     c = config
-    block = functional(lambda rngs: Block(c, False, rngs=rngs))
+    block = block_of(c, False)
     ends, norm = functional(lambda rngs: Ends(c, rngs=rngs)), functional(lambda rngs: norm_of(c))
 
     def encode(params: Params, prompt: Prompt) -> tuple[Array, Array]:
@@ -242,7 +246,7 @@ def first_params(config: T5Config) -> Callable[[Key], Params]:
         )
         params = functional(lambda rngs: Ends(c, rngs=rngs)).init(keys["ends"])
         for name, (decodes, layers) in blocks.items():
-            block = functional(lambda rngs, decodes=decodes: Block(c, decodes, rngs=rngs))
+            block = block_of(c, decodes)
             table = c.width**-0.5 * jax.random.normal(keys[f"{name}_bias"], (c.buckets, c.heads))
             params |= {
                 name: jax.vmap(block.init)(jax.random.split(keys[name], layers)),
@@ -258,7 +262,7 @@ def t5(config: T5Config) -> Model:
     """Builds the model's functions."""
     c = config
     encode = encoder(c)
-    block = functional(lambda rngs: Block(c, True, rngs=rngs))
+    block = block_of(c, True)
     ends, norm = functional(lambda rngs: Ends(c, rngs=rngs)), functional(lambda rngs: norm_of(c))
 
     def decode(params: Params, prompt: Prompt, written: Array) -> Array:
@@ -306,7 +310,16 @@ def t5(config: T5Config) -> Model:
         carry, logits = step(first, jnp.full((rows,), c.start_token, jnp.int32))
         return Start(step, carry, logits)
 
-    return Model(c, first_params(c), None, predict, final, unembed, start, RULES)
+    return Model(
+        c,
+        first_params(c),
+        None,
+        predict,
+        final,
+        unembed,
+        start,
+        RULES if c.tied else (*RULES, (r"head/kernel$", P("fsdp", "tensor"))),
+    )
 
 
 RULES: Rules = (
@@ -315,6 +328,5 @@ RULES: Rules = (
     (r"(encoder|decoder)/(cross_)?(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
     (r"(encoder|decoder)/(cross_)?(o|down)/kernel$", P(None, "tensor", "fsdp")),
     (r"norm/scale$", P()),
-    (r"head/kernel$", P("fsdp", "tensor")),
 )
 """As the decoder-only model's."""

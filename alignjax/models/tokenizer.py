@@ -14,8 +14,13 @@ from alignjax.types import Tokens, UserError
 ANCHORS = ("a", ".", "\n")
 
 
+Message = dict[str, str]
+"""{"role": "user", "content": text}: one turn of a chat."""
+
+
 class Tokenizer(NamedTuple):
-    """``encode`` adds what the tokenizer puts before a text (BOS); ``encode_bare`` adds nothing."""
+    """``encode`` adds what the tokenizer puts before a text (BOS) and never what it puts behind one (an
+    encoder-decoder reads its end token by itself); ``encode_bare`` adds nothing."""
 
     encode: Callable[[str], list[int]]
     encode_bare: Callable[[str], list[int]]
@@ -24,6 +29,19 @@ class Tokenizer(NamedTuple):
     vocab_size: int
     save: Callable[[Path], None]  # a Hugging Face tokenizer folder
     specials: Mapping[str, int] = MappingProxyType({})  # {"bos_token_id": 1, ...}: those that it has
+    ends: tuple[int, ...] = ()  # tokens that end what the model writes
+    render: Callable[[Sequence[Message]], str] | None = None  # the chat template, the assistant's turn begun
+
+
+def as_chat(tokenizer: Tokenizer, messages: Callable[[str], Sequence[Message]]) -> Tokenizer:
+    """The tokenizer of a chat model: ``encode`` puts a prompt's messages in the model's own template.
+
+    Raises UserError when it has none.
+    """
+    if tokenizer.render is None:
+        raise UserError("chat=True, and the tokenizer has no chat template; use a chat model, or chat=False")
+    render = tokenizer.render
+    return tokenizer._replace(encode=lambda prompt: tokenizer.encode_bare(render(messages(prompt))))
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -40,6 +58,13 @@ def decode_continuation(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Text of ids that stand after other text, its first space kept."""
     head = tokenizer.encode_bare(ANCHORS[0])
     return tokenizer.decode_all([*head, *map(int, ids)]).removeprefix(tokenizer.decode_all(head))
+
+
+def decode_reply(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[Sequence[int]], end: str) -> str:
+    """Text of what a model wrote. Where it ends with one of the ``stop`` sequences that is the tokenizer's own end
+    token, the task's ``end`` marker stands for that."""
+    ended = len(ids) > 0 and ids[-1] in tokenizer.ends and (ids[-1],) in stop
+    return decode_continuation(tokenizer, ids[:-1]) + end if ended else decode_continuation(tokenizer, ids)
 
 
 def single_token(tokenizer: Tokenizer, piece: str) -> int:

@@ -321,17 +321,19 @@ def transformer(config: TransformerConfig) -> Model:
         first = norm.apply(params["norm"], take_last(x.reshape(*prompt.tokens.shape, -1), prompt.mask))
         return Start(step, carry, unembed(params, first))
 
-    return Model(c, init, causal, predict, final, unembed, start, RULES)
+    return Model(c, init, causal, predict, final, unembed, start, rules(c))
 
 
-RULES: Rules = (
-    (r"embed/embedding$", P("tensor", "fsdp")),
-    (r"positions/embedding$", P(None, "fsdp")),
-    (r"blocks/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
-    (r"blocks/(o|down)/kernel$", P(None, "tensor", "fsdp")),
-    (r"blocks/(q|k|v|gate|up)/bias$", P(None, "tensor")),
-    (r"blocks/(o|down)/bias$", P()),
-    (r"norm/(scale|bias)$", P()),
-    (r"head/kernel$", P("fsdp", "tensor")),
-)
-"""Megatron's split of heads and hidden units over ``tensor``, everything else over ``fsdp``."""
+def rules(c: TransformerConfig) -> Rules:
+    """Megatron's split of heads and hidden units over ``tensor``, everything else over ``fsdp``."""
+    inner, outer = sorted(set(c.biases) - {"o", "down"}), sorted(set(c.biases) & {"o", "down"})
+    return (
+        (r"embed/embedding$", P("tensor", "fsdp")),
+        (r"blocks/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
+        (r"blocks/(o|down)/kernel$", P(None, "tensor", "fsdp")),
+        (r"norm/(scale|bias)$", P()),
+        *([(rf"blocks/({'|'.join(inner)})/bias$", P(None, "tensor"))] if inner else []),
+        *([(rf"blocks/({'|'.join(outer)})/bias$", P())] if outer else []),
+        *([(r"positions/embedding$", P(None, "fsdp"))] if c.positions == "learned" else []),
+        *([] if c.tied else [(r"head/kernel$", P("fsdp", "tensor"))]),
+    )

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from alignjax.runtime.sharding import path_name
 from alignjax.types import Params, UserError
 
 MEBIBYTE = 2**20
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object. Raises UserError when the file holds none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a Hugging Face folder") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}); give a Hugging Face folder") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object; fetch it again")
     return found
@@ -57,13 +58,16 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
             raise UserError(f"{index} is damaged: it has no weight_map of names to files; fetch it again")
-        outside = [file for file in names.values() if Path(file).name != file]
-        if outside:
-            raise UserError(f"{index}: shard {outside[0]!r} points outside the folder; mend the index")
+        for file in names.values():
+            if Path(file).name != file or file == ".." or "\0" in file:
+                raise UserError(f"{index}: shard {file!r} points outside the folder; mend the index")
+            if not file.endswith(".safetensors"):
+                raise UserError(f"{index}: shard {file!r} is no safetensors file; convert it to one")
         return {name: folder / file for name, file in names.items()}
     single = folder / "model.safetensors"
     if not single.exists():
-        mend = "convert it to safetensors" if list(folder.glob("*.bin")) else "give a folder that has it"
+        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        mend = f"convert {pickles[0]} to safetensors" if pickles else "give a folder that has it"
         raise UserError(f"{single} is missing; {mend}")
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
@@ -78,49 +82,83 @@ def open_tensors(path: Path):
 
 def read_params(folder: Path, config: ModelConfig, shardings: Any = None, dtype: Any = np.float32) -> Params:
     """Safetensors -> params of ``dtype``, layers stacked: NumPy arrays, or with ``shardings`` (a tree) arrays on the
-    devices. Each shard is read by its own byte range, so that the host holds one shard at a time.
+    devices. Each distinct shard is read by its own byte ranges, once, and let go when the devices have it: the host
+    holds one shard at a time, and of one tensor the part that goes into it.
 
-    UserError names a tensor that is missing, left over or misshapen; one that holds NaN is warned of.
+    UserError names a tensor that is missing, left over, misshapen or no float, before any is read; one that holds NaN
+    or infinity in ``dtype`` is warned of.
     """
-    family, shapes = FAMILIES[config.family], parameter_shapes(config)
-    leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
-    table = entries(family, config, leaves)
-    views = tensor_views(folder, family, config)
-
-    def view(name: str, shape: tuple[int, ...]) -> Any:
-        if name not in views:
-            raise UserError(f"{folder}: tensor {name} is missing; the checkpoint is not whole")
-        found = tuple(views[name].get_shape())
-        if found != shape:
-            raise UserError(f"{folder}: tensor {name} has shape {found}, config.json says {shape}")
-        return views[name]
+    shapes, (table, views) = parameter_shapes(config), check_tensors(folder, config)
+    warned: set[str] = set()
 
     def leaf(path: Any, spec: jax.ShapeDtypeStruct, where: Any) -> Any:
         entry = table[path_name(path)]
+        names = list(tensor_names(entry, spec.shape))
         stacked = "{}" in entry.theirs
         shape = spec.shape[1:] if stacked else spec.shape
-        names = tensor_names(entry, spec.shape)
-        found = [view(name, their_shape(entry, shape)) for name in names]
 
-        def piece(index: Any) -> np.ndarray:
-            inner = index[1:] if stacked else index
-            which = range(len(found))[index[0]] if stacked else [0]
-            rows = [read_piece(found[i], entry, shape, inner, config).astype(dtype) for i in which]
-            for i, row in zip(which, rows, strict=True):
-                if np.isnan(row).any():
-                    warnings.warn(f"{folder}: tensor {names[i]} holds NaN", stacklevel=2)
-            return np.stack(rows) if stacked else rows[0]
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            out = np.empty([part.stop - part.start for part in index], dtype)
+            for row, name in zip(out if stacked else [out], names[index[0]] if stacked else names, strict=True):
+                with np.errstate(over="ignore"):  # warned of below
+                    row[:] = read_piece(views[name], entry, shape, index[1:] if stacked else index, config.heads)
+                if name not in warned and not is_finite(row):
+                    warned.add(name)
+                    warnings.warn(f"{folder}: tensor {name} holds NaN or infinity as {row.dtype}", stacklevel=2)
+            return out
 
-        whole = (slice(None),) * len(spec.shape)
-        return piece(whole) if where is None else jax.make_array_from_callback(spec.shape, where, piece)
+        return piece(tuple(slice(0, n) for n in spec.shape)) if where is None else placed(spec.shape, where, piece)
 
     places = shardings if shardings is not None else jax.tree.map(lambda _: None, shapes)
-    params = jax.tree_util.tree_map_with_path(leaf, shapes, places, is_leaf=lambda x: x is None)
-    used = {name for path, entry in table.items() for name in tensor_names(entry, leaves[path].shape)}
+    return jax.tree_util.tree_map_with_path(leaf, shapes, places, is_leaf=lambda x: x is None)
+
+
+def placed(
+    shape: tuple[int, ...], where: jax.sharding.Sharding, piece: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """The array of that sharding whose shards ``piece`` makes, one at a time, and once however many devices hold it
+    (``make_array_from_callback`` makes one for every device, and all before the first is moved)."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        ends = tuple(part.indices(size)[:2] for part, size in zip(index or (), shape, strict=True))
+        holders.setdefault(ends, []).append(device)
+    shards = []
+    for ends, devices in holders.items():
+        shard = piece(tuple(slice(*pair) for pair in ends))
+        shards += jax.block_until_ready(jax.device_put([shard] * len(devices), devices))
+    return jax.make_array_from_single_device_arrays(shape, where, shards)
+
+
+def is_finite(values: np.ndarray) -> bool:
+    """Block by block, so that the mask is never as large as the values."""
+    flat = values.reshape(-1)
+    return all(np.isfinite(flat[i : i + MEBIBYTE]).all() for i in range(0, len(flat), MEBIBYTE))
+
+
+def check_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Our parameters' entries and the tensors' views, by name; headers alone are read. UserError unless they fit."""
+    family = FAMILIES[config.family]
+    leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(parameter_shapes(config))}
+    table, views = entries(family, config, leaves), tensor_views(folder, family, config)
+    used = set()
+    for path, entry in table.items():
+        shape = leaves[path].shape
+        wanted = their_shape(entry, shape[1:] if "{}" in entry.theirs else shape)
+        for name in tensor_names(entry, shape):
+            if name not in views:
+                raise UserError(f"{folder}: tensor {name} is missing; the checkpoint is not whole, or config.json is "
+                                "of another")  # fmt: skip
+            found, kind = tuple(views[name].get_shape()), views[name].get_dtype()
+            if found != wanted:
+                raise UserError(f"{folder}: tensor {name} has shape {found}, config.json says {wanted}; is it of this "
+                                "checkpoint?")  # fmt: skip
+            if kind not in FLOATS:
+                raise UserError(f"{folder}: tensor {name} is of {kind}, not of {', '.join(FLOATS)}; convert it to one")
+            used.add(name)
     if left := set(views) - used:
         raise UserError(f"{folder}: tensor {min(left)} has no place in {family.architecture}; is config.json of this "
                         "checkpoint?")  # fmt: skip
-    return params
+    return table, views
 
 
 def parameter_shapes(config: ModelConfig) -> Any:
@@ -144,9 +182,9 @@ def tensor_views(folder: Path, family: Family, config: ModelConfig) -> dict[str,
     return found
 
 
-def tensor_names(entry: Entry, shape: Sequence[int]) -> list[str]:
+def tensor_names(entry: Entry, shape: Sequence[int]) -> Iterator[str]:
     """The tensors that one of our parameters of that shape lies in: one a layer, or one."""
-    return [entry.theirs.format(i) for i in range(shape[0])] if "{}" in entry.theirs else [entry.theirs]
+    return map(entry.theirs.format, range(shape[0] if "{}" in entry.theirs else 1))
 
 
 def their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -155,16 +193,21 @@ def their_shape(entry: Entry, shape: tuple[int, ...]) -> tuple[int, ...]:
     return fused[::-1] if entry.turned else fused
 
 
-def read_piece(
-    view: Any, entry: Entry, shape: tuple[int, ...], index: tuple[slice, ...], config: ModelConfig
-) -> np.ndarray:
-    """The piece of one of our matrices or vectors that ``index`` cuts out of ``shape``."""
-    if entry.parts == 1:
-        cut = index[::-1] if entry.turned else index
-        value = view[cut if len(cut) > 1 else cut[0]]
-        return value.T if entry.turned else value
-    whole = view[:]
-    return split(whole.T if entry.turned else whole, entry, config.heads)[entry.part][index]
+def read_piece(view: Any, entry: Entry, shape: tuple[int, ...], index: tuple[slice, ...], heads: int) -> np.ndarray:
+    """What ``index`` cuts out of one of our matrices or vectors of that shape. Of a tensor that holds several, our
+    part alone is read, or where they alternate, the heads that the cut touches."""
+    start, stop, size = index[-1].start, index[-1].stop, shape[-1]
+    head = size // heads if entry.by_head else 1
+    first, last = start // head, -(-stop // head)
+    cut = slice(first * head * entry.parts, last * head * entry.parts)
+    if not entry.by_head:
+        cut = slice(entry.part * size + start, entry.part * size + stop)
+    theirs = (cut, *index[-2::-1]) if entry.turned else (*index[:-1], cut)
+    value = view[theirs if len(theirs) > 1 else theirs[0]]
+    value = value.T if entry.turned else value
+    if not entry.by_head:
+        return value
+    return split(value, entry, last - first)[entry.part][..., start - first * head : stop - first * head]
 
 
 def split(fused: np.ndarray, entry: Entry, heads: int) -> list[np.ndarray]:

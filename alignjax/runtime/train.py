@@ -9,16 +9,23 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax.types import Batch, Key, Metrics, Objective, Params, TrainState
+from alignjax.types import Array, Batch, Key, Metrics, Objective, Params, TrainState
 
 Collect = Callable[[Params, Params, Any, Batch, Key], Batch]
 """(params, their average, frozen trees, raw batch, key) -> the batch an objective takes."""
+Whole = Callable[[Params, Any], Params]
+"""(trained parameters, frozen trees) -> the parameters that an objective takes."""
 Update = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
 
 
 def given(params: Params, average: Params, frozen: Any, batch: Batch, key: Key) -> Batch:
     """The Collect of offline objectives: the data is the batch."""
     return batch
+
+
+def trained(params: Params, frozen: Any) -> Params:
+    """The Whole of a model that is trained whole."""
+    return params
 
 
 def init(params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool) -> TrainState:
@@ -33,38 +40,44 @@ def make_update(
     collect: Collect = given,
     accumulate: int = 1,
     average_decay: float | None = None,
+    whole: Whole = trained,
 ) -> Update:
     """One update: collect a batch, average the gradient over ``accumulate`` parts of it (each part counts
     alike: the whole batch's gradient where the objective is a mean over rows), step, and move
 
         average <- average_decay * average + (1 - average_decay) * params.
 
-    Keys are fold_in(state.key, state.step), then 0 for collecting and 1 for the objective.
+    Keys are fold_in(state.key, state.step), then 0 for collecting and 1 for the objective. Where only adapters are
+    trained, ``whole`` lays them over a frozen base.
     """
 
-    def gradient(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(params, batch, key)
+    def gradient(params: Params, frozen: Any, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+        def loss(params: Params) -> tuple[Array, Metrics]:
+            return objective(whole(params, frozen), batch, key)
+
+        grads, metrics = jax.grad(loss, has_aux=True)(params)
         return grads, metrics
 
-    def accumulated(params: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
+    def accumulated(params: Params, frozen: Any, batch: Batch, key: Key) -> tuple[Params, Metrics]:
         if accumulate == 1:
-            return gradient(params, batch, key)
+            return gradient(params, frozen, batch, key)
 
         def part(total: Any, one: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *one)), None
+            return jax.tree.map(jnp.add, total, gradient(params, frozen, *one)), None
 
         # Rows are dealt round-robin, so that each part stays spread over the whole mesh.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, accumulate)
-        first = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts), key)
+        first = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
         total, _ = jax.lax.scan(part, zeros, (parts, keys))
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def update(state: TrainState, frozen: Any, raw: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        batch = collect(state.params, state.average, frozen, raw, jax.random.fold_in(key, 0))
-        grads, metrics = accumulated(state.params, batch, jax.random.fold_in(key, 1))
+        average = whole(state.average, frozen) if state.average else state.average
+        batch = collect(whole(state.params, frozen), average, frozen, raw, jax.random.fold_in(key, 0))
+        grads, metrics = accumulated(state.params, frozen, batch, jax.random.fold_in(key, 1))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average

@@ -4,17 +4,20 @@ A stage names its inputs by other stages' names and writes ``WORKDIR/<name>/``. 
 whether it runs; here is what it does. Each kind is a frozen dataclass with ``inputs()`` and ``run(context)``.
 """
 
-from alignjax.stages.experiment import Context, Experiment, Network, Stage, ancestors, check, order, timed
-from alignjax.stages.fit import FitPreference
+from alignjax.stages.experiment import Context, Experiment, Stage, ancestors, check, order, timed
+from alignjax.stages.fit import FitPreference, ZeroShot
 from alignjax.stages.label import Label, Writing, stop_tokens, unseen_stops
+from alignjax.stages.networks import Adapter, Network, Trainable, trainable
 from alignjax.stages.optimise import Optimise
-from alignjax.stages.start import Pretrain, Pretrained, pack
+from alignjax.stages.start import Adapted, Pretrain, Pretrained, pack
 from alignjax.stages.study import Finding, Study
 from alignjax.stages.tournament import Tournament
 from alignjax.stages.training import Adam, Loop, run_loop
 
 __all__ = [
     "Adam",
+    "Adapted",
+    "Adapter",
     "Context",
     "Experiment",
     "Finding",
@@ -28,7 +31,9 @@ __all__ = [
     "Stage",
     "Study",
     "Tournament",
+    "Trainable",
     "Writing",
+    "ZeroShot",
     "ancestors",
     "check",
     "order",
@@ -36,5 +41,6 @@ __all__ = [
     "run_loop",
     "stop_tokens",
     "timed",
+    "trainable",
     "unseen_stops",
 ]

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
-from alignjax import config
-from alignjax.models import huggingface
-from alignjax.models.build import ModelConfig, build, from_json, to_json
-from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer
 from alignjax.preference import Preference
-from alignjax.runtime import metrics, sharding
-from alignjax.runtime.checkpoint import restore_tree, save_tree
+from alignjax.runtime import sharding
+from alignjax.stages import networks
+from alignjax.stages.networks import Network
 from alignjax.tasks.task import Task
 from alignjax.types import Key, Params, UserError
 
@@ -41,16 +36,6 @@ class Experiment:
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """A stage's result as others use it."""
-
-    model: Model
-    params: Params
-    tokenizer: Tokenizer
-    fingerprint: str  # of the tokenizer: equal ones share token ids
-
-
-@dataclasses.dataclass(frozen=True)
 class Context:
     """Where a stage runs: its name, its folder and how to reach its inputs."""
 
@@ -58,6 +43,8 @@ class Context:
     workdir: Path
     name: str
     mesh: jax.sharding.Mesh
+    loaded: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
+    """Networks that this stage has read: what shares a base shares its arrays."""
 
     @property
     def folder(self) -> Path:
@@ -84,40 +71,19 @@ class Context:
         if made not in kinds:
             raise UserError(f"stage {self.name!r} needs {kinds[0]} and {source!r} makes {made}; name another")
 
+    def policy(self, name: str) -> Network:
+        """A stage's network, on the mesh; of a preference model, its backbone."""
+        return networks.load(self.workdir, name, self.mesh, self.loaded, self.experiment.task)
+
     def preference(self, name: str) -> tuple[Network, Preference]:
         """A fitted preference model and its form."""
-        stage = self.experiment.stages[name]
-        return self.network(name, lambda m, t: stage.build(self.task, m, t))
+        found = self.policy(name)
+        built = self.experiment.stages[name].build(self.task, found.model, found.tokenizer)
+        return dataclasses.replace(found, params={**found.params, **found.heads}), built
 
-    def policy(self, name: str) -> Network:
-        return self.network(name, None)[0]
-
-    def network(self, name: str, form: Callable[[Model, Tokenizer], Preference] | None):
-        """Restores a stage's network onto the mesh."""
-        folder = self.workdir / name
-        try:
-            sizes = from_json(json.loads((folder / "model.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder} holds no model ({config.one_line(error)}); run its stage first") from None
-        model, tokenizer = build(sizes), huggingface.read_tokenizer(folder / "tokenizer")
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        built = form(model, tokenizer) if form else None
-        if built:
-            shapes = jax.eval_shape(built.extend, shapes, jax.random.key(0))
-        rules = sharding.live(built.rules if built else model.rules, shapes)
-        params = restore_tree(folder / "params", shapes, sharding.shardings(shapes, rules, self.mesh))
-        mark = str(zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes()))
-        return Network(model, params, tokenizer, mark), built
-
-    def save_network(self, sizes: ModelConfig, params: Params, tokenizer: Tokenizer) -> None:
-        save_tree(self.folder / "params", params)
-        tokenizer.save(self.folder / "tokenizer")
-        metrics.write_json(self.folder / "model.json", to_json(sizes))
-
-    def inherit(self, start: str, params: Params) -> None:
-        """Saves parameters of the same sizes and tokenizer as the stage ``start``."""
-        sizes = from_json(json.loads((self.workdir / start / "model.json").read_text()))
-        self.save_network(sizes, params, huggingface.read_tokenizer(self.workdir / start / "tokenizer"))
+    def save(self, start: Network, params: Params, adapter: networks.Adapter | None) -> None:
+        """Writes what was trained from ``start``: its parameters, or the small tree of an adapter."""
+        networks.save(self.folder, start.model.config, params, start.tokenizer, start.chat, adapter)
 
 
 POLICY, PREFERENCE, PAIRS, TABLES, FINDINGS = "a policy", "a preference model", "pairs", "tables", "findings"

@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from alignjax import judges, objectives, preference
+from alignjax.models.lora import Lora
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
-from alignjax.runtime import data, sharding
-from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, Context, Network
+from alignjax.runtime import data, metrics, sharding
+from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, Context
 from alignjax.stages.label import PAIR_DATA
+from alignjax.stages.networks import Adapter, Network, trainable
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.tasks.task import Task
 from alignjax.types import Array, Key, Metrics, Pair, Params, UserError, in_range
@@ -32,6 +34,7 @@ class FitPreference:
     buckets: tuple[int, ...]  # prompt lengths in tokens
     response: int  # most tokens of a response
     form: Callable[..., preference.Preference] = preference.pairwise  # or bradley_terry
+    lora: Lora | None = None  # train adapters and head over the start's frozen parameters
     truth: str | None = None  # a Label stage to be measured on; ``pairs`` itself stands for its held-out split
 
     def __post_init__(self) -> None:
@@ -70,13 +73,16 @@ class FitPreference:
         def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
             return objectives.preference_cross_entropy(params, pair, key, logit=built.logit)
 
+        trained = trainable(start, self.lora, context.key, built)
         params = run_loop(
-            context, self.loop, self.adam, built.extend(start.params, context.key), built.rules, objective, make_batch
-        )
-        context.inherit(self.start, params)
+            context, self.loop, self.adam, trained.params, trained.rules, objective, make_batch,
+            frozen=trained.frozen, whole=trained.whole,
+        )  # fmt: skip
+        context.save(start, params, trained.adapter)
+        describe_form(context, self.form)
         figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped}
         if self.truth:
-            figures["held_out"] = self.measure(context, start, built, params)
+            figures["held_out"] = self.measure(context, start, built, trained.whole(params, trained.frozen))
         return figures
 
     def measure(
@@ -91,6 +97,40 @@ class FitPreference:
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
         return judges.calibration(p, np.array([row["p"] for row in rows]))
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    """A policy as a preference model, as it is: nothing is trained and nothing is copied."""
+
+    makes: ClassVar = PREFERENCE
+    start: str
+    form: Callable[..., preference.Preference] = preference.choice
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.start,)
+
+    def check(self, context: Context) -> None:
+        context.expect(self.start, POLICY)
+
+    def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
+        return self.form(model, preference.template_tokens(tokenizer, task.template))
+
+    def run(self, context: Context) -> dict[str, Any]:
+        start = context.policy(self.start)
+        built = self.build(context.task, start.model, start.tokenizer)
+        heads = {n: part for n, part in built.extend(start.params, context.key).items() if n not in start.params}
+        if heads:
+            raise UserError(f"{context.name}: {self.form.__name__} has an untrained head; use FitPreference")
+        context.save(start, {}, Adapter(self.start, None))
+        describe_form(context, self.form)
+        return {}
+
+
+def describe_form(context: Context, form: Callable[..., preference.Preference]) -> None:
+    """What an exported preference model's folder says of how to ask it."""
+    said = {"form": getattr(form, "__name__", str(form)), "template": context.task.template._asdict()}
+    metrics.write_json(context.folder / "preference.json", said)
 
 
 def encode_pairs(rows, tokenizer: Tokenizer, task: Task, longest_prompt: int, longest: int):

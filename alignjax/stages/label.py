@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from alignjax import config, labeling
-from alignjax.decoding import Sampling
+from alignjax.decoding import Sampling, Stop
 from alignjax.generation import Generate, generator
 from alignjax.models.likelihood import log_prob
-from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
+from alignjax.models.tokenizer import Tokenizer, encode_continuation
 from alignjax.runtime import data, metrics, sharding
-from alignjax.stages.experiment import PAIRS, POLICY, Context, Network
-from alignjax.tasks.task import Task
+from alignjax.stages.experiment import PAIRS, POLICY, Context
+from alignjax.stages.networks import Network
+from alignjax.tasks.task import EOS, Task
 from alignjax.types import TINY, UserError, in_range
 
 PAIR_DATA = "data"
@@ -48,6 +49,7 @@ class Writing:
             policy.params,
             policy.tokenizer,
             stop=stop_tokens(context.task, policy.tokenizer),
+            end=context.task.format.end,
             max_new_tokens=self.max_new_tokens,
             buckets=tuple(sorted(self.buckets)),
             batch=self.batch,
@@ -58,14 +60,24 @@ class Writing:
         )
 
 
-def stop_tokens(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
-    return tuple(single_token(tokenizer, piece) for piece in task.format.stop)
+def stop_tokens(task: Task, tokenizer: Tokenizer) -> Stop:
+    """The token sequences that end a completion: one token where the tokenizer has it, else its pieces."""
+    found: list[tuple[int, ...]] = []
+    for piece in task.format.stop:
+        known = tokenizer.token_id(piece)
+        if piece == EOS:
+            found += [(token,) for token in tokenizer.ends]
+        else:
+            found.append((known,) if known is not None else tuple(encode_continuation(tokenizer, piece)))
+    if not found:
+        raise UserError(f"task {task.name!r} stops at the tokenizer's end token, and it has none; name another stop")
+    return tuple(dict.fromkeys(found))
 
 
 def unseen_stops(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The stop tokens that no reply of the task's format ends with."""
+    """The single stop tokens that no reply of the task's format ends with."""
     end = encode_continuation(tokenizer, task.format.end)
-    return tuple(token for token in stop_tokens(task, tokenizer) if token not in end)
+    return tuple(stop[0] for stop in stop_tokens(task, tokenizer) if len(stop) == 1 and stop[0] not in end)
 
 
 @dataclasses.dataclass(frozen=True)

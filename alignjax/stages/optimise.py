@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from alignjax import rollout
+import jax
+import numpy as np
+
+from alignjax import judges, rollout
+from alignjax.decoding import Sample, Stop
 from alignjax.models.likelihood import log_prob
-from alignjax.models.tokenizer import pad
-from alignjax.runtime import data
+from alignjax.models.lora import Lora
+from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_continuation, pad
+from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, PREFERENCE, Context
 from alignjax.stages.label import stop_tokens, unseen_stops
+from alignjax.stages.networks import Network, Trainable, trainable
 from alignjax.stages.training import Adam, Loop, run_loop
-from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
+from alignjax.tasks.task import EOS, Task
+from alignjax.types import Array, Key, Metrics, Params, Rollout, Tokens, TrainState, UserError, in_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Optimise:
     prompts: int
     buckets: tuple[int, ...]  # prompt lengths in tokens
     max_new_tokens: int
+    lora: Lora | None = None  # train adapters over the start's frozen parameters
+    response: int | None = None  # most tokens of a response to a preference model of another tokenizer; None: twice
     average_decay: float | None = None  # of the weights' moving average, for rollout.moving_average
     unfinished_loses: bool = True
 
@@ -39,6 +48,8 @@ class Optimise:
         in_range(self, 1, math.inf, "prompts", "buckets", "max_new_tokens")
         if self.average_decay is not None:
             in_range(self, 0, 1, "average_decay")
+        if self.response is not None:
+            in_range(self, 1, math.inf, "response")
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start, self.reference, self.preference)
@@ -55,32 +66,89 @@ class Optimise:
     def run(self, context: Context) -> dict[str, Any]:
         task, start, reference = context.task, context.policy(self.start), context.policy(self.reference)
         fitted, built = context.preference(self.preference)
-        if reference.model.config != start.model.config:
+        if reference.model.config != start.model.config or reference.fingerprint != start.fingerprint:
             raise UserError(
-                f"{context.name}: {self.start!r} and {self.reference!r} are models of different sizes; use one"
+                f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
             )
-        for name, network in ((self.reference, reference), (self.preference, fitted)):
-            if network.fingerprint != start.fingerprint:
-                raise UserError(f"{context.name}: {self.start!r} and {name!r} have different tokenizers; use one start")
-        score = log_prob(start.model)
-        collect = rollout.collector(
-            start.model, score, built.logit, self.opponent, self.max_new_tokens,
-            stop_tokens(task, start.tokenizer), self.unfinished_loses, unseen_stops(task, start.tokenizer),
+        trained = trainable(start, self.lora, context.key)
+        score, stop = log_prob(start.model), stop_tokens(task, start.tokenizer)
+        respond = rollout.responder(start.model, self.opponent, self.max_new_tokens, stop)
+        prompts = task.source.prompts("train", self.prompts, context.seed)
+        ids = [start.tokenizer.encode(text) for text in prompts]
+        kept = [i for i, row in enumerate(ids) if len(row) <= max(self.buckets)]
+        if not kept:
+            raise UserError(f"{context.name}: all {len(ids)} prompts are longer than {max(self.buckets)} tokens; "
+                            f"add a larger one to {context.name}.buckets")  # fmt: skip
+        before, collect = None, rollout.collector(
+            respond, score, built.logit, self.unfinished_loses, unseen_stops(task, start.tokenizer)
         )  # fmt: skip
-        ids = [start.tokenizer.encode(text) for text in task.source.prompts("train", self.prompts, context.seed)]
-        kept = [row for row in ids if len(row) <= max(self.buckets)]
-        plan = data.planned([len(row) for row in kept], self.buckets, self.loop.batch, context.seed)
+        if not shares_tokens(task, start, fitted):
+            longest = self.response or 2 * self.max_new_tokens
+            texts = [prompts[i] for i in kept]
+            before = translator(context, respond, trained, start.tokenizer, fitted.tokenizer, texts, stop, longest)
+
+            def collect(params: Params, average: Params, frozen: Any, batch: Any, key: Key) -> Rollout:
+                return rollout.compared(score, built.logit, self.unfinished_loses, frozen, *batch)
+
+        plan = data.planned([len(ids[i]) for i in kept], self.buckets, self.loop.batch, context.seed)
 
         def make_batch(step: int) -> Tokens:
             indices, length = plan(step)
-            return pad([kept[i] for i in indices], length)
+            return pad([ids[kept[i]] for i in indices], length)
 
         def objective(params: Params, batch: Any, key: Key) -> tuple[Array, Metrics]:
             return self.objective(params, batch, key, log_prob=score)
 
+        frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
         params = run_loop(
-            context, self.loop, self.adam, start.params, start.model.rules, objective, make_batch,
-            collect, {"reference": reference.params, "preference": fitted.params}, self.average_decay,
+            context, self.loop, self.adam, trained.params, trained.rules, objective, make_batch,
+            collect, frozen, self.average_decay, trained.whole, before,
         )  # fmt: skip
-        context.inherit(self.start, params)
+        context.save(start, params, trained.adapter)
         return {"prompts": len(kept), "too_long": len(ids) - len(kept)}
+
+
+def shares_tokens(task: Task, policy: Network, preference: Network) -> bool:
+    """Whether the preference model can read the policy's tokens as they are: their tokenizers are equal, and no
+    end token stands where the task's format has an end marker of its own."""
+    return policy.fingerprint == preference.fingerprint and not (EOS in task.format.stop and task.format.end)
+
+
+def translator(
+    context: Context,
+    respond: rollout.Respond,
+    trained: Trainable,
+    mine: Tokenizer,
+    theirs: Tokenizer,
+    prompts: Sequence[str],
+    stop: Stop,
+    longest: int,
+) -> Callable[[TrainState, Any, Tokens], tuple[rollout.Drawn, rollout.Seen]]:
+    """What run_loop does ``before`` an update where text lies between policy and preference model: answers are drawn,
+    read as text, filtered as the task does, and written in the preference model's tokens. A reply that the filter
+    refuses is empty, and one longer than ``longest`` tokens is cut there."""
+    task, rows = context.task, sharding.rows(context.mesh)
+    known = {tuple(mine.encode(prompt)): theirs.encode(prompt) for prompt in prompts}
+    room = judges.ceil_to(max(map(len, known.values())), 32)
+
+    def draw(state: TrainState, frozen: Any, prompt: Tokens) -> rollout.Drawn:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
+        average = trained.whole(state.average, frozen) if state.average else state.average
+        return respond(trained.whole(state.params, frozen), average, frozen, prompt, key)
+
+    drawn_by = jax.jit(draw, in_shardings=(None, None, rows), out_shardings=rows)
+
+    def translated(sample: Sample) -> tuple[Tokens, np.ndarray]:
+        drawn = zip(np.asarray(sample.completion.tokens), np.asarray(sample.completion.mask), strict=True)
+        texts = [decode_reply(mine, row[real].tolist(), stop, task.format.end) for row, real in drawn]
+        replies = [task.clean(text) or "" for text in texts]
+        ids = [encode_continuation(theirs, judges.reply_text(task.format, reply))[:longest] for reply in replies]
+        return pad(ids, longest), np.array([bool(reply) for reply in replies])
+
+    def before(state: TrainState, frozen: Any, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
+        drawn = drawn_by(state, frozen, prompt)
+        shown = [known[tuple(row[real].tolist())] for row, real in zip(prompt.tokens, prompt.mask, strict=True)]
+        (y, answered), (other, other_answered) = translated(drawn.y), translated(drawn.opponent)
+        return drawn, rollout.Seen(pad(shown, room), y, other, (answered, other_answered))
+
+    return before

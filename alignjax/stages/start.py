@@ -11,13 +11,17 @@ import jax
 import numpy as np
 
 from alignjax import objectives
-from alignjax.models import huggingface, weights
+from alignjax.models import huggingface, peft, weights
 from alignjax.models.build import ModelConfig, build
-from alignjax.models.likelihood import token_log_probs
-from alignjax.models.tokenizer import single_token
-from alignjax.runtime import data
+from alignjax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES, one_of
+from alignjax.models.likelihood import log_prob, token_log_probs
+from alignjax.models.model import Model
+from alignjax.models.tokenizer import as_chat, pad, single_token
+from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, Context
+from alignjax.stages.networks import Adapter, save
 from alignjax.stages.training import Adam, Loop, run_loop
+from alignjax.tasks.task import EOS
 from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
 
 
@@ -48,38 +52,63 @@ class Pretrain:
         task = context.task
         texts = task.source.corpus(self.documents, context.seed)
         tokenizer = huggingface.train_tokenizer(
-            texts[: self.tokenizer_documents], self.model.vocab_size, task.format.stop
+            texts[: self.tokenizer_documents], self.model.vocab_size, [p for p in task.format.stop if p != EOS]
         )
         if tokenizer.vocab_size > self.model.vocab_size:
             raise UserError(f"{context.name}.model.vocab_size={self.model.vocab_size} is below {tokenizer.vocab_size}")
         end = single_token(tokenizer, "</s>")
-        rows = pack([[*tokenizer.encode(text), end] for text in texts], self.row)
-        plan = data.planned([self.row] * len(rows.tokens), [self.row], self.loop.batch, context.seed)
+        ids = [[*tokenizer.encode(text), end] for text in texts]
         model = build(self.model)
-
-        if model.causal is None:
-            raise UserError(f"{context.name} packs documents into rows, which an encoder-decoder cannot read")
-        causal = model.causal
-
-        def objective(params: Params, batch: Tokens, key: Key) -> tuple[Array, Metrics]:
-            segments, targets = batch.mask, batch.tokens[:, 1:]
-            states = causal(params, batch.tokens, segments)[:, :-1]
-            logp = token_log_probs(model.unembed, params, states, targets, chunk=128)
-            return objectives.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
-
-        def make_batch(step: int) -> Tokens:
-            chosen = plan(step).indices
-            return Tokens(rows.tokens[chosen], rows.mask[chosen])
-
+        reading = packed_documents if model.causal else split_documents
+        objective, make_batch, counts = reading(model, ids, self.row, self.loop.batch, context.seed)
         params = run_loop(context, self.loop, self.adam, model.init(context.key), model.rules, objective, make_batch)
-        context.save_network(self.model, params, tokenizer)
-        packed = sum(int(row.max()) for row in rows.mask)
-        figures = {"documents": packed, "too_long": len(texts) - packed, "rows": len(rows.tokens)}
-        return {
-            **figures,
-            "vocabulary": tokenizer.vocab_size,
-            "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        }
+        save(context.folder, self.model, params, tokenizer, chat=False, adapter=None)
+        return {**counts, "vocabulary": tokenizer.vocab_size, "parameters": size_of(params)}
+
+
+def size_of(params: Params) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def packed_documents(model: Model, documents: list[list[int]], row: int, batch: int, seed: int):
+    """A decoder's pretraining: every token of rows of packed documents is predicted."""
+    rows = pack(documents, row)
+    plan = data.planned([row] * len(rows.tokens), [row], batch, seed)
+    causal = model.causal
+    assert causal is not None  # an encoder-decoder reads split documents
+
+    def objective(params: Params, batch: Tokens, key: Key) -> tuple[Array, Metrics]:
+        segments, targets = batch.mask, batch.tokens[:, 1:]
+        states = causal(params, batch.tokens, segments)[:, :-1]
+        logp = token_log_probs(model.unembed, params, states, targets, chunk=128)
+        return objectives.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
+
+    def make_batch(step: int) -> Tokens:
+        chosen = plan(step).indices
+        return Tokens(rows.tokens[chosen], rows.mask[chosen])
+
+    packed = sum(int(row.max()) for row in rows.mask)
+    return objective, make_batch, {"documents": packed, "too_long": len(documents) - packed, "rows": len(rows.tokens)}
+
+
+def split_documents(model: Model, documents: list[list[int]], row: int, batch: int, seed: int):
+    """An encoder-decoder's pretraining: a document is cut anywhere, what is before the cut is read and what is behind
+    it predicted (prefix language modelling, 1910.10683, 3.2.1)."""
+    kept = [document for document in documents if 2 <= len(document) <= row]
+    plan = data.planned([len(document) for document in kept], (row // 2, row), batch, seed)
+    score = log_prob(model)
+
+    def objective(params: Params, batch: tuple[Tokens, Tokens], key: Key) -> tuple[Array, Metrics]:
+        return objectives.next_token(score(params, *batch), batch[1].mask)
+
+    def make_batch(step: int) -> tuple[Tokens, Tokens]:
+        indices, length = plan(step)
+        rng, chosen = np.random.default_rng((seed, step)), [kept[i] for i in indices]
+        cuts = [(document, int(rng.integers(1, len(document)))) for document in chosen]
+        before, behind = [document[:cut] for document, cut in cuts], [document[cut:] for document, cut in cuts]
+        return pad(before, length), pad(behind, length)
+
+    return objective, make_batch, {"documents": len(kept), "too_long": len(documents) - len(kept), "rows": len(kept)}
 
 
 def pack(documents: list[list[int]], length: int) -> Tokens:
@@ -102,25 +131,68 @@ def pack(documents: list[list[int]], length: int) -> Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face folder as it is."""
+    """A Hugging Face folder, read shard by shard onto the mesh."""
 
     makes: ClassVar = POLICY
     path: str
+    chat: bool = False  # prompts are asked through the tokenizer's chat template
+    dtype: str = "float32"  # of the parameters; under adapters "bfloat16" halves the frozen base
+    compute_dtype: str = "float32"
+    remat: str = "none"
     content: str = dataclasses.field(init=False)  # what lay in the folder, so that another checkpoint is noticed
 
     def __post_init__(self) -> None:
+        one_of(self, "dtype", COMPUTE_DTYPES)
+        one_of(self, "compute_dtype", COMPUTE_DTYPES)
+        one_of(self, "remat", tuple(REMAT_POLICIES))
         object.__setattr__(self, "content", weights.content(Path(self.path)))
 
     def inputs(self) -> tuple[str, ...]:
         return ()
 
+    def config(self) -> ModelConfig:
+        found = huggingface.read_config(Path(self.path))
+        return dataclasses.replace(found, compute_dtype=self.compute_dtype, remat=self.remat)
+
     def check(self, context: Context) -> None:
-        huggingface.read_config(Path(self.path))
+        self.config()
         weights.tensor_files(Path(self.path))
 
     def run(self, context: Context) -> dict[str, Any]:
-        folder = Path(self.path)
-        sizes = huggingface.read_config(folder)
-        params, tokenizer = weights.read_params(folder, sizes), huggingface.read_tokenizer(folder)
-        context.save_network(sizes, params, tokenizer)
-        return {"parameters": sum(x.size for x in jax.tree.leaves(params))}
+        folder, config = Path(self.path), self.config()
+        model, tokenizer = build(config), huggingface.read_tokenizer(folder)
+        if self.chat:
+            as_chat(tokenizer, context.task.messages)  # refuses one without a template
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        where = sharding.shardings(shapes, sharding.live(model.rules, shapes), context.mesh)
+        params = weights.read_params(folder, config, where, np.dtype(self.dtype))
+        save(context.folder, config, params, tokenizer, self.chat, adapter=None)
+        return {"parameters": size_of(params)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """Adapters from a folder of the PEFT library's, over the network of ``start``."""
+
+    makes: ClassVar = POLICY
+    start: str
+    path: str
+    content: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", weights.content(Path(self.path)))
+
+    def inputs(self) -> tuple[str, ...]:
+        return (self.start,)
+
+    def check(self, context: Context) -> None:
+        context.expect(self.start, POLICY)
+        peft.read_lora(Path(self.path))
+
+    def run(self, context: Context) -> dict[str, Any]:
+        start = context.policy(self.start)
+        if start.adapter:
+            raise UserError(f"{context.name}: {self.start!r} has adapters already; name the stage they lie over")
+        lora, small = peft.read_adapters(Path(self.path), start.model.config)
+        context.save(start, small, Adapter(self.start, lora))
+        return {"parameters": size_of(small), "rank": lora.rank}

@@ -14,7 +14,7 @@ import optax
 from alignjax.runtime import data, metrics, sharding, train
 from alignjax.runtime.checkpoint import Checkpointer
 from alignjax.stages.experiment import Context
-from alignjax.types import TINY, Array, Batch, Metrics, Params, Rules, UserError, in_range
+from alignjax.types import TINY, Array, Batch, Metrics, Params, Rules, TrainState, UserError, in_range
 
 SHOWN = ("nll", "loss", "accuracy", "preference", "kl", "length")  # beside a progress bar
 
@@ -81,8 +81,11 @@ def run_loop(
     collect: train.Collect = train.given,
     frozen: Any = None,
     average_decay: float | None = None,
+    whole: train.Whole = train.trained,
+    before: Callable[[TrainState, Any, Batch], Batch] | None = None,
 ) -> Params:
-    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters.
+    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters. What
+    ``before`` makes of a batch, outside the compiled update, is what the update is given.
 
     Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite.
     """
@@ -93,11 +96,15 @@ def run_loop(
     shapes = jax.eval_shape(start, params, context.key)
     layout = sharding.shardings(shapes, sharding.live(rules, shapes.params), mesh, strict=False)
     compiled = jax.jit(
-        train.make_update(objective, optimizer, collect, loop.accumulate, average_decay),
+        train.make_update(objective, optimizer, collect, loop.accumulate, average_decay, whole),
         in_shardings=(layout, None, sharding.rows(mesh)),
         out_shardings=(layout, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+    def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        return compiled(state, frozen, before(state, frozen, batch) if before else batch)
+
     saver = Checkpointer(context.folder / "checkpoints")
     state = saver.restore(jax.jit(start, out_shardings=layout)(params, context.key))
     done = int(state.step)
@@ -123,7 +130,7 @@ def run_loop(
             saver.save(state)
 
     with contextlib.closing(writer), bar:
-        state = train.fit(state, done, frozen, data.batches(make_batch, done, loop.steps), compiled, every)
+        state = train.fit(state, done, frozen, data.batches(make_batch, done, loop.steps), update, every)
         jax.block_until_ready(state.params)
     saver.close()
     return state.params

@@ -20,7 +20,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from alignjax.labeling import clean_reply, contrast_dialogue
-from alignjax.tasks.task import Affixes, Format, Oracle, Task, Template, oracle_from_score
+from alignjax.tasks.task import Affixes, Format, Oracle, Task, Template, dialogue_messages, oracle_from_score
 from alignjax.types import UserError, in_range
 
 NOUNS = (
@@ -210,15 +210,12 @@ def rated(world: World, rng: np.random.Generator) -> str:
     p = oracle_from_score(SCORES[attribute])(prompt, first, second)
     p = world.rater_error + (1 - 2 * world.rater_error) * p
     t, end = template(attribute), f"\n\n{MARKER}"
-    answer = t.answer if rng.random() < p else OTHER_ANSWER
+    answer = t.answer if rng.random() < p else t.other
     return f"{prompt}{t.before} {first}{end}{t.between} {second}{end}{t.question}{answer}"
 
 
-OTHER_ANSWER = " second"
-
-
 def template(attribute: str) -> Template:
-    return Template(before="", between=" Or:", question=f" More {attribute}:", answer=" first")
+    return Template(before="", between=" Or:", question=f" More {attribute}:", answer=" first", other=" second")
 
 
 @lru_cache(maxsize=1)
@@ -309,4 +306,5 @@ def task(world: World = World(), attribute: str = "harmless") -> Task:
         template=template(attribute),
         oracles=oracles,
         score=score,
+        messages=dialogue_messages,
     )

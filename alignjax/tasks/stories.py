@@ -9,17 +9,19 @@ the plain opening.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import importlib
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from alignjax.tasks.task import Affixes, Format, Score, Task, Template, oracle_from_score
+from alignjax.tasks.task import EOS, Affixes, Format, Score, Task, Template, oracle_from_score
 from alignjax.types import UserError
 
 AFFIXES: dict[str, Affixes] = {
@@ -47,6 +49,8 @@ class Openings:
 
     path: str
     sha256: str
+    documents: str = ""  # a text file, plain or gzip, of stories with <|endoftext|> between them
+    documents_sha256: str = ""
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
         """Openings of the split, shuffled by the seed; all of them when there are fewer than ``count``."""
@@ -59,7 +63,13 @@ class Openings:
         return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
 
     def corpus(self, count: int, seed: int) -> Sequence[str]:
-        raise UserError("stories bring no corpus to pretrain on; start from a Pretrained stage")
+        """The stories of ``documents``, shuffled by the seed, but for those that begin as a held-out opening does."""
+        if not self.documents:
+            raise UserError("stories bring no corpus to pretrain on; give one, or start from a Pretrained stage")
+        splits = read_openings(self.path)
+        held_out = tuple({*splits["validation"], *splits["test"]})
+        found = [story for story in read_stories(self.documents) if not story.startswith(held_out)]
+        return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
 
 
 @lru_cache(maxsize=4)
@@ -87,6 +97,20 @@ def read_openings(path: str) -> dict[str, list[str]]:
     if not splits["train"]:
         raise UserError(f"{path} holds no openings; give a JSON-lines file of them")
     return splits
+
+
+@lru_cache(maxsize=2)
+def read_stories(path: str) -> list[str]:
+    """Raises UserError when the file is missing or holds none."""
+    try:
+        raw = Path(path).read_bytes()
+        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give a text file of stories") from None
+    found = [story.strip() for story in text.split("<|endoftext|>")[:-1] if story.strip()]
+    if not found:
+        raise UserError(f"{path} holds no whole story; put <|endoftext|> behind each")
+    return found
 
 
 def append_affix(prompt: str, last: str, earlier: str) -> str:
@@ -123,22 +147,24 @@ def happy(prompt: str, text: str) -> float:
 SCORES: dict[str, Score] = {"girl": girl, "happy": happy}
 
 
-def task(openings: str, principle: str = "girl") -> Task:
-    """Raises UserError on an unknown principle or a bad file."""
+def task(openings: str, principle: str = "girl", documents: str = "") -> Task:
+    """Raises UserError on an unknown principle or a bad file. ``documents``: stories to pretrain on."""
     if principle not in SCORES:
         raise UserError(f"principle={principle!r} is unknown; choose one of {', '.join(SCORES)}")
     if principle == "happy":
         sentiment()  # a missing dependency is told before an hour of work
     score = SCORES[principle]
     read_openings(openings)
-    mark = hashlib.sha256(Path(openings).read_bytes()).hexdigest()[:16]
+    if documents:
+        read_stories(documents)
+    marks = [hashlib.sha256(Path(p).read_bytes()).hexdigest()[:16] if p else "" for p in (openings, documents)]
     return Task(
         name=f"stories-{principle}",
-        source=Openings(openings, mark),
+        source=Openings(openings, marks[0], documents, marks[1]),
         affixes=AFFIXES[principle],
         contrast=append_affix,
         clean=clean_story,
-        format=Format(before="", end="", stop=("<s>", "</s>")),
+        format=Format(before="", end="", stop=(EOS, "<s>")),
         template=TEMPLATES[principle],
         oracles={"oracle": oracle_from_score(score)},
         score=score,

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from alignjax.types import UserError
+
 
 class Template(NamedTuple):
     """How two responses stand in one context: prompt, before, first, between, second, question.
 
-    The pairwise score of (first, second) is the logit of the token ``answer`` after the question.
+    The pairwise score of (first, second) is the logit of the token ``answer`` after the question; as a choice, that
+    minus the logit of ``other``, which says that the second is better.
     """
 
     before: str
     between: str
     question: str
     answer: str  # one token
+    other: str = ""  # one token, where a choice is asked
 
 
 class Format(NamedTuple):
@@ -26,7 +31,11 @@ class Format(NamedTuple):
 
     before: str  # between the prompt and the reply
     end: str  # after it: the end marker
-    stop: tuple[str, ...]  # tokens that end a completion (each must be one token)
+    stop: tuple[str, ...]  # what ends a completion: EOS, or pieces of text
+
+
+EOS = "<eos>"
+"""Among a format's ``stop``: the tokens that end a text by the tokenizer's own convention."""
 
 
 Affixes = tuple[tuple[str, str], ...]
@@ -53,6 +62,28 @@ class Source(Protocol):
         ...
 
 
+def one_message(prompt: str) -> list[dict[str, str]]:
+    """The prompt as a user's only message."""
+    return [{"role": "user", "content": prompt}]
+
+
+def dialogue_messages(prompt: str) -> list[dict[str, str]]:
+    """A dialogue "Human: ... Assistant: ..." that ends in an open turn, as messages. An affix of the open turn's role
+    marker, as RLCD writes it, stands behind the last question in brackets."""
+    turns = re.split(r"(?:^|\n\n)(Human|Assistant)([^:\n]*):", prompt)[1:]
+    messages = [
+        {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
+        for role, text in zip(turns[0::3], turns[2::3], strict=True)
+    ]
+    if len(messages) < 2 or messages[-1]["content"] or messages[-1]["role"] != "assistant":
+        raise UserError(f"the prompt {prompt[-40:]!r} is no dialogue that ends in 'Assistant:'; cut it there")
+    affix = turns[-2].strip()
+    messages = messages[:-1]
+    if affix:
+        messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']} {affix}"}
+    return messages
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A task. ``oracles`` are independent of every model; the first one is the task's truth."""
@@ -66,6 +97,7 @@ class Task:
     template: Template
     oracles: dict[str, Oracle]
     score: Score
+    messages: Callable[[str], Sequence[dict[str, str]]] = one_message  # a prompt as a chat model is asked it
 
 
 def oracle_from_score(score: Score) -> Oracle:

@@ -1,0 +1,182 @@
+"""What reading a checkpoint takes: time, and memory beyond the parameters, against transformers' own reader.
+
+    python experiments/benchmarks/load.py [--parameters 1e9] [--stored bfloat16] [--dtype bfloat16] [--folder F]
+
+Writes a random Llama checkpoint (a file a layer and an index; in a temporary folder, or in F, where it stays and is
+used again), then reads it in two processes of their own: with ``read_params`` onto eight emulated devices, fsdp=4 and
+tensor=2, and, where PyTorch is installed, with transformers' ``from_pretrained`` into the same dtype, every page of its
+parameters touched. Memory is sampled every 2 ms, less what the process had after its imports and less the parameters.
+Anonymous memory is what the kernel cannot take back. Resident memory counts the pages of the mapped files too, which
+it can. A figure below zero: the parameters are those very pages, which PyTorch does where the dtype is the file's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+def sizes(parameters: float) -> dict[str, int]:
+    """A Llama of about so many parameters; 1e9 gives 1.01e9."""
+    scale = (parameters / 1e9) ** (1 / 3)
+    heads = max(4 * round(8 * scale), 4)
+    return {
+        "vocab_size": max(512 * round(62.5 * scale), 512), "hidden_size": 64 * heads, "num_attention_heads": heads,
+        "num_key_value_heads": 4, "intermediate_size": 176 * heads, "num_hidden_layers": max(round(20 * scale), 2),
+    }  # fmt: skip
+
+
+def write(folder: Path, parameters: float, dtype: str) -> None:
+    """The checkpoint, layer by layer."""
+    c, rng, index = sizes(parameters), np.random.default_rng(0), {}
+    width, hidden, kv = c["hidden_size"], c["intermediate_size"], 64 * c["num_key_value_heads"]
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False, **c,
+    }))  # fmt: skip
+
+    def save(file: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        values = {n: (0.02 * rng.standard_normal(s, np.float32)).astype(DTYPES[dtype]) for n, s in shapes.items()}
+        safetensors.numpy.save_file(values, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(values, file))
+
+    outer = {"model.embed_tokens.weight": (c["vocab_size"], width), "lm_head.weight": (c["vocab_size"], width)}
+    save("model-ends.safetensors", {**outer, "model.norm.weight": (width,)})
+    for i in range(c["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": (width,), "post_attention_layernorm": (width,),
+            "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width),
+            "self_attn.o_proj": (width, width), "mlp.gate_proj": (hidden, width), "mlp.up_proj": (hidden, width),
+            "mlp.down_proj": (width, hidden),
+        }  # fmt: skip
+        save(f"model-{i}.safetensors", {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def ours(folder: Path, dtype: str):
+    """-> what reads the checkpoint and returns its bytes, everything imported and begun."""
+    import jax
+
+    from alignjax.models import huggingface, weights
+    from alignjax.models.build import build
+    from alignjax.runtime import sharding
+
+    config = huggingface.read_config(folder)
+    shapes, rules = weights.parameter_shapes(config), build(config).rules
+    mesh = sharding.make_mesh(sharding.Mesh(data=1, fsdp=4, tensor=2))
+    places = sharding.shardings(shapes, sharding.live(rules, shapes), mesh)
+    jax.block_until_ready(jax.device_put(np.zeros(8), sharding.replicated(mesh)))
+
+    def read() -> int:
+        params = jax.block_until_ready(weights.read_params(folder, config, places, DTYPES[dtype]))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    return read
+
+
+def theirs(folder: Path, dtype: str):
+    import torch
+    import transformers
+    from transformers.models.llama import modeling_llama
+
+    assert modeling_llama and torch.zeros(8).sum() == 0
+    transformers.utils.logging.disable_progress_bar()
+
+    def read() -> int:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True
+        )
+        for p in model.parameters():
+            p.detach().flatten()[:: 4096 // p.element_size()].sum()  # a value of every page
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+
+    return read
+
+
+def memory(pid: int) -> dict[str, int]:
+    """Bytes of a process that are resident, and of those the anonymous ones; none when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    found = dict(line.split(":", 1) for line in lines)
+    return {key: 1024 * int(found[key].split()[0]) for key in ("VmRSS", "RssAnon") if key in found}
+
+
+def child(which: str, folder: Path, dtype: str) -> None:
+    read = {"ours": ours, "theirs": theirs}[which](folder, dtype)
+    before, begun = memory(os.getpid()), time.perf_counter()
+    held = read()
+    print(json.dumps({"seconds": time.perf_counter() - begun, "bytes": held, "before": before}))
+
+
+def measure(which: str, folder: Path, dtype: str) -> dict[str, float]:
+    """Seconds, and peak bytes of either kind beyond the parameters."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, "--child", which, "--folder", str(folder), "--dtype", dtype]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **flags})
+    peak = {"VmRSS": 0, "RssAnon": 0}
+    while process.poll() is None:
+        peak = {key: max(peak[key], value) for key, value in memory(process.pid).items()} or peak
+        time.sleep(0.002)
+    if process.returncode:
+        raise SystemExit(f"{which} ended with status {process.returncode}")
+    found = json.loads(process.stdout.read().splitlines()[-1])
+    return found | {key: peak[key] - found["before"][key] - found["bytes"] for key in peak}
+
+
+def machine() -> str:
+    names = [n for n in ("jax", "numpy", "safetensors", "transformers", "torch") if importlib.util.find_spec(n)]
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {room:.0f} GiB; {versions}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=1e9)
+    parser.add_argument("--stored", choices=DTYPES, default="bfloat16", help="the file's dtype")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="that of the parameters read")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        return child(given.child, given.folder, given.dtype)
+    print(machine())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "model.safetensors.index.json").exists():
+            write(folder, given.parameters, given.stored)
+        results = {"alignjax": measure("ours", folder, given.dtype)}
+        if importlib.util.find_spec("torch"):
+            results["transformers"] = measure("theirs", folder, given.dtype)
+    for name, r in results.items():
+        count = r["bytes"] / np.dtype(DTYPES[given.dtype]).itemsize
+        print(
+            f"{name}: {count / 1e9:.3f}e9 parameters of {given.dtype} in {r['seconds']:.2f} s; beyond the "
+            f"{r['bytes'] / 1e6:.0f} MB held, at most {r['RssAnon'] / 1e6:.0f} MB of anonymous memory "
+            f"({r['RssAnon'] / r['bytes']:.3f} of it), {r['VmRSS'] / 1e6:.0f} MB resident with the mapped files"
+        )
+    if len(results) == 2:
+        ratio = results["transformers"]["seconds"] / results["alignjax"]["seconds"]
+        print(f"transformers takes {ratio:.2f} times our seconds")
+
+
+if __name__ == "__main__":
+    main()

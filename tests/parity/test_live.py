@@ -1,0 +1,152 @@
+"""Freshly drawn checkpoints of every family against torch, both ways: what it saves we read, what we write it opens.
+
+Run by ``make parity``. ``ALIGNJAX_PARITY_SEED`` repeats a run's draws; the end of every run says its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from alignjax.decoding import Process, Sampling, sample
+from alignjax.models import huggingface, weights
+from alignjax.models.build import build
+from alignjax.models.t5 import T5Config, encoder
+from alignjax.types import Tokens
+from tests.parity import referee
+from tests.parity.cases import CASES, Case
+from tests.parity.conftest import NOTES, SEED
+from tests.test_families import TOKENIZER, TOLERANCE, padded_twice
+
+LENGTHS, COMPLETION = (11, 2, 7), 10  # tokens; the windows are 4 to 7
+EVERY = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+DECODERS = pytest.mark.parametrize("case", [c for c in CASES if not c.encodes], ids=lambda case: case.name)
+
+
+class Ours(NamedTuple):
+    """What we compute, each [2 paddings, B, ...]; ``encoded`` without padding's rows is the encoder's."""
+
+    logits: np.ndarray
+    states: np.ndarray
+    final: np.ndarray
+    greedy: np.ndarray
+    encoded: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A model drawn on their side and what both sides make of it."""
+
+    model: Any
+    prompts: list[list[int]]
+    said: referee.Said
+    config: Any
+    params: Any
+    ours: Ours
+    tokens: np.ndarray
+    mask: np.ndarray
+    completion: np.ndarray
+
+
+@functools.cache
+def drawn(case: Case) -> Drawn:
+    rng = np.random.default_rng([SEED, CASES.index(case)])
+    model = referee.make(case, rng)
+    vocabulary, length = model.config.vocab_size, max(LENGTHS)
+    mask = np.arange(length) < np.array(LENGTHS)[:, None]
+    tokens = np.where(mask, rng.integers(2, vocabulary, mask.shape), 0).astype(np.int32)
+    completion = rng.integers(2, vocabulary, (len(LENGTHS), COMPLETION)).astype(np.int32)
+    prompts = [row[:n].tolist() for row, n in zip(tokens, LENGTHS, strict=True)]
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(name)
+        config = huggingface.read_config(Path(name))
+        params = weights.read_params(Path(name), config)
+    ours = compute(config, params, padded_twice(tokens, mask), np.concatenate([completion] * 2))
+    said = referee.ask(model, prompts, completion)
+    NOTES.append(f"{case.name}: logits within {np.abs(ours.logits - said.logits).max():.1e}, "
+                 f"greedy margins from {said.margins.min():.1e}")  # fmt: skip
+    return Drawn(model, prompts, said, config, params, ours, tokens, mask, completion)
+
+
+def compute(config: Any, params: Any, prompt: Tokens, completion: np.ndarray) -> Ours:
+    """All of it in one program: compiling is what takes time."""
+    model = build(config)
+
+    @jax.jit
+    def everything(params, prompt, completion):
+        states = model.predict(params, prompt, completion)
+        process = Process(*model.start(params, prompt, referee.NEW_TOKENS))
+        keys = jax.random.split(jax.random.key(0), len(prompt.tokens))
+        written = sample(process, keys, referee.NEW_TOKENS, (), Sampling(temperature=0.0)).completion.tokens
+        encoded = encoder(config)(params, prompt)[0] if isinstance(config, T5Config) else None
+        return model.unembed(params, states), states, model.final(params, prompt), written, encoded
+
+    found = everything(params, prompt, Tokens(completion, np.ones_like(completion, bool)))
+    return Ours(*jax.tree.map(lambda x: np.asarray(x).reshape(2, -1, *x.shape[1:]), found))
+
+
+def close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    np.testing.assert_allclose(ours, np.broadcast_to(theirs, ours.shape), rtol=0, atol=TOLERANCE)
+
+
+@EVERY
+def test_logits_and_hidden_states(case):
+    """Over right- and left-padded rows that are longer than any window."""
+    d = drawn(case)
+    close(d.ours.logits, d.said.logits)
+    close(d.ours.states, d.said.states)
+    if case.encodes:
+        real = np.pad(d.mask, ((0, 0), (1, 0)), constant_values=True)
+        close(d.ours.encoded[:, real], d.said.encoded[real])
+
+
+@EVERY
+def test_greedy_tokens(case):
+    """All 64 are equal, or the first that is not had a rival within the tolerance of both logits; that is noted."""
+    d = drawn(case)
+    for ours in d.ours.greedy:
+        for row in np.flatnonzero((ours != d.said.greedy).any(axis=1)):
+            first = int(np.argmax(ours[row] != d.said.greedy[row]))
+            margin = d.said.margins[row, first]
+            assert margin < 2 * TOLERANCE, f"row {row}: token {first} differs, though it leads by {margin}"
+            NOTES.append(f"{case.name}: row {row} ties at token {first}, margin {margin:.1e}")
+
+
+@EVERY
+@pytest.mark.parametrize("shard", [huggingface.SHARD, 20_000], ids=["whole", "shards"])
+def test_an_exported_folder_opens_there_and_here(tmp_path, case, shard):
+    d, folder = drawn(case), tmp_path / "model"
+    huggingface.write_folder(folder, d.config, d.params, TOKENIZER, shard)
+    opened, amiss = referee.load("AutoModelForSeq2SeqLM" if case.encodes else "AutoModelForCausalLM", folder)
+    assert not amiss and type(opened).__name__ == case.model
+    theirs = d.model.state_dict()
+    assert theirs.keys() == opened.state_dict().keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in opened.state_dict().items())
+    assert huggingface.read_config(folder) == d.config
+    jax.tree.map(np.testing.assert_array_equal, weights.read_params(folder, d.config), d.params)
+    if shard == huggingface.SHARD:
+        said = referee.ask(opened, d.prompts, d.completion)
+        close(d.ours.logits, said.logits)
+        np.testing.assert_array_equal(said.greedy, d.said.greedy)
+        assert opened.generation_config.eos_token_id == list(TOKENIZER.ends)
+
+
+@DECODERS
+def test_a_reward_head_scores_there_as_here(tmp_path, case):
+    """On a padded batch, as sequence classification with one label."""
+    d, folder = drawn(case), tmp_path / "model"
+    kernel = np.random.default_rng(SEED).standard_normal(d.config.width).astype(np.float32)
+    huggingface.write_folder(folder, d.config, d.params | {"reward": {"kernel": kernel}}, TOKENIZER, 20_000)
+    opened, amiss = referee.load("AutoModelForSequenceClassification", folder)
+    assert not amiss and opened.config.architectures == [type(opened).__name__]
+    with torch.no_grad():
+        scores = opened(input_ids=torch.tensor(d.tokens), attention_mask=torch.tensor(d.mask).long()).logits
+    close(d.ours.final @ kernel, scores[:, 0].numpy())

@@ -1,0 +1,153 @@
+"""Adapters: the base untouched and shared, the scale, the merge, and what is trained."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from alignjax import objectives
+from alignjax.decoding import Process, geometric_mixture
+from alignjax.models import lora
+from alignjax.models.build import build
+from alignjax.models.likelihood import log_prob
+from alignjax.models.lora import Lora
+from alignjax.models.t5 import T5Config
+from alignjax.runtime import sharding, train
+from alignjax.types import Rollout, UserError
+from tests.conftest import TINY, ragged
+
+T5 = T5Config(vocab_size=24, width=16, layers=2, decoder_layers=2, heads=4, head_dim=4, hidden=24)
+SPEC = Lora(rank=3, alpha=12.0, targets=("q", "v", "down"))
+PROMPT, REPLY = ragged([[5, 6, 7], [8, 9]], 4), ragged([[4, 2], [5, 6, 2]])
+
+
+def drawn(small, key=5):
+    """The adapters with every B away from zero."""
+    leaves, tree = jax.tree.flatten(small)
+    keys = jax.random.split(jax.random.key(key), len(leaves))
+    return tree.unflatten([0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module", params=[TINY, T5], ids=["decoder", "t5"])
+def world(request):
+    """A model, its base, adapters, and log-probs as one compiled function each of the trees that come."""
+    model = build(request.param)
+    base = model.init(jax.random.key(0))
+    return model, base, drawn(lora.init(SPEC, base, jax.random.key(1))), jax.jit(log_prob(model))
+
+
+def test_adapters_at_the_start_change_nothing(world):
+    model, base, _, score = world
+    small = lora.init(SPEC, base, jax.random.key(1))
+    assert all(np.abs(x).max() > 0 for p, x in leaves(small) if p.endswith("/a"))
+    np.testing.assert_array_equal(
+        score(lora.overlay(base, small, SPEC.scale), PROMPT, REPLY), score(base, PROMPT, REPLY)
+    )
+
+
+def test_a_merged_tree_is_the_same_function_at_the_given_scale(world):
+    """Against W + (alpha / rank) A B written out, layer by layer."""
+    model, base, small, score = world
+    whole = lora.overlay(base, small, SPEC.scale)
+    by_hand = jax.tree.map(np.asarray, base)
+    for path, part in adapters(small):
+        node = functools.reduce(lambda tree, name: tree[name], path, by_hand)
+        node["kernel"] = np.stack(
+            [w + 12.0 / 3 * a @ b for w, a, b in zip(node["kernel"], part["a"], part["b"], strict=True)]
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), lora.merge(whole), by_hand)
+    np.testing.assert_allclose(score(whole, PROMPT, REPLY), score(by_hand, PROMPT, REPLY), atol=2e-5)
+    assert np.abs(score(whole, PROMPT, REPLY) - score(base, PROMPT, REPLY)).max() > 0.05
+
+
+def test_an_overlay_holds_the_base_s_own_arrays(world):
+    """Policy, reference, preference model and opponent share one base in memory."""
+    model, base, small, _ = world
+    whole = lora.overlay(base, small, SPEC.scale)
+    mine = {path: x for path, x in leaves(whole) if "/lora/" not in path}
+    assert dict(leaves(base)).keys() == mine.keys()
+    assert all(mine[path] is x for path, x in leaves(base))
+
+
+def test_cached_decoding_with_adapters_equals_the_full_forward(world):
+    model, base, small, score = world
+    whole = lora.overlay(base, small, SPEC.scale)
+
+    @jax.jit
+    def decoded(params):
+        start = model.start(params, PROMPT, 3)
+        carry, logits = start.step(start.carry, REPLY.tokens[:, 0])
+        return jnp.stack([start.logits, logits], 1)
+
+    logp = jax.nn.log_softmax(decoded(whole))
+    chosen = np.take_along_axis(np.asarray(logp), np.asarray(REPLY.tokens)[:, :2, None], -1)[..., 0]
+    np.testing.assert_allclose(chosen, score(whole, PROMPT, REPLY)[:, :2], atol=2e-5)
+
+
+def test_the_mixture_s_reference_is_the_base_and_not_the_adapted_policy(world):
+    """A faulty sharing would make the mixture self-play: every beta would give the policy."""
+    model, base, small, _ = world
+
+    @jax.jit
+    def logits(base, small, beta):
+        policy, reference = (model.start(tree, PROMPT, 3) for tree in (lora.overlay(base, small, SPEC.scale), base))
+        return geometric_mixture(Process(*policy), Process(*reference), beta).logits
+
+    ends = [jax.nn.log_softmax(model.start(tree, PROMPT, 3).logits) for tree in (lora.overlay(base, small, 4.0), base)]
+    middle = jax.nn.log_softmax(logits(base, small, 0.5))
+    np.testing.assert_allclose(jax.nn.log_softmax(logits(base, small, 1.0)), ends[1], atol=2e-5)
+    np.testing.assert_allclose(jax.nn.log_softmax(logits(base, small, 0.0)), ends[0], atol=2e-5)
+    assert np.abs(middle - ends[0]).max() > 0.01 and np.abs(middle - ends[1]).max() > 0.01
+
+
+def test_training_moves_the_adapters_alone_and_as_the_full_gradient_says(world):
+    """dL/dB = scale A^T dL/dW and dL/dA = scale dL/dW B^T, of the gradient at the merged weights."""
+    model, base, small, score = world
+    rows = Rollout(PROMPT, REPLY, REPLY, np.array([0.9, 0.2], np.float32), np.zeros(REPLY.mask.shape, np.float32))
+    objective = functools.partial(objectives.nash_md, log_prob=log_prob(model), tau=0.1)
+    optimizer = optax.sgd(1.0)
+
+    def whole(trained, frozen):
+        return lora.overlay(frozen["base"], trained, SPEC.scale)
+
+    update = jax.jit(train.make_update(objective, optimizer, whole=whole))
+    state = train.init(small, optimizer, jax.random.key(0), False)
+    after, _ = update(state, {"base": base}, rows)
+    merged = lora.merge(lora.overlay(base, small, SPEC.scale))
+    full = jax.jit(jax.grad(lambda p: objective(p, rows, None)[0]))(merged)
+    for path, part in adapters(small):
+        moved = functools.reduce(lambda tree, name: tree[name], path, after.params)["lora"]
+        gradient = functools.reduce(lambda tree, name: tree[name], path, full)["kernel"]
+        for side, want in (
+            ("a", SPEC.scale * jnp.einsum("lio,lro->lir", gradient, part["b"])),
+            ("b", SPEC.scale * jnp.einsum("lir,lio->lro", part["a"], gradient)),
+        ):
+            np.testing.assert_allclose(part[side] - moved[side], want, atol=2e-4, err_msg=str((path, side)))
+
+
+def test_rules_claim_adapters_and_a_wrong_target_is_named(world):
+    model, base, small, _ = world
+    where = sharding.shardings(small, lora.RULES, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
+    assert all(spec.is_fully_replicated for spec in jax.tree.leaves(where))
+    with pytest.raises(UserError, match=r"'queries'.*down.*q"):
+        lora.init(Lora(2, 4.0, ("q", "queries")), base, jax.random.key(0))
+    for change in ({"rank": 0}, {"alpha": 0.0}):
+        with pytest.raises(UserError, match=next(iter(change))):
+            dataclasses.replace(SPEC, **change)
+
+
+def leaves(tree):
+    return [(sharding.path_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def adapters(small, path=()):
+    """(path of the projection, {"a", "b"}) of each adapter."""
+    for name, part in small.items():
+        if name == "lora":
+            yield path, part
+        else:
+            yield from adapters(part, (*path, name))
