@@ -1,12 +1,13 @@
 # make quickstart : install, then the main job, into runs/quickstart/
 # make test       : install, then every test, format and type check
+# make parity     : torch and PEFT too, then every model family against them, over freshly drawn models
 # make install    : the environment alone (.venv); PYTHON= picks another interpreter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: install quickstart test lock
+.PHONY: install quickstart test parity lock
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml requirements.lock
@@ -23,6 +24,16 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# The referees. pip, and not uv, because it takes a torch that the machine offers for its CPU.
+TORCH ?= torch==2.13.0
+$(VENV)/parity: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock "peft>=0.21"
+	touch $@
+
+parity: $(VENV)/parity
+	$(BIN)/python -m pytest tests/parity -o addopts=-q
 
 # One lock for every Python and platform: universal markers, newest versions that each allows.
 lock: install

@@ -163,12 +163,13 @@ def show_leaves(path: str, settings: Mapping[str, str]) -> int:
 
 def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
     """Raises UserError when the file makes no experiment."""
-    from alignjax.stages import Experiment
+    from alignjax.stages import Experiment, order
 
     experiment = config.load(path, settings)
     if not isinstance(experiment, Experiment):
         kind = type(experiment).__name__
         raise UserError(f"{path}: get_config() returned a {kind}; it must return an alignjax.stages.Experiment")
+    order(experiment.stages)  # refuses what is no stage
     return experiment
 
 

@@ -51,6 +51,9 @@ def get_config_of(path: str | Path) -> Callable[..., Any]:
     get_config = getattr(load_module(path), "get_config", None)
     if get_config is None:
         raise UserError(f"{path} defines no get_config(); it must return an Experiment")
+    if not isinstance(get_config, FunctionType):
+        kind = type(get_config).__name__
+        raise UserError(f"{path}: get_config is a {kind} and must be a function; write def get_config(): ...")
     return get_config
 
 

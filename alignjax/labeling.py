@@ -55,7 +55,8 @@ class Labeled(NamedTuple):
 
 
 Method = Callable[[Generate, Task, Sequence[str], Sequence[int], int], tuple[list[Labeled], int]]
-"""(generate, task, prompts, example numbers, seed) -> (pairs, tries): what could not be had is left out."""
+"""(generate, task, prompts, example numbers, seed) -> (pairs, tries): what could not be had is left out. Before
+anything runs it is asked for no prompts, so that it can refuse what it was given."""
 
 
 def rlcd(

@@ -34,10 +34,16 @@ class Preference(NamedTuple):
 
 
 def template_tokens(tokenizer: Tokenizer, template: Template) -> TemplateTokens:
-    """Raises UserError when the answer is not one token."""
+    """Raises UserError when an answer is not one token."""
+
+    def one(name: str) -> int:
+        try:
+            return single_token(tokenizer, getattr(template, name))
+        except UserError as error:
+            raise UserError(f"task.template.{name}: {error}") from None
+
     before, between, question = (tuple(encode_continuation(tokenizer, text)) for text in template[:3])
-    other = single_token(tokenizer, template.other) if template.other else None
-    return TemplateTokens(before, between, question, single_token(tokenizer, template.answer), other)
+    return TemplateTokens(before, between, question, one("answer"), one("other") if template.other else None)
 
 
 def pairwise(model: Model, template: TemplateTokens) -> Preference:

@@ -69,10 +69,11 @@ def run_stage(context: Any, redo: bool) -> None:
     if prepare(folder, record, redo):
         print(f"{name}: finished before, and taken back", file=sys.stderr)
         return
+    resumed = has_work(folder)
     try:
         figures, seconds = stages.timed(stage, context)
-    except BaseException:
-        withdraw(folder)
+    except BaseException as error:
+        withdraw(folder, refused=isinstance(error, UserError) and not resumed)
         raise
     spent = read_record(folder).get("seconds", 0.0) + seconds
     write_record(folder, {**record, "finished": True, "seconds": spent, "figures": figures})
@@ -160,7 +161,7 @@ def prepare(folder: Path, record: dict[str, Any], redo: bool) -> bool:
             shutil.rmtree(aside(folder), ignore_errors=True)
             folder.rename(aside(folder))
         else:
-            shutil.rmtree(folder)
+            remove(folder)
     if not folder.exists() and read_record(aside(folder)).get("fingerprint") == record["fingerprint"]:
         aside(folder).rename(folder)
     found = read_record(folder)
@@ -175,12 +176,24 @@ def aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.before")
 
 
-def withdraw(folder: Path) -> None:
-    """After a failure: a stage that left no work is as if never begun."""
-    if not has_work(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        if aside(folder).exists():
+def withdraw(folder: Path, refused: bool = False) -> None:
+    """After a failure: a stage that left no work is as if never begun, and what was put aside for it comes back. So it
+    does for one that was begun in this run and ``refused``: it would be refused again. One that was resumed keeps its
+    work, and the mend may be elsewhere."""
+    waits = aside(folder).exists()
+    if not has_work(folder) or (refused and waits):
+        remove(folder)
+        if waits:
             aside(folder).rename(folder)
+
+
+def remove(folder: Path) -> None:
+    """All at once, as others see it: a kill leaves no half of it to be resumed."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    if folder.exists():
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def has_work(folder: Path) -> bool:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -43,10 +44,16 @@ def opened(folder: Path, chat: bool) -> Network:
 
 
 def stream(
-    network: Network, prompt: str, stop: str | None, max_new_tokens: int, sampling: Sampling, seed: int, out=sys.stdout
+    network: Network,
+    prompt: str,
+    stop: str | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    out: TextIO | None = None,
 ) -> None:
     """Writes what the model says after the prompt, token by token, as it is drawn. UserError when it does not fit."""
-    tokenizer = network.tokenizer
+    tokenizer, out = network.tokenizer, out or sys.stdout
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("the prompt is empty, and this tokenizer puts nothing before it; give some text")
@@ -81,12 +88,12 @@ def stops_of(tokenizer: Tokenizer, stop: str | None) -> tuple[tuple[int, ...], .
     return (*((end,) for end in tokenizer.ends), *own)
 
 
-def speaker(tokenizer: Tokenizer, ends: set[int], out) -> Callable[[np.ndarray], None]:
+def speaker(tokenizer: Tokenizer, ends: set[int], out: TextIO) -> Callable[[np.ndarray], None]:
     """token -> writes the text that it completes; nothing from the first end token on, and no half character."""
     ids: list[int] = []
     told = [0]
 
-    def speak(token) -> None:
+    def speak(token: np.ndarray) -> None:
         if ids and ids[-1] in ends:
             return
         ids.append(int(token))
@@ -136,9 +143,10 @@ def compare(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int,
-    out=sys.stdout,
+    out: TextIO | None = None,
 ) -> None:
     """Writes both models' replies to each prompt side by side, and their mean lengths."""
+    out = out or sys.stdout
     answers = [writer(n, stop, max_new_tokens, sampling, seed)(prompts, range(len(prompts)), 0) for n in networks]
     width = min(shutil.get_terminal_size((100, 24)).columns, 160)
     column = (width - 3) // 2

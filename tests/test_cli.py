@@ -1,5 +1,6 @@
 """The command line: what a user can get wrong is told in one line, with exit status 2 and nothing half-written."""
 
+import dataclasses
 import fcntl
 import json
 import re
@@ -10,11 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import jax
 import pytest
-import safetensors.numpy
 
 from alignjax.commands import main
+from alignjax.models import huggingface
+from alignjax.models.transformer import transformer
+from alignjax.types import UserError
+from tests.conftest import TINY
+from tests.test_checkpoint_errors import edit
 
 PROGRESS = r"\w+: +\d+%\||\w+: finished before|\w+: [\d.]+ s;"  # bars, and a line a stage
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -68,6 +73,8 @@ def test_a_wrong_word_is_named_with_its_mend(capfd, tmp_path, argv, told):
         ("base.adam.b1=2.0", "Adam.b1=2.0 must be in [0, 1]"),
         ("base.model.width=0", "TransformerConfig.width=0 must be"),
         ("task.source.two_turns=3.0", "World.two_turns=3.0 must be in [0, 1]"),
+        ("task.template.answer=two words here", "task.template.answer: 'two words here' is"),
+        ("task.template.other=two words here", "task.template.other: 'two words here' is"),
         ("pairs.prompts=-3", "Label.prompts=-3 must be"),
         ("pairs.writing.buckets=-3,104", "Writing.buckets=(-3, 104) must be"),
         ("pairs.writing.sampling.top_p=0.0", "Sampling.top_p=0.0 must be"),
@@ -92,7 +99,10 @@ def test_missing_files_and_workdirs(capfd, tmp_path):
     assert "is not finished" in refused(capfd, "table", QUICKSTART, "--workdir", str(tmp_path / "new"))
 
 
-STAGE = "from alignjax.stages import Experiment\ndef get_config():\n    return Experiment(task=None, stages={stages})\n"
+STAGE = (
+    "from alignjax.stages import Experiment, Pretrained\n"
+    "def get_config():\n    return Experiment(task=None, stages={stages})\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +112,14 @@ STAGE = "from alignjax.stages import Experiment\ndef get_config():\n    return E
         ("def get_config(:\n", "SyntaxError"),
         ("def get_config():\n    pass\n", "get_config() returned a NoneType; it must return an"),
         ("def get_config():\n    return {'seed': 1}\n", "returned a dict"),
+        ("get_config = 5\n", "get_config is a int and must be a function"),
+        ("get_config = dict\n", "get_config is a type and must be a function"),
+        (STAGE.format(stages="[1]"), "line 3: Experiment.stages is a list; give it a dict"),
+        (STAGE.format(stages="{}, mesh=None"), "line 3: Experiment.mesh is a NoneType; give it a Mesh"),
+        (STAGE.format(stages="{}, seed='x'"), "line 3: Experiment.seed is a str; give it a int"),
+        (STAGE.format(stages="{}"), "the experiment has no stages"),
+        (STAGE.format(stages="{3: Pretrained('x')}"), "3 cannot name a stage"),
+        (STAGE.format(stages="{'a': Pretrained}"), "stage 'a' is the class Pretrained; make one: Pretrained(...)"),
         (STAGE.format(stages="{'a': 3}"), "stage 'a' is a int, which has no inputs() and run(context)"),
         (STAGE.format(stages="{'../a': 3}"), "'../a' cannot name a stage"),
         (STAGE.format(stages="{'compiled': 3}"), "'compiled' cannot name a stage"),
@@ -109,9 +127,8 @@ STAGE = "from alignjax.stages import Experiment\ndef get_config():\n    return E
 )
 def test_what_is_no_experiment_is_named(capfd, tmp_path, text, told):
     (tmp_path / "mine.py").write_text(text)
-    for words in ([], ["--help"]) if "cannot name" not in told and "is a int" not in told else ([],):
-        argv = ["run", str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "w"), *words]
-        assert told in refused(capfd, *argv)
+    for command, *words in (["run"], ["run", "--help"], ["table"]):
+        assert told in refused(capfd, command, str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "w"), *words)
     assert not (tmp_path / "w").exists()
 
 
@@ -125,6 +142,16 @@ def test_what_is_no_experiment_is_named(capfd, tmp_path, text, told):
         ("nash_md.preference=base", "stage 'nash_md' needs a preference model and 'base' makes a policy"),
         ("nash_md.loop.batch=12", "nash_md.loop.batch=12 does not divide over data*fsdp=8"),
         ("nash_md.average_decay=high", "is not a float or None"),
+        ("nash_md.loop.batch=128", "nash_md: 64 examples do not fill one batch of 128"),
+        ("base.loop.batch=4008", "base: 4000 examples do not fill one batch of 4008"),
+        ("nash_md.opponent.beta=2", "nash_md.opponent: beta=2.0 is no weight of the reference"),
+        ("nash_md.opponent.beta=-1", "nash_md.opponent: beta=-1.0 is no weight of the reference"),
+        ("nash_md.objective.tau=-1", "nash_md.objective: tau=-1.0 must not be negative"),
+        ("truth.method.oracle=none", "truth.method: task 'sandbox-harmless' has no oracle 'none'; it has oracle, "),
+        ("annotated.method.error=1.5", "annotated.method: error=1.5 is no probability"),
+        ("task.template.answer=", "task 'sandbox-harmless' has no template.answer"),
+        ("task.format.stop=()", "has format.stop=(); give"),
+        ("task.format.stop=", "has format.stop=('',); give"),
         ("preference.pairs=base", "stage 'preference' needs pairs and 'base' makes a policy"),
         ("preference.truth=pairs", "truth and pairs are both 'pairs', which holds nothing out"),
         ("base.model.compute_dtype=float99", "choose one of float32, bfloat16, float16"),
@@ -135,6 +162,46 @@ def test_what_is_no_experiment_is_named(capfd, tmp_path, text, told):
 def test_what_must_fail_is_told_before_anything_runs(capfd, tmp_path, change, told):
     argv = ["run", QUICKSTART, "--workdir", str(tmp_path / "w"), *settings("small=True", change)]
     assert told in refused(capfd, *argv)
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_project_to_report_to_without_its_library_is_told_before_anything_runs(capfd, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    argv = ["run", QUICKSTART, "--workdir", str(tmp_path / "w"), *settings("small=True", "wandb=mine")]
+    assert "pip install 'alignjax[wandb]'" in refused(capfd, *argv)
+    assert not (tmp_path / "w").exists()
+
+
+OWN = """
+import dataclasses
+from alignjax import stages
+from alignjax.config import load_module
+
+quickstart = load_module({quickstart!r}).get_config(small=True)
+
+def method(generate, task, prompts, numbers, seed):
+    {body}
+
+def get_config():
+    task = dataclasses.replace(quickstart.task, {task})
+    own = dataclasses.replace(quickstart.stages["pairs"], method=method)
+    return dataclasses.replace(quickstart, task=task).with_stages(pairs=own, zero=stages.ZeroShot("base"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "task", "told"),
+    [
+        ("raise stages.experiment.UserError('no key; set KEY')", "", "pairs.method: no key; set KEY"),
+        ("raise ValueError(max(prompts))", "template=None", "preference: task 'sandbox-harmless' has no template"),
+        ("prompts[0]", "template=quickstart.task.template._replace(other='')", "zero: preference.choice needs both"),
+        ("pass", "format=quickstart.task.format._replace(stop='Human')", "stop='Human'"),
+    ],
+)
+def test_what_a_method_and_a_task_of_ones_own_refuse_is_told_before_anything_runs(capfd, tmp_path, body, task, told):
+    """A method that minds being asked for nothing is no reason."""
+    (tmp_path / "own.py").write_text(OWN.format(quickstart=QUICKSTART, body=body, task=task))
+    assert told in refused(capfd, "run", str(tmp_path / "own.py"), "--workdir", str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
@@ -204,6 +271,48 @@ def test_redo_makes_a_changed_stage_again(moment, tmp_path):
     assert main([*argv, *settings("base.loop.steps=3")]) == 0
     rows = (tmp_path / "w" / "base" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 2]
+
+
+WORKER = """
+import dataclasses
+from alignjax.stages import Experiment
+from alignjax.types import UserError
+
+@dataclasses.dataclass(frozen=True)
+class Worker:
+    value: int
+
+    def inputs(self):
+        return ()
+
+    def run(self, context):
+        resumed = (work := context.folder / "work").exists()
+        work.write_text(str(self.value))
+        if self.value == 3 and not resumed:
+            raise OSError("no more room")
+        if self.value > 1:
+            raise UserError(f"value={self.value} cannot be; choose 1")
+        return {}
+
+def get_config():
+    return Experiment(task=None, stages={"it": Worker(1)})
+"""
+
+
+def test_the_old_stage_comes_back_when_the_new_one_is_refused_after_work(capfd, tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    argv = ["run", str(tmp_path / "worker.py"), "--workdir", str(tmp_path / "w"), "--redo"]
+    work = tmp_path / "w" / "it" / "work"
+    assert main(argv) == 0
+    capfd.readouterr()
+    assert "value=2 cannot be" in refused(capfd, *argv, *settings("it.value=2"))
+    assert work.read_text() == "1" and main(argv) == 0 and "it: finished before" in capfd.readouterr().err
+    for told in ("no more room", "value=3 cannot be"):  # what an interrupted or resumed one did is kept
+        assert told in refused(capfd, *argv, *settings("it.value=3"))
+        assert work.read_text() == "3"
+    assert "value=2 cannot be" in refused(capfd, *argv, *settings("it.value=2"))
+    assert work.read_text() == "1" and main(argv) == 0
+    assert {path.name for path in work.parents[1].iterdir() if path.is_dir()} <= {"it", "compiled"}
 
 
 def test_a_stage_that_was_only_begun_is_no_input(capfd, moment, tmp_path):
@@ -330,96 +439,35 @@ def test_a_bad_data_file_is_named(capfd, tmp_path, text, told):
     assert not (tmp_path / "w").exists()
 
 
-def llama_folder(path, **changes):
-    """A whole, tiny Llama checkpoint without a tokenizer."""
-    path.mkdir()
-    config = dict(
-        model_type="llama", vocab_size=8, hidden_size=4, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=6, rms_norm_eps=1e-5, tie_word_embeddings=True, hidden_act="silu",
-    )  # fmt: skip
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
-    block = "model.layers.0."
-    shapes = {
-        "model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,),
-        f"{block}input_layernorm.weight": (4,), f"{block}post_attention_layernorm.weight": (4,),
-        f"{block}self_attn.q_proj.weight": (4, 4), f"{block}self_attn.k_proj.weight": (2, 4),
-        f"{block}self_attn.v_proj.weight": (2, 4), f"{block}self_attn.o_proj.weight": (4, 4),
-        f"{block}mlp.gate_proj.weight": (6, 4), f"{block}mlp.up_proj.weight": (6, 4),
-        f"{block}mlp.down_proj.weight": (4, 6),
-    }  # fmt: skip
-    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
-    safetensors.numpy.save_file(tensors, path / "model.safetensors")
-    return tensors
-
-
-def damage(path, tensors, how):
-    weights = path / "model.safetensors"
-    if how == "missing":
-        weights.unlink()
-    elif how == "pickle":
-        weights.rename(path / "pytorch_model.bin")
-    elif how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-40])
-    elif how == "misshapen":
-        safetensors.numpy.save_file({**tensors, "model.norm.weight": np.ones(5, np.float32)}, weights)
-    elif how == "lacking":
-        safetensors.numpy.save_file({k: v for k, v in tensors.items() if "q_proj" not in k}, weights)
-    elif how == "extra":
-        safetensors.numpy.save_file({**tensors, "model.layers.1.x": np.ones(1, np.float32)}, weights)
-    elif how == "traversal":
-        index = {"weight_map": dict.fromkeys(tensors, "../elsewhere.safetensors")}
-        (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    elif how == "config":
-        (path / "config.json").write_text('{"model_type": "llama"}')
-    elif how.startswith("config "):
-        (path / "config.json").write_text(how.removeprefix("config "))
-    elif how.startswith("index "):
-        (path / "model.safetensors.index.json").write_text(how.removeprefix("index "))
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama with a tokenizer."""
+    config = dataclasses.replace(TINY, vocab_size=320)
+    tokenizer = huggingface.train_tokenizer(["\n once a upon a", "\n a time"] * 9, 300, [])
+    huggingface.write_folder(tmp_path / "tiny", config, transformer(config).init(jax.random.key(0)), tokenizer)
+    return tmp_path / "tiny"
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("changes", "told"),
     [
-        ("missing", "model.safetensors is missing"),
-        ("pickle", "convert it to safetensors"),
-        ("truncated", "is damaged"),
-        ("misshapen", "model.norm.weight has shape (5,)"),
-        ("lacking", "q_proj.weight is missing"),
-        ("extra", "model.layers.1.x has no place"),
-        ("traversal", "points outside"),
-        ("config", "lacks"),
-        ("config []", "holds no JSON object"),
-        ('config {"model_type": "llama", "rope_scaling": 3}', "rope_parameters=3"),
-        ("index []", "holds no JSON object"),
-        ("index {}", "has no weight_map"),
-        ('index {"weight_map": {"a": 3}}', "has no weight_map"),
-        ("index {", "cannot be read"),
-        ("whole", "tokenizer cannot be read"),
+        (["task.template.answer=two words here"], "task.template.answer: 'two words here' is"),
+        (["task.format.stop=<eos>"], "stops at the tokenizer's end token, and it has none"),
     ],
 )
-def test_a_bad_checkpoint_is_named(capfd, tmp_path, how, told):
-    openings = tmp_path / "openings.jsonl"
-    openings.write_text('{"prompt": "Once.", "story": 3}\n')
-    damage(tmp_path / "c", llama_folder(tmp_path / "c"), how)
-    assert told in refused(capfd, *stories(tmp_path, tmp_path / "c", openings))
-    assert not (tmp_path / "w" / "base" / "params").exists()
+def test_what_a_known_tokenizer_lacks_is_told_before_anything_runs(capfd, tmp_path, checkpoint, changes, told):
+    (tmp_path / "openings.jsonl").write_text(
+        "".join(json.dumps({"prompt": "Once.", "story": i}) + "\n" for i in range(9))
+    )
+    edit(checkpoint / "generation_config.json", eos_token_id=None)
+    edit(checkpoint / "tokenizer_config.json", eos_token=None)
+    argv = ["run", str(EXPERIMENTS / "stories.py"), "--workdir", str(tmp_path / "w")]
+    argv += settings(f"checkpoint={checkpoint}", f"openings={tmp_path / 'openings.jsonl'}", *changes)
+    assert told in refused(capfd, *argv)
+    assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"model_type": "mistral"}, "'mistral' is not supported"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, "llama3"),
-        ({"quantization_config": {}}, "quantization_config"),
-        ({"num_hidden_layers": "2"}, "num_hidden_layers='2' is no whole number"),
-        ({"hidden_size": 4.0}, "hidden_size=4.0 is no whole number"),
-        ({"num_attention_heads": 0}, "holds a value that cannot be"),
-        ({"rms_norm_eps": "small"}, "norm_eps='small' must be"),
-    ],
-)
-def test_a_family_or_option_not_built_is_refused_by_name(capfd, tmp_path, change, told):
-    openings = tmp_path / "openings.jsonl"
-    openings.write_text('{"prompt": "Once.", "story": 3}\n')
-    llama_folder(tmp_path / "c", **change)
-    assert told in refused(capfd, *stories(tmp_path, tmp_path / "c", openings))
+def test_a_tokenizer_that_is_not_read_for_its_config_names_that(checkpoint):
+    edit(checkpoint / "config.json", tie_word_embeddings="no")
+    with pytest.raises(UserError, match=r"config\.json holds a value that cannot be .*tie_word_embeddings.*; mend it"):
+        huggingface.read_tokenizer(checkpoint)

@@ -20,7 +20,8 @@ from alignjax.models.build import build
 from alignjax.models.families import FAMILIES
 from alignjax.models.t5 import T5Config, encoder
 from alignjax.models.tokenizer import Tokenizer
-from alignjax.types import Tokens
+from alignjax.models.transformer import UNBOUNDED
+from alignjax.types import Tokens, UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
@@ -128,3 +129,14 @@ def test_precision_and_remat_are_no_part_of_a_written_folder(tmp_path):
         tmp_path / "a", dataclasses.replace(config, compute_dtype="bfloat16", remat="full"), params, TOKENIZER
     )
     assert huggingface.read_config(tmp_path / "a") == config
+
+
+def test_what_a_family_cannot_say_is_not_written(tmp_path):
+    """A Mistral without its window in one layer, an encoder-decoder with a reward: told, and nothing is left behind."""
+    config, params = checkpoint("mistral")
+    with pytest.raises(UserError, match="not quite a mistral"):
+        huggingface.write_folder(tmp_path / "a", dataclasses.replace(config, windows=(5, UNBOUNDED)), params, TOKENIZER)
+    config, params = checkpoint("mt5")
+    with pytest.raises(UserError, match="no place for a reward head"):
+        huggingface.write_folder(tmp_path / "a", config, params | {"reward": {}}, TOKENIZER)
+    assert not list(tmp_path.iterdir())

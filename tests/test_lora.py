@@ -41,7 +41,7 @@ def world(request):
 
 
 def test_adapters_at_the_start_change_nothing(world):
-    model, base, _, score = world
+    _, base, _, score = world
     small = lora.init(SPEC, base, jax.random.key(1))
     assert all(np.abs(x).max() > 0 for p, x in leaves(small) if p.endswith("/a"))
     np.testing.assert_array_equal(
@@ -51,7 +51,7 @@ def test_adapters_at_the_start_change_nothing(world):
 
 def test_a_merged_tree_is_the_same_function_at_the_given_scale(world):
     """Against W + (alpha / rank) A B written out, layer by layer."""
-    model, base, small, score = world
+    _, base, small, score = world
     whole = lora.overlay(base, small, SPEC.scale)
     by_hand = jax.tree.map(np.asarray, base)
     for path, part in adapters(small):
@@ -66,7 +66,7 @@ def test_a_merged_tree_is_the_same_function_at_the_given_scale(world):
 
 def test_an_overlay_holds_the_base_s_own_arrays(world):
     """Policy, reference, preference model and opponent share one base in memory."""
-    model, base, small, _ = world
+    _, base, small, _ = world
     whole = lora.overlay(base, small, SPEC.scale)
     mine = {path: x for path, x in leaves(whole) if "/lora/" not in path}
     assert dict(leaves(base)).keys() == mine.keys()
@@ -80,7 +80,7 @@ def test_cached_decoding_with_adapters_equals_the_full_forward(world):
     @jax.jit
     def decoded(params):
         start = model.start(params, PROMPT, 3)
-        carry, logits = start.step(start.carry, REPLY.tokens[:, 0])
+        _, logits = start.step(start.carry, REPLY.tokens[:, 0])
         return jnp.stack([start.logits, logits], 1)
 
     logp = jax.nn.log_softmax(decoded(whole))
@@ -106,7 +106,7 @@ def test_the_mixture_s_reference_is_the_base_and_not_the_adapted_policy(world):
 
 def test_training_moves_the_adapters_alone_and_as_the_full_gradient_says(world):
     """dL/dB = scale A^T dL/dW and dL/dA = scale dL/dW B^T, of the gradient at the merged weights."""
-    model, base, small, score = world
+    model, base, small, _ = world
     rows = Rollout(PROMPT, REPLY, REPLY, np.array([0.9, 0.2], np.float32), np.zeros(REPLY.mask.shape, np.float32))
     objective = functools.partial(objectives.nash_md, log_prob=log_prob(model), tau=0.1)
     optimizer = optax.sgd(1.0)
@@ -130,7 +130,7 @@ def test_training_moves_the_adapters_alone_and_as_the_full_gradient_says(world):
 
 
 def test_rules_claim_adapters_and_a_wrong_target_is_named(world):
-    model, base, small, _ = world
+    _, base, small, _ = world
     where = sharding.shardings(small, lora.RULES, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
     assert all(spec.is_fully_replicated for spec in jax.tree.leaves(where))
     with pytest.raises(UserError, match=r"'queries'.*down.*q"):

@@ -9,6 +9,7 @@ from scipy import stats
 from alignjax import judges, report
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
 from alignjax.runtime import sharding
+from alignjax.stages import Tournament, Writing
 from alignjax.stages.tournament import read_replies
 from alignjax.tasks.task import Format, oracle_from_score
 from alignjax.tournament import clopper_pearson, win_rates
@@ -207,7 +208,21 @@ def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{", '{"text": ["a"], "length": [1]}', '{"text": [], "length": [], "kl": []}']
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"text": ["a"], "length": [1]}',
+        '{"text": [], "length": [], "kl": []}',
+        '{"text": 1, "length": [1], "kl": [0]}',
+        '{"text": "a", "length": [1], "kl": [0]}',
+        '{"text": [null], "length": [1], "kl": [0]}',
+        '{"text": ["a"], "length": ["1"], "kl": [0]}',
+        '{"text": ["a"], "length": [true], "kl": [0]}',
+        '{"text": ["a"], "length": [1], "kl": [null]}',
+        '{"text": {"a": 1}, "length": [1], "kl": [0]}',
+    ],
 )
 def test_damaged_replies_are_named(tmp_path, text):
     path = tmp_path / "replies-base.json"
@@ -216,3 +231,10 @@ def test_damaged_replies_are_named(tmp_path, text):
         read_replies(path, 1)
     path.write_text('{"text": ["a"], "length": [1], "kl": [NaN]}')
     assert read_replies(path, 1)["text"] == ["a"]
+
+
+@pytest.mark.parametrize("empty", ["policies", "judges"])
+def test_a_tournament_of_nobody_or_before_nobody_is_refused(empty):
+    words = {"policies": {"a": "a"}, "judges": {"oracle": "oracle:exact"}, empty: {}}
+    with pytest.raises(UserError, match=rf"Tournament\.{empty} is empty; name one"):
+        Tournament(**words, reference="a", prompts=1, writing=Writing(1, (8,), 8))

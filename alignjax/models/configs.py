@@ -81,9 +81,7 @@ def windows(raw: Raw) -> tuple[int, ...]:
 
 
 def layer_types(c: TransformerConfig) -> dict[str, Any]:
-    kinds = [
-        "sliding_attention" if c.windows and c.windows[i] < UNBOUNDED else "full_attention" for i in range(c.layers)
-    ]
+    kinds = ["sliding_attention" if w < UNBOUNDED else "full_attention" for w in c.windows or [UNBOUNDED] * c.layers]
     return {"layer_types": kinds, "sliding_window": min(c.windows) if c.windows else None}
 
 
@@ -122,7 +120,7 @@ def llama(raw: Raw) -> dict[str, Any]:
         "rope_scaling": scaling(rope),
         "norm_eps": raw["rms_norm_eps"],
         "activation": named(raw, "hidden_act", ACTIVATIONS),
-        "windows": windows(raw),
+        "windows": windows(raw) if raw["model_type"] != "llama" else (),  # Llama has none, whatever the file says
         "biases": (ATTENTION if raw.get("attention_bias") else ()) + (MLP if raw.get("mlp_bias") else ()),
     }
 

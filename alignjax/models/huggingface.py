@@ -40,8 +40,8 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; {', '.join(FAMILIES)} are")
     if raw.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config is not supported; use a checkpoint without it")
+    whole = their_config(folder)
     try:
-        whole = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         for size in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             theirs = whole.attribute_map.get(size, size)
             if hasattr(whole, theirs) and not {size, theirs} & set(raw):  # it would be filled in with another model's
@@ -58,6 +58,15 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path} holds a value that cannot be ({one_line(error)}); mend it") from None
 
 
+def their_config(folder: Path) -> Any:
+    """config.json as transformers reads it. Raises UserError with what it says of a value that cannot be."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        told = one_line(error)
+        raise UserError(f"{folder / 'config.json'} holds a value that cannot be ({told}); mend it") from None
+
+
 def write_folder(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, shard: int = SHARD) -> None:
     """Writes a folder that transformers opens: config.json, generation_config.json, safetensors of at most ``shard``
     bytes each (with an index when there are several), the tokenizer. A "reward" head goes with it as the ``score`` of
@@ -68,21 +77,31 @@ def write_folder(folder: Path, config: ModelConfig, params: Params, tokenizer: T
     beside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    write_tensors(beside, tensors, shard)
-    words = {"architectures": [architecture], "dtype": "float32", **tokenizer.specials}
-    words |= {"num_labels": 1} if "reward" in params else {}
+    try:
+        write_tensors(beside, tensors, shard)
+        words = {"architectures": [architecture], "dtype": "float32"} | (
+            {"num_labels": 1} if "reward" in params else {}
+        )
+        write_config(beside, config, words | dict(tokenizer.specials))
+        tokenizer.save(beside)
+        writing = dict(tokenizer.specials) | ({"eos_token_id": list(tokenizer.ends)} if tokenizer.ends else {})
+        writing |= {"decoder_start_token_id": config.start_token} if isinstance(config, T5Config) else {}
+        transformers.GenerationConfig(**writing).save_pretrained(beside)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # there only when something failed
+
+
+def write_config(folder: Path, config: ModelConfig, words: dict[str, Any]) -> None:
+    """config.json beside the tensors, with ``words`` that do not describe the network. UserError unless it reads back
+    as the configuration, but for what is no part of a checkpoint."""
     made = transformers.AutoConfig.for_model(config.family, **words | FAMILIES[config.family].write(config))
     if isinstance(config, T5Config):
-        # By this key alone every release but the newest, which sets it to True, tells T5 1.0 from its successors.
+        # It sets this to True whatever it is given; by it older releases tell T5 1.0 from its successors.
         made.tie_word_embeddings = config.scaled_output
-    made.save_pretrained(beside)
-    if read_config(beside) != dataclasses.replace(config, compute_dtype="float32", remat="none"):
+    made.save_pretrained(folder)
+    if read_config(folder) != dataclasses.replace(config, compute_dtype="float32", remat="none"):
         raise UserError(f"this model is not quite a {config.family}: its config.json would not say what it is")
-    tokenizer.save(beside)
-    writing = dict(tokenizer.specials) | ({"eos_token_id": list(tokenizer.ends)} if tokenizer.ends else {})
-    writing |= {"decoder_start_token_id": config.start_token} if isinstance(config, T5Config) else {}
-    transformers.GenerationConfig(**writing).save_pretrained(beside)
-    beside.rename(folder)
 
 
 def named_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Callable[[], np.ndarray]], str]:
@@ -104,6 +123,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever the library raises, the user hears one line
+        if (folder / "config.json").exists():
+            their_config(folder)  # the tokenizer's kind is looked up there: what is wrong in it is told of it
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed") from None
     ends = generation_ends(folder)

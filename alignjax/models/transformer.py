@@ -38,6 +38,7 @@ from alignjax.models.rope import RopeScaling, rotary, stretched
 from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, UserError, in_range
 
 P = jax.sharding.PartitionSpec
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 UNBOUNDED = 2**30  # the window, in tokens, of a layer that sees everything
 
 
@@ -88,6 +89,9 @@ class TransformerConfig:
                 in_range(self, TINY, math.inf, name)
         if self.windows:
             in_range(self, 1, UNBOUNDED, "windows")
+        if unknown := set(self.biases) - set(PROJECTIONS):
+            raise UserError(f"biases names {min(unknown, key=str)!r}, which is no projection; choose from "
+                            f"{', '.join(PROJECTIONS)}")  # fmt: skip
         one_of(self, "remat", tuple(REMAT_POLICIES))
         one_of(self, "compute_dtype", COMPUTE_DTYPES)
         one_of(self, "activation", tuple(ACTIVATIONS))

@@ -51,12 +51,16 @@ class MetricsWriter:
 
 def start_wandb(project: str, folder: Path) -> Any:
     """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own."""
+    name = f"{folder.parent.name}-{folder.name}"
+    return import_wandb().init(project=project, id=name, name=name, dir=str(folder), resume="allow")
+
+
+def import_wandb() -> Any:
+    """Raises UserError when it is not installed."""
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError:
         raise UserError("an experiment with wandb= needs wandb; pip install 'alignjax[wandb]'") from None
-    name = f"{folder.parent.name}-{folder.name}"
-    return wandb.init(project=project, id=name, name=name, dir=str(folder), resume="allow")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

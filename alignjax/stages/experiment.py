@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 
+from alignjax.models.tokenizer import Tokenizer
+from alignjax.models.transformer import TransformerConfig
 from alignjax.preference import Preference
 from alignjax.runtime import sharding
 from alignjax.stages import networks
@@ -29,6 +32,11 @@ class Experiment:
     mesh: sharding.Mesh = sharding.Mesh()
     seed: int = 0
     wandb: str | None = None  # a Weights & Biases project to report to, beside the files
+
+    def __post_init__(self) -> None:
+        for name, kind in {"stages": dict, "mesh": sharding.Mesh, "seed": int}.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise UserError(f"Experiment.{name} is a {type(value).__name__}; give it a {kind.__name__}")
 
     def with_stages(self, **stages: Any) -> Experiment:
         """The experiment with stages added or replaced."""
@@ -70,6 +78,43 @@ class Context:
         made = getattr(self.experiment.stages[source], "makes", kinds[0])
         if made not in kinds:
             raise UserError(f"stage {self.name!r} needs {kinds[0]} and {source!r} makes {made}; name another")
+
+    def origin(self, source: str) -> Any:
+        """The stage whose model and tokenizer those of the stage ``source`` are made from."""
+        stage = self.experiment.stages[source]
+        while getattr(stage, "start", None) in self.experiment.stages:
+            stage = self.experiment.stages[stage.start]
+        return stage
+
+    def tokenizer(self, source: str) -> Tokenizer | None:
+        """That of the stage ``source`` where it is known before anything runs."""
+        known = getattr(self.origin(source), "tokenizer", None)
+        return known() if callable(known) else None
+
+    def is_compared(self) -> bool:
+        """Whether a preference model is made from this stage's model."""
+        stages = self.experiment.stages
+        makers = [name for name, stage in stages.items() if getattr(stage, "makes", None) == PREFERENCE]
+        return any(self.origin(name) is stages[self.name] for name in makers)
+
+    def rehearse(self, field: str, call: Callable[[], Any]) -> None:
+        """Calls what the user gave as ``field`` with nothing to work on, so that what it refuses of its own settings is
+        told before anything runs. Any other complaint is about the nothing, and waits for the real thing."""
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                call()
+        except UserError as error:
+            raise UserError(f"{self.name}.{field}: {error}") from None
+        except Exception:
+            return
+
+    def expect_room(self, source: str, field: str, tokens: int) -> None:
+        """Raises UserError when the model of the stage ``source`` is known to have fewer positions than ``tokens``."""
+        stage = self.origin(source)
+        found = stage.config() if callable(getattr(stage, "config", None)) else getattr(stage, "model", None)
+        if isinstance(found, TransformerConfig) and found.positions == "learned" and found.context < tokens:
+            raise UserError(f"{self.name}.{field} wants room for {tokens} tokens and the model of {source!r} has "
+                            f"{found.context} positions; lower it")  # fmt: skip
 
     def policy(self, name: str) -> Network:
         """A stage's network, on the mesh; of a preference model, its backbone."""
@@ -116,9 +161,13 @@ def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:
 def order(stages: Mapping[str, Stage]) -> list[str]:
     """The stages' names, inputs first. Raises UserError on an unknown input, a circle, or what is no stage."""
     done: list[str] = []
+    if not stages:
+        raise UserError("the experiment has no stages; give it some")
     for name, stage in stages.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "compiled":
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "compiled":
             raise UserError(f"{name!r} cannot name a stage, whose folder it is; use letters, digits, _ and -")
+        if isinstance(stage, type):
+            raise UserError(f"stage {name!r} is the class {stage.__name__}; make one: {stage.__name__}(...)")
         if not (callable(getattr(stage, "inputs", None)) and callable(getattr(stage, "run", None))):
             raise UserError(f"stage {name!r} is a {type(stage).__name__}, which has no inputs() and run(context)")
 

@@ -47,6 +47,8 @@ class FitPreference:
         self.loop.check(context)
         context.expect(self.start, POLICY, PREFERENCE)
         context.expect(self.pairs, PAIRS)
+        context.expect_room(self.start, "buckets", max(self.buckets) + 2 * self.response)
+        check_template(context, self.start, self.form)
         if self.truth:
             context.expect(self.truth, PAIRS)
         if self.truth == self.pairs and not getattr(context.experiment.stages[self.pairs], "held_out", 1.0):
@@ -112,6 +114,7 @@ class ZeroShot:
 
     def check(self, context: Context) -> None:
         context.expect(self.start, POLICY)
+        check_template(context, self.start, self.form)
 
     def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
         return self.form(model, preference.template_tokens(tokenizer, task.template))
@@ -125,6 +128,18 @@ class ZeroShot:
         context.save(start, {}, Adapter(self.start, None))
         describe_form(context, self.form)
         return {}
+
+
+def check_template(context: Context, start: str, form: Callable[..., preference.Preference]) -> None:
+    """Raises UserError when the task's template is known not to suit the form or the tokenizer of ``start``. (Pretrain
+    holds its own tokenizer to it, as soon as that is trained.)"""
+    task = context.task
+    if task.template is None:
+        raise UserError(f"{context.name}: task {task.name!r} has no template to show two replies in; give it one")
+    if form is preference.choice and not task.template.other:
+        raise UserError(f"{context.name}: preference.choice needs both answers; give task {task.name!r} template.other")
+    if tokenizer := context.tokenizer(start):
+        preference.template_tokens(tokenizer, task.template)
 
 
 def describe_form(context: Context, form: Callable[..., preference.Preference]) -> None:

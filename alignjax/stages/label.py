@@ -36,10 +36,12 @@ class Writing:
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "max_new_tokens", "buckets", "batch")
 
-    def check(self, context: Context, split: str) -> None:
-        """Raises UserError when the batch does not divide over the mesh, or the task has no such split."""
+    def check(self, context: Context, split: str, *sources: str) -> None:
+        """Raises UserError when the batch does not divide over the mesh, the task has no such split, or one of the
+        ``sources`` is known to have no tokens to stop at."""
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
         context.task.source.prompts(split, 1, context.seed)
+        check_stop(context, *sources)
 
     def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
         if reference and reference.fingerprint != policy.fingerprint:
@@ -61,7 +63,8 @@ class Writing:
 
 
 def stop_tokens(task: Task, tokenizer: Tokenizer) -> Stop:
-    """The token sequences that end a completion: one token where the tokenizer has it, else its pieces."""
+    """The token sequences that end a completion: one token where the tokenizer has it, else its pieces. UserError when
+    there are none, or one is empty."""
     found: list[tuple[int, ...]] = []
     for piece in task.format.stop:
         known = tokenizer.token_id(piece)
@@ -69,9 +72,18 @@ def stop_tokens(task: Task, tokenizer: Tokenizer) -> Stop:
             found += [(token,) for token in tokenizer.ends]
         else:
             found.append((known,) if known is not None else tuple(encode_continuation(tokenizer, piece)))
+            if not found[-1]:
+                raise UserError(f"task.format.stop: {piece!r} is no token in this tokenizer; name another piece")
     if not found:
         raise UserError(f"task {task.name!r} stops at the tokenizer's end token, and it has none; name another stop")
     return tuple(dict.fromkeys(found))
+
+
+def check_stop(context: Context, *sources: str) -> None:
+    """Raises UserError when one of the ``sources`` is known to have no tokens that the task stops at."""
+    for source in sources:
+        if tokenizer := context.tokenizer(source):
+            stop_tokens(context.task, tokenizer)
 
 
 def unseen_stops(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -101,7 +113,9 @@ class Label:
 
     def check(self, context: Context) -> None:
         context.expect(self.generator, POLICY)
-        self.writing.check(context, self.split)
+        self.writing.check(context, self.split, self.generator)
+        context.rehearse("method", lambda: self.method(lambda *nothing: [], context.task, [], [], context.seed))
+        context.expect_room(self.generator, "writing", max(self.writing.buckets) + self.writing.max_new_tokens)
 
     def run(self, context: Context) -> dict[str, Any]:
         task, policy = context.task, context.policy(self.generator)

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 
 from alignjax import judges, rollout
-from alignjax.decoding import Sample, Stop
+from alignjax.decoding import Process, Sample, Stop
 from alignjax.models.likelihood import log_prob
 from alignjax.models.lora import Lora
 from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_continuation, pad
 from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, PREFERENCE, Context
-from alignjax.stages.label import stop_tokens, unseen_stops
+from alignjax.stages.label import check_stop, stop_tokens, unseen_stops
 from alignjax.stages.networks import Network, Trainable, trainable
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.tasks.task import EOS, Task
@@ -55,11 +55,15 @@ class Optimise:
         return (self.start, self.reference, self.preference)
 
     def check(self, context: Context) -> None:
-        self.loop.check(context)
+        self.loop.check(context, self.prompts)
         context.expect(self.start, POLICY)
         context.expect(self.reference, POLICY)
         context.expect(self.preference, PREFERENCE)
         context.task.source.prompts("train", 1, context.seed)
+        for source in (self.start, self.reference):
+            context.expect_room(source, "buckets", max(self.buckets) + self.max_new_tokens)
+        check_stop(context, self.start)
+        rehearse(context, self.opponent, self.objective)
         if self.opponent is rollout.moving_average and self.average_decay is None:
             raise UserError(f"{context.name}: the opponent moving_average needs average_decay; set it, e.g. 0.999")
 
@@ -106,6 +110,22 @@ class Optimise:
         )  # fmt: skip
         context.save(start, params, trained.adapter)
         return {"prompts": len(kept), "too_long": len(ids) - len(kept)}
+
+
+def rehearse(context: Context, opponent: Callable[..., Any], objective: Callable[..., Any]) -> None:
+    """Traces both over one token, for what they refuse of their own settings."""
+    token, number, numbers = Tokens(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), np.zeros(1), np.zeros((1, 1))
+    process = Process(lambda carry, token: (carry, numbers), (), numbers)
+    seen = Rollout(token, token, token, number, numbers)
+
+    def answer() -> None:
+        opponent(lambda params: process, {}, {}, {})
+
+    def judge() -> None:
+        objective({}, seen, context.key, log_prob=lambda params, prompt, y: numbers)
+
+    context.rehearse("opponent", lambda: jax.eval_shape(answer))
+    context.rehearse("objective", lambda: jax.eval_shape(judge))
 
 
 def shares_tokens(task: Task, policy: Network, preference: Network) -> bool:

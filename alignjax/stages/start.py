@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,13 +11,13 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from alignjax import objectives
+from alignjax import objectives, preference
 from alignjax.models import huggingface, peft, weights
 from alignjax.models.build import ModelConfig, build
 from alignjax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES, one_of
 from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.model import Model
-from alignjax.models.tokenizer import as_chat, pad, single_token
+from alignjax.models.tokenizer import Tokenizer, as_chat, pad, single_token
 from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, Context
 from alignjax.stages.networks import Adapter, save
@@ -44,7 +45,7 @@ class Pretrain:
         return ()
 
     def check(self, context: Context) -> None:
-        self.loop.check(context)
+        self.loop.check(context, self.documents)
         build(self.model)  # sizes that do not go together
         context.task.source.corpus(1, context.seed)
 
@@ -56,6 +57,8 @@ class Pretrain:
         )
         if tokenizer.vocab_size > self.model.vocab_size:
             raise UserError(f"{context.name}.model.vocab_size={self.model.vocab_size} is below {tokenizer.vocab_size}")
+        if task.template and context.is_compared():
+            preference.template_tokens(tokenizer, task.template)  # refused now, not after the training
         end = single_token(tokenizer, "</s>")
         ids = [[*tokenizer.encode(text), end] for text in texts]
         model = build(self.model)
@@ -154,20 +157,36 @@ class Pretrained:
         found = huggingface.read_config(Path(self.path))
         return dataclasses.replace(found, compute_dtype=self.compute_dtype, remat=self.remat)
 
+    def tokenizer(self) -> Tokenizer:
+        return tokenizer_of(self.path, self.content)
+
     def check(self, context: Context) -> None:
-        self.config()
-        weights.tensor_files(Path(self.path))
+        folder, config = Path(self.path), self.config()
+        weights.check_tensors(folder, config)
+        tokenizer = self.tokenizer()
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+                            f"{config.vocab_size}; give the model's own tokenizer")  # fmt: skip
+        if self.chat:
+            as_chat(tokenizer, context.task.messages)  # refuses one without a template
+        layout(build(config), context)
 
     def run(self, context: Context) -> dict[str, Any]:
         folder, config = Path(self.path), self.config()
-        model, tokenizer = build(config), huggingface.read_tokenizer(folder)
-        if self.chat:
-            as_chat(tokenizer, context.task.messages)  # refuses one without a template
-        shapes = jax.eval_shape(model.init, jax.random.key(0))
-        where = sharding.shardings(shapes, sharding.live(model.rules, shapes), context.mesh)
-        params = weights.read_params(folder, config, where, np.dtype(self.dtype))
-        save(context.folder, config, params, tokenizer, self.chat, adapter=None)
+        params = weights.read_params(folder, config, layout(build(config), context), np.dtype(self.dtype))
+        save(context.folder, config, params, huggingface.read_tokenizer(folder), self.chat, adapter=None)
         return {"parameters": size_of(params)}
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_of(path: str, content: str) -> Tokenizer:
+    """A folder's tokenizer, read once for all the stages that ask; ``content`` tells when the folder is another."""
+    return huggingface.read_tokenizer(Path(path))
+
+
+def layout(model: Model, context: Context) -> Any:
+    """Where a model's parameters lie. Raises UserError when one does not divide over the mesh."""
+    return sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), model.rules, context.mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from alignjax.stages.optimise import Optimise
 from alignjax.types import UserError, in_range
 
 ORACLE = "oracle:"  # before the name of one of the task's oracles
-COLUMNS = ("text", "length", "kl")  # of a file of replies
+COLUMNS = {"text": (str,), "length": (int,), "kl": (float, int)}  # of a file of replies, and what they hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Tournament:
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "prompts")
+        for field in ("policies", "judges"):
+            if not getattr(self, field):
+                raise UserError(f"Tournament.{field} is empty; name one")
         for name in (*self.policies, *self.judges):
             if not re.fullmatch(r"[\w. +-]+", name):
                 raise UserError(
@@ -53,6 +56,7 @@ class Tournament:
     def check(self, context: Context) -> None:
         for source in (*self.policies.values(), self.reference):
             context.expect(source, POLICY)
+            context.expect_room(source, "writing", max(self.writing.buckets) + self.writing.max_new_tokens)
         oracles = context.task.oracles
         for source in self.judges.values():
             if not source.startswith(ORACLE):
@@ -61,7 +65,7 @@ class Tournament:
                 raise UserError(
                     f"{context.name}: task {context.task.name!r} has no {source}; it has {', '.join(oracles)}"
                 )
-        self.writing.check(context, self.split)
+        self.writing.check(context, self.split, *self.policies.values(), self.reference)
         self.check_held_out(context)
 
     def run(self, context: Context) -> dict[str, Any]:
@@ -143,7 +147,12 @@ class Tournament:
 def read_replies(path: Path, count: int) -> dict[str, list]:
     """The columns of a replies file. Raises UserError when it is damaged."""
     columns = metrics.read_json(path)
-    if not isinstance(columns, dict) or [len(columns.get(name, ())) for name in COLUMNS] != [count] * len(COLUMNS):
+
+    def whole(name: str) -> bool:
+        column = columns.get(name)
+        return isinstance(column, list) and len(column) == count and all(type(x) in COLUMNS[name] for x in column)
+
+    if not isinstance(columns, dict) or not all(map(whole, COLUMNS)):
         raise UserError(f"{path} is damaged; remove it to have it written again")
     return columns
 

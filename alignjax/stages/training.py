@@ -63,8 +63,14 @@ class Loop:
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "steps", "batch", "accumulate", "log_every", "save_every")
 
-    def check(self, context: Context) -> None:
-        """Raises UserError when the batch does not divide over the mesh or into parts."""
+    def check(self, context: Context, most: int | None = None) -> None:
+        """Raises UserError when the batch does not divide over the mesh or into parts, when it is larger than the
+        examples, of which there are at ``most`` so many, and when what is to be reported to is not there."""
+        if most is not None and most < self.batch:
+            raise UserError(f"{context.name}: {most} examples do not fill one batch of {self.batch}; "
+                            f"lower {context.name}.loop.batch or ask for more")  # fmt: skip
+        if context.experiment.wandb:
+            metrics.import_wandb()
         sharding.check_batch(f"{context.name}.loop.batch", self.batch, context.mesh)
         if self.batch % self.accumulate:
             raise UserError(f"{context.name}: accumulate={self.accumulate} does not divide batch={self.batch}")

@@ -99,6 +99,13 @@ class Task:
     score: Score
     messages: Callable[[str], Sequence[dict[str, str]]] = one_message  # a prompt as a chat model is asked it
 
+    def __post_init__(self) -> None:
+        stop = self.format.stop
+        if not stop or isinstance(stop, str) or not all(stop):
+            raise UserError(f"task {self.name!r} has format.stop={stop!r}; give a tuple of what ends a reply")
+        if self.template and not self.template.answer:
+            raise UserError(f"task {self.name!r} has no template.answer; give a piece of text that is one token")
+
 
 def oracle_from_score(score: Score) -> Oracle:
     """Prefers the higher score; equal scores tie."""

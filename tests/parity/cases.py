@@ -72,7 +72,8 @@ def llama3(rng: Generator) -> dict[str, Any]:
 
 def mistral(rng: Generator) -> dict[str, Any]:
     return common(rng) | rms(rng) | dict(
-        head_dim=8, sliding_window=pick(rng, 4, 5, 7), rope_parameters=plain_rope(rng)
+        head_dim=8, num_attention_heads=4, num_key_value_heads=2, sliding_window=pick(rng, 4, 5, 7),
+        rope_parameters=plain_rope(rng),
     )  # fmt: skip
 
 
@@ -124,9 +125,10 @@ def gpt2(rng: Generator) -> dict[str, Any]:
 
 def neox(parallel: bool) -> Draw:
     def draw(rng: Generator) -> dict[str, Any]:
-        sizes = {name: value for name, value in common(rng).items() if name != "num_key_value_heads"}
+        sizes, heads = common(rng), pick(rng, 2, 3)
+        del sizes["num_key_value_heads"]
         return sizes | dict(
-            hidden_size=48, num_attention_heads=pick(rng, 3, 6), use_parallel_residual=parallel,
+            hidden_size=16 * heads, num_attention_heads=heads, use_parallel_residual=parallel,
             hidden_act=pick(rng, "gelu", "gelu_new"), layer_norm_eps=1e-3, attention_bias=pick(rng, True, False),
             rope_parameters=plain_rope(rng, partial_rotary_factor=pick(rng, 0.25, 0.5)),
         )  # fmt: skip

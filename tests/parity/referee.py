@@ -32,6 +32,7 @@ def make(case: Case, rng: np.random.Generator) -> Any:
     """A model in which every path matters: large weights, and no norm or bias where it is neutral."""
     kind = getattr(transformers, case.model)
     config = kind.config_class(**case.draw(rng))
+    config._attn_implementation = "eager"
     model = kind(config).eval()
     if case.untied:
         model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
