@@ -35,7 +35,7 @@ NEW_TOKENS = 60
 BUCKETS = (32, 48, 80)  # opening lengths in tokens
 READER = Pretrain(
     model=TransformerConfig(
-        vocab_size=1024, width=128, layers=3, heads=4, kv_heads=4, head_dim=32, hidden=512, family="gpt2",
+        vocab_size=1024, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=512, family="gpt2",
         positions="learned", context=512, norm="layer", biases=("q", "k", "v", "o", "up", "down"),
         activation="gelu_tanh", gated=False,
     ),

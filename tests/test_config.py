@@ -87,7 +87,8 @@ def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
     for path, value in before.items():
         if path.endswith(".lora"):  # a record or nothing: made in the file
             continue
-        text = {"biases": "('q',)", "windows": "(4, 4)", "kind": "linear"}.get(path.rsplit(".", 1)[-1]) or another(value)
+        own = {"biases": "('q',)", "windows": "(4, 4)", "kind": "linear"}
+        text = own.get(path.rsplit(".", 1)[-1]) or another(value)
         after = dict(config.leaves(config.override(quickstart, {path: text})))
         changed = {name for name in before if after[name] != before[name]}
         assert changed == {path} and list(after) == list(before)

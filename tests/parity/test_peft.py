@@ -25,7 +25,10 @@ from tests.test_lora import drawn as away_from_zero
 
 FUSED = ("gpt2", "gpt_neox")
 # PEFT asks transformers by a name that it is about to drop.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # "base" is no folder here
+]
 TARGETS = {
     "gpt2": ["c_attn", "mlp.c_proj"],
     "gpt_neox": ["query_key_value", "dense_4h_to_h"],
