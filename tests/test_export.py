@@ -117,6 +117,10 @@ def test_a_reward_model_is_a_sequence_classification_where_the_form_allows(workd
     assert json.loads((tmp_path / "llama" / "config.json").read_text())["architectures"] == [
         "LlamaForSequenceClassification"
     ]
+    np.testing.assert_array_equal(weights.read_reward(tmp_path / "llama", LLAMA.width)["reward"]["kernel"], head)
+    equal(weights.read_params(tmp_path / "llama", LLAMA), loaded(workdir, "llama")[0].params)
+    with pytest.raises(UserError, match="one label"):
+        weights.read_reward(tmp_path / "llama", LLAMA.width + 1)
     said = json.loads((tmp_path / "t5" / "preference.json").read_text())
     tensors = safetensors.numpy.load_file(tmp_path / "t5" / "alignjax_head.safetensors")
     assert said["form"] == "bradley_terry" and list(tensors) == ["reward/kernel"]

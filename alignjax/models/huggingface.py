@@ -79,7 +79,7 @@ def write_folder(folder: Path, config: ModelConfig, params: Params, tokenizer: T
     beside.mkdir(parents=True)
     try:
         write_tensors(beside, tensors, shard)
-        words = {"architectures": [architecture], "dtype": "float32"} | (
+        words = {"architectures": [architecture], "dtype": str(params["embed"]["embedding"].dtype)} | (
             {"num_labels": 1} if "reward" in params else {}
         )
         write_config(beside, config, words | dict(tokenizer.specials))

@@ -22,6 +22,7 @@ from alignjax.runtime.sharding import path_name
 from alignjax.types import Params, UserError
 
 MEBIBYTE = 2**20
+SCORE = "score.weight"  # a sequence classification's head
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 
 
@@ -113,6 +114,19 @@ def read_params(folder: Path, config: ModelConfig, shardings: Any = None, dtype:
     return jax.tree_util.tree_map_with_path(leaf, shapes, places, is_leaf=lambda x: x is None)
 
 
+def read_reward(folder: Path, width: int) -> Params:
+    """{"reward": {"kernel": [width]}} of a sequence classification's folder, or nothing. UserError when it tells more
+    than one label."""
+    if SCORE not in (files := tensor_files(folder)):
+        return {}
+    found = open_tensors(files[SCORE]).get_tensor(SCORE)
+    if found.shape != (1, width):
+        raise UserError(
+            f"{folder}: {SCORE} has shape {found.shape}, a reward's is (1, {width}); give a model of one label"
+        )
+    return {"reward": {"kernel": found[0].astype(np.float32)}}
+
+
 def placed(
     shape: tuple[int, ...], where: jax.sharding.Sharding, piece: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> jax.Array:
@@ -172,7 +186,7 @@ def tensor_views(folder: Path, family: Family, config: ModelConfig) -> dict[str,
     heads = {entry.theirs for entry in family.table(config) if entry.ours == "head/kernel"}
     found = {}
     for name, file in tensor_files(folder).items():
-        if is_ignored(family, name) or (config.tied and name in heads):
+        if is_ignored(family, name) or (config.tied and name in heads) or name == SCORE:
             continue
         full = name if name.startswith(family.prefix) or name in heads else family.prefix + name
         try:

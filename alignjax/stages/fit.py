@@ -103,7 +103,7 @@ class FitPreference:
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShot:
-    """A policy as a preference model, as it is: nothing is trained and nothing is copied."""
+    """A policy or a reward model's folder as a preference model, as it is: nothing is trained, no backbone copied."""
 
     makes: ClassVar = PREFERENCE
     start: str
@@ -122,10 +122,11 @@ class ZeroShot:
     def run(self, context: Context) -> dict[str, Any]:
         start = context.policy(self.start)
         built = self.build(context.task, start.model, start.tokenizer)
-        heads = {n: part for n, part in built.extend(start.params, context.key).items() if n not in start.params}
-        if heads:
-            raise UserError(f"{context.name}: {self.form.__name__} has an untrained head; use FitPreference")
-        context.save(start, {}, Adapter(self.start, None))
+        heads = built.extend(start.params, context.key).keys() - start.params.keys()
+        if missing := heads - start.heads.keys():
+            raise UserError(f"{context.name}: {self.form.__name__} needs the head {min(missing)!r}, which "
+                            f"{self.start!r} has not; use FitPreference")  # fmt: skip
+        context.save(start, {name: start.heads[name] for name in heads}, Adapter(self.start, None))
         describe_form(context, self.form)
         return {}
 

@@ -134,7 +134,8 @@ def pack(documents: list[list[int]], length: int) -> Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face folder, read shard by shard onto the mesh."""
+    """A Hugging Face folder, read shard by shard onto the mesh. Of a sequence classification with one label the score
+    is kept beside it: ``ZeroShot(start, bradley_terry)`` is that reward model."""
 
     makes: ClassVar = POLICY
     path: str
@@ -154,7 +155,10 @@ class Pretrained:
         return ()
 
     def config(self) -> ModelConfig:
-        found = huggingface.read_config(Path(self.path))
+        folder = Path(self.path)
+        found = huggingface.read_config(folder)
+        if weights.SCORE in weights.tensor_files(folder):  # a reward model, which has no output projection
+            found = dataclasses.replace(found, tied=True)
         return dataclasses.replace(found, compute_dtype=self.compute_dtype, remat=self.remat)
 
     def tokenizer(self) -> Tokenizer:
@@ -163,6 +167,7 @@ class Pretrained:
     def check(self, context: Context) -> None:
         folder, config = Path(self.path), self.config()
         weights.check_tensors(folder, config)
+        weights.read_reward(folder, config.width)
         tokenizer = self.tokenizer()
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -174,6 +179,7 @@ class Pretrained:
     def run(self, context: Context) -> dict[str, Any]:
         folder, config = Path(self.path), self.config()
         params = weights.read_params(folder, config, layout(build(config), context), np.dtype(self.dtype))
+        params |= weights.read_reward(folder, config.width)
         save(context.folder, config, params, huggingface.read_tokenizer(folder), self.chat, adapter=None)
         return {"parameters": size_of(params)}
 

@@ -150,3 +150,9 @@ def test_a_reward_head_scores_there_as_here(tmp_path, case):
     with torch.no_grad():
         scores = opened(input_ids=torch.tensor(d.tokens), attention_mask=torch.tensor(d.mask).long()).logits
     close(d.ours.final @ kernel, scores[:, 0].numpy())
+    opened.save_pretrained(tmp_path / "again")
+    again = tmp_path / "again"
+    config = dataclasses.replace(huggingface.read_config(again), tied=True)
+    np.testing.assert_array_equal(weights.read_reward(again, config.width)["reward"]["kernel"], kernel)
+    back = weights.read_params(again, config)
+    jax.tree.map(np.testing.assert_array_equal, back, {n: part for n, part in d.params.items() if n != "head"})
