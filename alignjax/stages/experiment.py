@@ -153,8 +153,11 @@ def check(context: Context) -> None:
 def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:
     """Runs a stage under the mesh; its figures and its wall seconds."""
     begun = time.perf_counter()
-    with jax.set_mesh(context.mesh):
-        figures = stage.run(context)
+    try:
+        with jax.set_mesh(context.mesh):
+            figures = stage.run(context)
+    finally:
+        context.loaded.clear()  # the next stage wants the memory
     return figures, time.perf_counter() - begun
 
 
