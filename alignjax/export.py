@@ -66,10 +66,25 @@ def read_form(stage: Path) -> dict | None:
         raise UserError(f"{path} is damaged ({one_line(error)}); remove {stage} to make the stage again") from None
 
 
+BOTH = (
+    "P(first > second) = sigmoid(s(first, second) - s(second, first)); s(y, y'), after the text prompt + before + y + "
+    "between + y' + question of the template, is "
+)
+READ = {
+    "pairwise": BOTH + "the logit of the token `answer`",
+    "choice": BOTH + "half of the logit of the token `answer` minus that of `other`",
+    "pairwise_head": BOTH + "the last state times the head",
+    "bradley_terry": "P(first > second) = sigmoid(r(first) - r(second)); r(y) is the head times the state after prompt, y",
+}
+EVERY = (
+    "; each reply stands as format.before + reply + format.end; an encoder-decoder reads it all, the state is its first"
+)
+
+
 def write_head(folder: Path, network: Network, form: dict) -> None:
     """preference.json and, where there is one, the head's arrays by their paths ("reward/kernel": [D])."""
-    text = "P(first > second) = sigmoid(s(first, second) - s(second, first)), s after prompt, before, first, between, "
-    said = {**form, "read": f"{text}second, question; an encoder-decoder reads all of it and s is at its first token"}
+    read = READ.get(form["form"])
+    said = {**form, "read": read + EVERY if read else f"as the function {form['form']} of the experiment does"}
     (folder / PREFERENCE).write_text(json.dumps(said, indent=2))
     if network.heads:
         leaves = jax.tree_util.tree_leaves_with_path(network.heads)

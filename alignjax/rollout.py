@@ -38,7 +38,8 @@ def best_response(start: Callable[[Params], Process], policy: Params, reference:
 
 
 def moving_average(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
-    """Nash-EMA: the exponential moving average of the policy's weights; needs ``average_decay``."""
+    """Nash-EMA: the exponential moving average of what is trained, the policy's weights or its adapters' A and B, each
+    by itself; needs ``average_decay``."""
     if not average:
         raise ValueError("the opponent moving_average needs average_decay; set it in the stage")
     return start(average)

@@ -14,11 +14,11 @@ from typing import TextIO
 import jax
 import numpy as np
 
-from alignjax.decoding import Process, Sampling, sample
+from alignjax.decoding import Process, Sampling, Stop, sample
 from alignjax.generation import Generate, generator
 from alignjax.models import huggingface, weights
 from alignjax.models.build import build
-from alignjax.models.tokenizer import Tokenizer, as_chat, decode_continuation, pad
+from alignjax.models.tokenizer import Tokenizer, as_chat, decode_continuation, pad, stop_sequences
 from alignjax.runtime import sharding
 from alignjax.stages import networks
 from alignjax.stages.networks import Network
@@ -73,19 +73,16 @@ def stream(
         return sample(process._replace(step=step), key[None], max_new_tokens, stops, sampling).completion.mask
 
     length = min(longest)
+    if getattr(network.model.config, "positions", "") == "learned":  # a bucket may be longer than there are positions
+        length = max(min(length, network.model.config.context - max_new_tokens), len(ids))
     jax.block_until_ready(jax.jit(run)(network.params, pad([ids], length), jax.random.key(seed)))
     jax.effects_barrier()
     out.write("\n")
 
 
-def stops_of(tokenizer: Tokenizer, stop: str | None) -> tuple[tuple[int, ...], ...]:
+def stops_of(tokenizer: Tokenizer, stop: str | None) -> Stop:
     """The tokenizer's end tokens, and a text that ends a reply too."""
-    known = tokenizer.token_id(stop) if stop else None
-    if known is not None:
-        own: tuple[tuple[int, ...], ...] = ((known,),)
-    else:
-        own = (tuple(tokenizer.encode_bare(stop)),) if stop else ()
-    return (*((end,) for end in tokenizer.ends), *own)
+    return (*((end,) for end in tokenizer.ends), *(stop_sequences(tokenizer, stop) if stop is not None else ()))
 
 
 def speaker(tokenizer: Tokenizer, ends: set[int], out: TextIO) -> Callable[[np.ndarray], None]:
@@ -122,6 +119,8 @@ def read_prompts(path: Path) -> list[str]:
     for number, line in enumerate(lines, 1):
         try:
             prompts.append(json.loads(line)["prompt"])
+            if not isinstance(prompts[-1], str):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{path}, line {number} is not {{"prompt": text}}; mend it') from None
     return prompts

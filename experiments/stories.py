@@ -8,7 +8,7 @@ nm-testing/llama2.c-stories15M --local-dir PATH`` brings a public, larger one. `
 {"prompt": text, "story": number}. No model judges here: the oracle counts pronouns (girl) or reads the
 VADER lexicon (happy, which needs the extra ``stories``).
 
-With ``--set documents=PATH/stories.txt.gz`` (stories with <|endoftext|> between them) the preference model is of
+With ``--set documents=PATH/stories.txt.gz`` (stories with <|endoftext|> behind each) the preference model is of
 another family and reads another tokenizer's tokens: a GPT-2 pretrained on those stories in the run. Text lies between
 them.
 """

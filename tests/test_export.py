@@ -22,8 +22,10 @@ from alignjax.types import UserError
 from tests.conftest import TINY, ragged
 from tests.test_huggingface import TEXTS
 from tests.test_lora import drawn
+from tests.test_translation import CHAT, metaspace, opened
 
 TEMPLATE = preference.TemplateTokens((14,), (15,), (16,), 9)
+ASKED = TEMPLATE._replace(other=8)
 LLAMA = dataclasses.replace(TINY, vocab_size=320)
 GPT2 = dataclasses.replace(
     LLAMA, family="gpt2", positions="learned", context=64, norm="layer", kv_heads=4, gated=False,
@@ -130,7 +132,7 @@ def test_a_reward_model_is_a_sequence_classification_where_the_form_allows(workd
 def test_a_preference_model_without_a_head_says_how_it_is_asked(workdir, tmp_path):
     assert main(["export", str(workdir / "gpt2_asked"), str(tmp_path / "out")]) == 0
     said = json.loads((tmp_path / "out" / "preference.json").read_text())
-    assert said["form"] == "choice" and "sigmoid" in said["read"]
+    assert said["form"] == "choice" and "minus that of `other`" in said["read"]
     assert not (tmp_path / "out" / "alignjax_head.safetensors").exists()
 
 
@@ -139,10 +141,8 @@ def test_networks_over_one_base_share_its_arrays(workdir):
     base, policy, asked = loaded(workdir, "llama", "llama_lora", "llama_asked")
     leaf = base.params["blocks"]["q"]["kernel"]
     for network in (policy, asked):
-        assert (
-            network.params["blocks"]["q"]["kernel"] is leaf
-            and network.base["embed"]["embedding"] is base.params["embed"]["embedding"]
-        )
+        assert network.params["blocks"]["q"]["kernel"] is leaf
+        assert network.params["embed"]["embedding"] is base.params["embed"]["embedding"]
     assert "lora" in policy.params["blocks"]["q"] and "lora" not in base.params["blocks"]["q"]
 
 
@@ -160,10 +160,59 @@ def test_training_goes_on_from_adapters_and_from_what_they_are_merged_into(workd
         networks.trainable(start, Lora(4, 8.0), key)
 
 
+def test_what_is_trained_whole_is_trained_in_float32(tmp_path, tokenizer):
+    """In bfloat16 a step of Adam rounds to nothing."""
+    base = jax.tree.map(lambda x: x.astype("bfloat16"), jax.jit(build(LLAMA).init)(jax.random.key(0)))
+    networks.save(tmp_path / "half", LLAMA, base, tokenizer, False, None)
+    (half,) = loaded(tmp_path, "half")
+    equal(half.params, base)
+    assert {x.dtype for x in jax.tree.leaves(half.params)} == {np.dtype("bfloat16")}
+    whole = networks.trainable(half, None, jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(whole.params)} == {np.dtype("float32")}
+    over = networks.trainable(half, Lora(2, 4.0), jax.random.key(0))  # the frozen base stays as it is
+    assert over.frozen["base"]["embed"]["embedding"].dtype == np.dtype("bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(over.params)} == {np.dtype("float32")}
+
+
+def test_adapters_over_another_base_than_theirs_are_refused(workdir, tmp_path, tokenizer):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "stage.json").write_text('{"fingerprint": "a"}')
+    base = jax.jit(build(LLAMA).init)(jax.random.key(0))
+    networks.save(tmp_path / "base", LLAMA, base, tokenizer, False, None)
+    spec = Lora(2, 4.0)
+    small = lora.init(spec, base, jax.random.key(0))
+    networks.save(tmp_path / "policy", LLAMA, small, tokenizer, False, Adapter("base", spec))
+    loaded(tmp_path, "policy")
+    (tmp_path / "base" / "stage.json").write_text('{"fingerprint": "b"}')
+    with pytest.raises(UserError, match="another 'base'"):
+        loaded(tmp_path, "policy")
+
+
+def test_asking_an_adapted_policy_keeps_its_adapters(workdir, tokenizer):
+    networks.save(workdir / "asked_lora", LLAMA, {}, tokenizer, False, Adapter("llama_lora", None))
+    policy, asked = loaded(workdir, "llama_lora", "asked_lora")
+    equal(asked.params, policy.params)
+    on = networks.trainable(asked, policy.adapter.lora, jax.random.key(0), preference.choice(asked.model, ASKED))
+    equal(on.params, policy.small)
+    assert on.adapter.base == "llama"
+
+
+def test_chat_templates_are_part_of_a_tokenizer_s_mark(tmp_path):
+    fast, marks = metaspace("<s> $A", bos_token="<s>", eos_token="</s>"), []
+    base = jax.jit(build(dataclasses.replace(LLAMA, vocab_size=424)).init)(jax.random.key(0))
+    for name, template in (("a", CHAT), ("b", CHAT.replace("}}]", "}}>")), ("c", CHAT)):
+        fast.chat_template = template
+        config = dataclasses.replace(LLAMA, vocab_size=424)
+        networks.save(tmp_path / name, config, base, opened(fast, tmp_path / f"t{name}"), True, None)
+        marks.append(loaded(tmp_path, name)[0].fingerprint)
+    assert marks[0] == marks[2] != marks[1]
+
+
 def test_a_head_is_trained_beside_adapters_and_starts_from_the_backbone(workdir):
     (start,) = loaded(workdir, "llama_reward")
     form = preference.bradley_terry(start.model, TEMPLATE)
     found = networks.trainable(start, Lora(2, 4.0), jax.random.key(0), form)
+    np.testing.assert_array_equal(found.params["reward"]["kernel"], start.heads["reward"]["kernel"])  # it goes on
     assert set(found.params) == {"blocks", "reward"} and "reward" not in found.frozen["base"]
     specs = sharding.shardings(
         found.params, sharding.live(found.rules, found.params), sharding.make_mesh(sharding.Mesh())

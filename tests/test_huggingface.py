@@ -139,10 +139,12 @@ def test_a_folder_s_mark_changes_with_a_weight_and_is_no_setting(tmp_path):
     weights = tmp_path / "model.safetensors"
     values = np.zeros(3 * 2**18, np.float32)  # three mebibytes
     marks = []
-    for at, name in ((0, "a"), (-1, "a"), (-1, "b")):
+    for at, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
         values[at] = 1.0
         safetensors.numpy.save_file({name: values}, weights)
         marks += [describe(Pretrained(str(tmp_path)))["content"], describe(Pretrained(str(tmp_path)))["content"]]
     assert marks[::2] == marks[1::2] and len(set(marks)) == 3
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert describe(Pretrained(str(tmp_path)))["content"] not in marks
     assert "content" not in dict(leaves(Pretrained(str(tmp_path))))
     assert Pretrained(str(tmp_path / "nowhere")).content == ""

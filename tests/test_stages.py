@@ -42,9 +42,11 @@ def test_a_judge_is_never_what_a_policy_was_trained_against(experiment):
     clone = dataclasses.replace(fitted, start="base")
     tuned = dataclasses.replace(fitted, start="preference", pairs="annotated")
     further = dataclasses.replace(md, start="nash_md", preference="judge")
+    asked = {"asked": stages.ZeroShot("base"), "again": stages.ZeroShot("base")}
     for source, extra in {
         "preference": {}, "clone": {"clone": clone}, "tuned": {"tuned": tuned},
         "judge": {"nash_md": further, "first": md},
+        "again": {**asked, "nash_md": dataclasses.replace(md, preference="asked")},  # one model under two names
     }.items():  # fmt: skip
         with pytest.raises(UserError, match="held-out"):
             check(judged_by(experiment.with_stages(**extra), source))

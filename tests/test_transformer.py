@@ -10,6 +10,7 @@ import pytest
 from alignjax.models.layers import segment_positions
 from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.transformer import TransformerConfig, transformer
+from alignjax.runtime import sharding
 from alignjax.types import Tokens, UserError
 from tests.conftest import TINY, ragged
 
@@ -164,6 +165,15 @@ def test_bfloat16_computes_over_float32_parameters(params):
     assert low.dtype == jnp.bfloat16
     # One rounding is 2^-9 of a value; states are of the order of 1 and pass some twenty roundings.
     assert np.abs(low.astype(jnp.float32) - high).mean() < 0.04
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_odd_vocabulary_is_split_by_its_width(tied):
+    """GPT-2's 50257 divides over nothing; the model must."""
+    model = transformer(dataclasses.replace(TINY, vocab_size=23, tied=tied))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    specs = sharding.shardings(shapes, model.rules, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
+    assert not specs["embed"]["embedding"].is_fully_replicated
 
 
 @pytest.mark.parametrize("change", [{"kv_heads": 3}, {"head_dim": 5}, {"remat": "some"}])

@@ -20,6 +20,7 @@ from alignjax.models.tokenizer import (
     decode_reply,
     encode_continuation,
     pad,
+    stop_sequences,
 )
 from alignjax.runtime import sharding
 from alignjax.stages import Trainable, stop_tokens, unseen_stops
@@ -123,6 +124,11 @@ def test_a_chat_model_is_asked_through_its_own_template(tmp_path):
         as_chat(opened(KINDS["t5"](), tmp_path / "t5"), dialogue_messages)
     with pytest.raises(UserError, match="no dialogue"):
         dialogue_messages("Once upon a time")
+    first = dialogue_messages(f"You are a pirate.\n\n{prompt}")[0]
+    assert first == {"role": "system", "content": "You are a pirate."}
+    fast.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="roles must alternate"):
+        as_chat(opened(fast, tmp_path / "strict"), dialogue_messages).encode(prompt)
 
 
 def test_every_end_token_of_a_generation_config_stops(tmp_path):
@@ -131,7 +137,7 @@ def test_every_end_token_of_a_generation_config_stops(tmp_path):
     task = dataclasses.replace(sandbox.task(sandbox.World()), format=Format(" ", MARKER, (EOS, MARKER)))
     tokenizer = huggingface.read_tokenizer(tmp_path)
     stop = stop_tokens(task, tokenizer)
-    assert stop == ((1,), (7,), tuple(encode_continuation(tokenizer, MARKER))) and len(stop[2]) > 1
+    assert stop[:2] == ((1,), (7,)) and tuple(encode_continuation(tokenizer, MARKER)) in stop and len(stop[2]) > 1
     assert unseen_stops(task, tokenizer) == (1, 7)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
     with pytest.raises(UserError, match="eos_token_id"):
@@ -145,6 +151,37 @@ def test_a_reply_that_an_end_token_ends_has_the_task_s_end_marker(tmp_path):
     assert decode_reply(tokenizer, ids, ((1,),), MARKER) == " Well."
     assert decode_reply(tokenizer, [*ids, 1], ((9,),), MARKER).startswith(" Well.")
     assert decode_reply(tokenizer, [], ((1,),), MARKER) == ""
+
+
+def test_a_stop_is_met_however_its_beginning_is_written():
+    """As Llama 3's and Qwen's tokenizers do, this one writes punctuation and the newlines behind it as one token."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = tokenizers.Regex(r"[A-Za-z]+| ?[^\sA-Za-z]+[\n]*|\s+")
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(split, "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(TEXTS, trainer)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer = huggingface.wrap_tokenizer(fast, ())
+    stops = stop_sequences(tokenizer, MARKER)
+    assert len({stop[0] for stop in stops}) > 1
+    for reply in ("Sing on, my dear.", "Well", "so!", "really?", "he (she)"):
+        ids = encode_continuation(tokenizer, f" {reply}{MARKER}")
+        assert any(tuple(ids[-len(stop) :]) == stop for stop in stops), reply
+        whole = [any(tuple(ids[i - len(stop) : i]) == stop for stop in stops) for i in range(len(ids))]
+        assert not any(whole[: len(ids) - 1])  # and not before its end
+    for nothing in ("", "\n"):
+        with pytest.raises(UserError, match="stop"):
+            stop_sequences(
+                huggingface.train_tokenizer(["x"] * 9, 280, ())._replace(encode_bare=lambda t: [3] * t.count("a")),
+                nothing,
+            )
 
 
 def test_a_stop_sequence_of_several_tokens_ends_a_row_where_it_is_whole():

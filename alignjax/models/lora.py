@@ -29,6 +29,9 @@ class Lora:
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "rank")
         in_range(self, TINY, math.inf, "alpha")
+        if not isinstance(self.rank, int) or not self.targets:
+            raise UserError(f"{self} adapts nothing; give a whole rank and at least one target")
+        object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))  # their order says nothing
 
     @property
     def scale(self) -> float:

@@ -7,6 +7,7 @@ of rank 3 r, A stacked and B by blocks, which is the same function.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
@@ -28,7 +29,8 @@ from alignjax.runtime.sharding import path_name
 from alignjax.types import Params, UserError
 
 CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-REFUSED = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None}
+REFUSED = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+           "use_qalora": False, "alora_invocation_tokens": None}  # fmt: skip
 
 
 def write_adapters(folder: Path, config: ModelConfig, small: Params, lora: Lora, base: str) -> None:
@@ -97,6 +99,9 @@ def read_lora(folder: Path) -> dict[str, Any]:
     for name, plain in REFUSED.items():
         if said.get(name, plain) not in (plain, None, []):
             raise UserError(f"{folder / CONFIG}: {name}={said[name]!r} is not supported; merge it with PEFT first")
+    if str(said.get("init_lora_weights", True)).lower() not in ("true", "false", "gaussian", "orthogonal", "eva"):
+        raise UserError(f"{folder / CONFIG}: init_lora_weights={said['init_lora_weights']!r} changes the base too; "
+                        "merge it with PEFT first")  # fmt: skip
     return said
 
 
@@ -110,14 +115,14 @@ def read_adapters(folder: Path, config: ModelConfig) -> tuple[Lora, Params]:
     with open_tensors(folder / TENSORS) as file:
         tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     shapes = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(parameter_shapes(config))}
-    modules, names = kernels(config), suffixes(config)
+    modules = kernels(config)
     if not tensors:
         raise UserError(f"{folder / TENSORS} holds no tensors; fetch it again")
     ranks = {name: len(value) for name, value in tensors.items() if name.endswith(".lora_A.weight")}
     rank = max(ranks.values(), default=1)
-    scales = {module: scale_of(said, suffix) for module, suffix in names.items()}
     used: set[str] = set()
     small: Params = {}
+    found: dict[str, Params] = {}
     targets: set[str] = set()
     first: float | None = None
     for path, entry in modules.items():
@@ -134,30 +139,31 @@ def read_adapters(folder: Path, config: ModelConfig) -> tuple[Lora, Params]:
             if tensors[one].shape != (r, inputs) or tensors[other].shape != (whole, r):
                 raise UserError(f"{folder}: {one} and its lora_B have shapes {tensors[one].shape}, "
                                 f"{tensors[other].shape}; it needs ({r}, {inputs}), ({whole}, {r})")  # fmt: skip
-            first = scales[module] if first is None else first
+            scale = scale_of(said, module.format(layer), r)
+            first = scale if first is None else first
             a[layer, :, :r] = tensors[one].T
             wide = np.asarray(tensors[other].T, np.float32)
             wide = split(wide, entry, config.heads)[entry.part] if entry.parts > 1 else wide
-            b[layer, :r] = wide * np.float32(scales[module] / first)
+            b[layer, :r] = wide * np.float32(scale / first)
             used |= {one, other}
             here += 1
+        found[path] = {"a": a, "b": b}
         if here:
-            put(small, path, {LORA: {"a": a, "b": b}})
             targets.add(path.rsplit("/", 1)[-1])
+    for path, adapter in found.items():  # a projection that is adapted anywhere has its place everywhere, zero or not
+        if path.rsplit("/", 1)[-1] in targets:
+            put(small, path, {LORA: adapter})
     if left := set(tensors) - used:
         raise UserError(f"{folder}: {min(left)} has no place in a {config.family} of these sizes; is it this model's?")
     return Lora(rank=rank, alpha=rank * (first or 1.0), targets=tuple(sorted(targets))), small
 
 
-def scale_of(said: Mapping[str, Any], suffix: str) -> float:
-    """alpha / r of a module, or alpha / sqrt(r) where the folder says so."""
-
-    def pattern(name: str, otherwise: Any) -> float:
-        found = [v for key, v in (said.get(name) or {}).items() if key == suffix or suffix.endswith(f".{key}")]
-        return float(found[0] if found else otherwise)
-
-    rank = pattern("rank_pattern", said["r"])
-    return pattern("alpha_pattern", said["lora_alpha"]) / (rank**0.5 if said.get("use_rslora") else rank)
+def scale_of(said: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r of a module of that rank, or alpha / sqrt(r) where the folder says so. A pattern's key is a regular
+    expression over the module's full name or its last parts, as PEFT matches them."""
+    patterns = (said.get("alpha_pattern") or {}).items()
+    found = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
+    return float(found[0] if found else said["lora_alpha"]) / (rank**0.5 if said.get("use_rslora") else rank)
 
 
 def adapters_in(small: Params, path: str = "") -> dict[str, dict[str, Any]]:

@@ -54,7 +54,7 @@ class T5Config:
     distance: int = 128  # tokens, from where on all distances share a bucket
     start_token: int = 0
     end_token: int = 1
-    compute_dtype: str = "float32"  # parameters stay float32; "bfloat16" casts inside the step
+    compute_dtype: str = "float32"  # "bfloat16" casts parameters inside the step
     remat: str = "none"  # a key of REMAT_POLICIES
     family: str = "t5"  # or "mt5": whose file format an exported checkpoint has
 

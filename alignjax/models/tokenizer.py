@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alignjax.config import one_line
 from alignjax.types import Tokens, UserError
 
 ANCHORS = ("a", ".", "\n")
@@ -41,7 +42,17 @@ def as_chat(tokenizer: Tokenizer, messages: Callable[[str], Sequence[Message]]) 
     if tokenizer.render is None:
         raise UserError("chat=True, and the tokenizer has no chat template; use a chat model, or chat=False")
     render = tokenizer.render
-    return tokenizer._replace(encode=lambda prompt: tokenizer.encode_bare(render(messages(prompt))))
+
+    def encode(prompt: str) -> list[int]:
+        turns = messages(prompt)
+        try:
+            text = render(turns)
+        except Exception as error:  # a template's own words, of any kind
+            raise UserError(f"the chat template refuses {[turn['role'] for turn in turns]} ({one_line(error)}); "
+                            "prompt it otherwise") from None  # fmt: skip
+        return tokenizer.encode_bare(text)
+
+    return tokenizer._replace(encode=encode)
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -65,6 +76,29 @@ def decode_reply(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[Sequen
     token, the task's ``end`` marker stands for that."""
     ended = len(ids) > 0 and ids[-1] in tokenizer.ends and (ids[-1],) in stop
     return decode_continuation(tokenizer, ids[:-1]) + end if ended else decode_continuation(tokenizer, ids)
+
+
+def stop_sequences(tokenizer: Tokenizer, piece: str) -> tuple[tuple[int, ...], ...]:
+    """The token sequences in which a piece may end a text: it alone where it is a token, else each way in which it is
+    written behind a word or a punctuation mark, with which its first token may be one.
+
+    Raises UserError when there are none.
+    """
+    known = tokenizer.token_id(piece)
+    if known is not None:
+        return ((known,),)
+    found: dict[tuple[int, ...], None] = {}
+    head = tokenizer.encode_bare("a")
+    for before in ("", ".", "!", "?", ",", ")", '"', "\n"):
+        ids = tokenizer.encode_bare(f"a{before}{piece}")
+        if ids[: len(head)] == head:
+            tails = (tuple(ids[at:]) for at in range(len(ids) - 1, len(head) - 1, -1))
+            covering = (tail for tail in tails if decode_continuation(tokenizer, tail).endswith(piece))
+            if tail := next(covering, None):
+                found[tail] = None
+    if not piece or not found:
+        raise UserError(f"{piece!r} ends nothing in this tokenizer, which does not write it; name another stop")
+    return tuple(found)
 
 
 def single_token(tokenizer: Tokenizer, piece: str) -> int:

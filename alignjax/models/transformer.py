@@ -57,7 +57,7 @@ class TransformerConfig:
     norm_eps: float = 1e-5
     tied: bool = True
     initializer_range: float = 0.02
-    compute_dtype: str = "float32"  # parameters stay float32; "bfloat16" casts inside the step
+    compute_dtype: str = "float32"  # "bfloat16" casts parameters inside the step
     remat: str = "none"  # a key of REMAT_POLICIES
     # What sets the families apart.
     family: str = "llama"  # whose names and file format an exported checkpoint has
@@ -330,14 +330,15 @@ def transformer(config: TransformerConfig) -> Model:
 
 def rules(c: TransformerConfig) -> Rules:
     """Megatron's split of heads and hidden units over ``tensor``, everything else over ``fsdp``."""
+    divides = c.vocab_size % 8 == 0  # an odd vocabulary is not split: the width is, over both axes
     inner, outer = sorted(set(c.biases) - {"o", "down"}), sorted(set(c.biases) & {"o", "down"})
     return (
-        (r"embed/embedding$", P("tensor", "fsdp")),
+        (r"embed/embedding$", P("tensor", "fsdp") if divides else P(None, ("fsdp", "tensor"))),
         (r"blocks/(q|k|v|gate|up)/kernel$", P(None, "fsdp", "tensor")),
         (r"blocks/(o|down)/kernel$", P(None, "tensor", "fsdp")),
         (r"norm/(scale|bias)$", P()),
         *([(rf"blocks/({'|'.join(inner)})/bias$", P(None, "tensor"))] if inner else []),
         *([(rf"blocks/({'|'.join(outer)})/bias$", P())] if outer else []),
         *([(r"positions/embedding$", P(None, "fsdp"))] if c.positions == "learned" else []),
-        *([] if c.tied else [(r"head/kernel$", P("fsdp", "tensor"))]),
+        *([] if c.tied else [(r"head/kernel$", P("fsdp", "tensor") if divides else P(("fsdp", "tensor"), None))]),
     )

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 import jax
 
+from alignjax.models.build import ModelConfig, build
+from alignjax.models.lora import Lora, init
 from alignjax.models.tokenizer import Tokenizer
 from alignjax.models.transformer import TransformerConfig
 from alignjax.preference import Preference
@@ -110,11 +112,22 @@ class Context:
 
     def expect_room(self, source: str, field: str, tokens: int) -> None:
         """Raises UserError when the model of the stage ``source`` is known to have fewer positions than ``tokens``."""
-        stage = self.origin(source)
-        found = stage.config() if callable(getattr(stage, "config", None)) else getattr(stage, "model", None)
+        found = self.config(source)
         if isinstance(found, TransformerConfig) and found.positions == "learned" and found.context < tokens:
             raise UserError(f"{self.name}.{field} wants room for {tokens} tokens and the model of {source!r} has "
                             f"{found.context} positions; lower it")  # fmt: skip
+
+    def expect_targets(self, source: str, lora: Lora | None) -> None:
+        """Raises UserError when the model of the stage ``source`` is known to have no such projections."""
+        if lora and (found := self.config(source)):
+            jax.eval_shape(lambda key: init(lora, build(found).init(key), key), jax.random.key(0))
+
+    def config(self, source: str) -> ModelConfig | None:
+        """That of the stage ``source`` where it is known before anything runs."""
+        stage = self.origin(source)
+        known = getattr(stage, "config", None)
+        found = known() if callable(known) else getattr(stage, "model", None)
+        return found if isinstance(found, ModelConfig) else None
 
     def policy(self, name: str) -> Network:
         """A stage's network, on the mesh; of a preference model, its backbone."""
@@ -132,6 +145,7 @@ class Context:
 
 
 POLICY, PREFERENCE, PAIRS, TABLES, FINDINGS = "a policy", "a preference model", "pairs", "tables", "findings"
+REWARD = "a reward model"  # a folder's; it writes nothing
 """What a stage may say that it ``makes``, so that a wrong input is told before anything runs."""
 
 

@@ -14,7 +14,7 @@ from alignjax.models.lora import Lora
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
 from alignjax.runtime import data, metrics, sharding
-from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, Context
+from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, REWARD, Context
 from alignjax.stages.label import PAIR_DATA
 from alignjax.stages.networks import Adapter, Network, trainable
 from alignjax.stages.training import Adam, Loop, run_loop
@@ -45,8 +45,9 @@ class FitPreference:
 
     def check(self, context: Context) -> None:
         self.loop.check(context)
-        context.expect(self.start, POLICY, PREFERENCE)
+        context.expect(self.start, POLICY, PREFERENCE, REWARD)
         context.expect(self.pairs, PAIRS)
+        context.expect_targets(self.start, self.lora)
         context.expect_room(self.start, "buckets", max(self.buckets) + 2 * self.response)
         check_template(context, self.start, self.form)
         if self.truth:
@@ -113,7 +114,7 @@ class ZeroShot:
         return (self.start,)
 
     def check(self, context: Context) -> None:
-        context.expect(self.start, POLICY)
+        context.expect(self.start, POLICY, REWARD)
         check_template(context, self.start, self.form)
 
     def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
@@ -145,7 +146,8 @@ def check_template(context: Context, start: str, form: Callable[..., preference.
 
 def describe_form(context: Context, form: Callable[..., preference.Preference]) -> None:
     """What an exported preference model's folder says of how to ask it."""
-    said = {"form": getattr(form, "__name__", str(form)), "template": context.task.template._asdict()}
+    task, name = context.task, getattr(form, "__name__", str(form))
+    said = {"form": name, "template": task.template._asdict(), "format": task.format._asdict()}
     metrics.write_json(context.folder / "preference.json", said)
 
 

@@ -14,7 +14,7 @@ from alignjax import config, labeling
 from alignjax.decoding import Sampling, Stop
 from alignjax.generation import Generate, generator
 from alignjax.models.likelihood import log_prob
-from alignjax.models.tokenizer import Tokenizer, encode_continuation
+from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
 from alignjax.runtime import data, metrics, sharding
 from alignjax.stages.experiment import PAIRS, POLICY, Context
 from alignjax.stages.networks import Network
@@ -63,17 +63,13 @@ class Writing:
 
 
 def stop_tokens(task: Task, tokenizer: Tokenizer) -> Stop:
-    """The token sequences that end a completion: one token where the tokenizer has it, else its pieces. UserError when
-    there are none, or one is empty."""
+    """The token sequences that end a completion. UserError when there are none, or a piece has none."""
     found: list[tuple[int, ...]] = []
     for piece in task.format.stop:
-        known = tokenizer.token_id(piece)
-        if piece == EOS:
-            found += [(token,) for token in tokenizer.ends]
-        else:
-            found.append((known,) if known is not None else tuple(encode_continuation(tokenizer, piece)))
-            if not found[-1]:
-                raise UserError(f"task.format.stop: {piece!r} is no token in this tokenizer; name another piece")
+        try:
+            found += [(token,) for token in tokenizer.ends] if piece == EOS else stop_sequences(tokenizer, piece)
+        except UserError as error:
+            raise UserError(f"task.format.stop: {error}") from None
     if not found:
         raise UserError(f"task {task.name!r} stops at the tokenizer's end token, and it has none; name another stop")
     return tuple(dict.fromkeys(found))

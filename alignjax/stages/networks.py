@@ -34,6 +34,7 @@ class Adapter:
 
     base: str  # the stage
     lora: Lora | None  # None: it adds at most a head
+    mark: str = ""  # the base's fingerprint when this was made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_record(folder: Path) -> Record:
         adapter = found["adapter"]
         if adapter is not None:
             spec = adapter["lora"] and Lora(**{**adapter["lora"], "targets": tuple(adapter["lora"]["targets"])})
-            adapter = Adapter(adapter["base"], spec)
+            adapter = Adapter(adapter["base"], spec, adapter["mark"])
         return Record(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), adapter)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no model ({one_line(error)}); run its stage first") from None
@@ -90,9 +91,17 @@ def save(
         "dtype": str(own[0].dtype) if own else "float32",
         "heads": jax.tree.map(lambda x: list(x.shape), {n: part for n, part in params.items() if n not in backbone}),
         "chat": chat,
-        "adapter": dataclasses.asdict(adapter) if adapter else None,
+        "adapter": dataclasses.asdict(adapter) | {"mark": stage_mark(folder.parent / adapter.base)}
+        if adapter
+        else None,
     }
     metrics.write_json(folder / "model.json", record)
+
+
+def stage_mark(folder: Path) -> str:
+    """The fingerprint of the stage that made a folder; empty where none says so."""
+    path = folder / "stage.json"
+    return str(metrics.read_json(path).get("fingerprint", "")) if path.exists() else ""
 
 
 def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Network], task: Task | None) -> Network:
@@ -104,16 +113,18 @@ def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Ne
     model, tokenizer = build(record.config), huggingface.read_tokenizer(folder / "tokenizer")
     if record.chat:
         tokenizer = as_chat(tokenizer, task.messages if task else one_message)
-    mark = zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes())
-    network = Network(name, model, {}, tokenizer, f"{mark}{' chat' if record.chat else ''}", record.chat)
+    mark = str(zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes()))
+    if record.chat and tokenizer.render:
+        mark += f" chat {tokenizer.render(one_message('a'))!r}"
+    network = Network(name, model, {}, tokenizer, mark, record.chat)
 
     def restored(backbone: Any, dtype: str) -> Params:
-        heads = jax.tree.map(
+        beyond = jax.tree.map(
             lambda shape: jax.ShapeDtypeStruct(tuple(shape), "float32"), record.heads,
             is_leaf=lambda node: isinstance(node, list),
         )  # fmt: skip
-        shapes = {**jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), backbone), **heads}
-        rules = (*((rf"^{head}/", jax.sharding.PartitionSpec()) for head in heads), *lora.RULES, *model.rules)
+        shapes = {**jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), backbone), **beyond}
+        rules = (*((rf"^{head}/", jax.sharding.PartitionSpec()) for head in beyond), *lora.RULES, *model.rules)
         where = sharding.shardings(shapes, sharding.live(rules, shapes), mesh)
         return restore_tree(folder / "params", shapes, where) if shapes else {}
 
@@ -121,14 +132,23 @@ def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Ne
     if record.adapter is None:
         network = dataclasses.replace(network, params=restored(shapes, record.dtype))
     else:
-        base, spec = load(workdir, record.adapter.base, mesh, loaded, task).params, record.adapter.lora
-        adapters = jax.eval_shape(lambda p, k: lora.init(spec, p, k), shapes, jax.random.key(0)) if spec else {}
-        small = restored(adapters, "float32")
-        whole = lora.overlay(base, small, spec.scale if spec else 1.0)
-        network = dataclasses.replace(network, params=whole, adapter=record.adapter, small=small, base=base)
-    heads = {head: network.params[head] for head in record.heads}
-    backbone = {name: part for name, part in network.params.items() if name not in heads}
-    loaded[name] = dataclasses.replace(network, params=backbone, heads=heads)
+        below, spec = load(workdir, record.adapter.base, mesh, loaded, task), record.adapter.lora
+        if record.adapter.mark != stage_mark(workdir / record.adapter.base):
+            raise UserError(
+                f"{folder} was made over another {record.adapter.base!r} than lies in {workdir} now; make it again"
+            )
+        if spec is None:  # a head at most: else it is what it lies over
+            network = dataclasses.replace(below, params={**below.params, **restored({}, "float32")}, heads={})
+        else:
+            adapters = jax.eval_shape(lambda p, k: lora.init(spec, p, k), shapes, jax.random.key(0))
+            small = restored(adapters, "float32")
+            whole = lora.overlay(below.params, small, spec.scale)
+            network = dataclasses.replace(
+                network, params=whole, adapter=record.adapter, small=small, base=below.params
+            )  # fmt: skip
+    own = {head: network.params[head] for head in record.heads}
+    backbone = {part: value for part, value in network.params.items() if part not in own}
+    loaded[name] = dataclasses.replace(network, params=backbone, heads=own)
     return loaded[name]
 
 
@@ -148,8 +168,8 @@ def trainable(start: Network, spec: Lora | None, key: jax.Array, form: Preferenc
     form of preference model, its head too. Raises UserError when the start has other adapters."""
     rules = form.rules if form else start.model.rules
     if spec is None:
-        params = in_full(start)
-        return Trainable(form.extend(params, key) if form else params, {}, train.trained, None, rules)
+        params = in_full(dataclasses.replace(start, params=in_float32(start.params)))
+        return Trainable({**params, **heads(start, params, key, form)}, {}, train.trained, None, rules)
     base, name = (start.base, start.adapter.base) if start.adapter else (start.params, start.name)
     base = {part: base[part] for part in start.params}  # without the head of a preference model
     small = lora.init(spec, base, key)
@@ -159,14 +179,27 @@ def trainable(start: Network, spec: Lora | None, key: jax.Array, form: Preferenc
                 f"stage {start.name!r} has adapters {start.adapter.lora}, not {spec}; use the same, or None"
             )
         small = {part: start.small[part] for part in small}
-    heads = {part: value for part, value in form.extend(base, key).items() if part not in base} if form else {}
 
     def whole(params: Params, frozen: Any) -> Params:
         return lora.overlay(frozen["base"], params, spec.scale)
 
-    return Trainable({**small, **heads}, {"base": base}, whole, Adapter(name, spec), (*lora.RULES, *rules))
+    new = heads(start, base, key, form)
+    return Trainable({**small, **new}, {"base": base}, whole, Adapter(name, spec), (*lora.RULES, *rules))
+
+
+def heads(start: Network, backbone: Params, key: jax.Array, form: Preference | None) -> Params:
+    """What the form has beyond the backbone: the start's own where it has it, as a reward model's folder does."""
+    if form is None:
+        return {}
+    fresh = {name: part for name, part in form.extend(backbone, key).items() if name not in backbone}
+    return {**fresh, **{name: start.heads[name] for name in fresh.keys() & start.heads.keys()}}
 
 
 def in_full(network: Network) -> Params:
     """The parameters without adapters: merged, where it is one."""
     return jax.jit(lora.merge)(network.params) if network.adapter else network.params
+
+
+def in_float32(params: Params) -> Params:
+    """Wide enough for steps of Adam: in bfloat16 most would round to nothing."""
+    return jax.jit(lambda p: jax.tree.map(lambda x: x.astype("float32"), p))(params)

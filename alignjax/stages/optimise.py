@@ -62,6 +62,7 @@ class Optimise:
         context.task.source.prompts("train", 1, context.seed)
         for source in (self.start, self.reference):
             context.expect_room(source, "buckets", max(self.buckets) + self.max_new_tokens)
+        context.expect_targets(self.start, self.lora)
         check_stop(context, self.start)
         rehearse(context, self.opponent, self.objective)
         if self.opponent is rollout.moving_average and self.average_decay is None:

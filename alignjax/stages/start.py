@@ -19,7 +19,7 @@ from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, as_chat, pad, single_token
 from alignjax.runtime import data, sharding
-from alignjax.stages.experiment import POLICY, Context
+from alignjax.stages.experiment import POLICY, REWARD, Context
 from alignjax.stages.networks import Adapter, save
 from alignjax.stages.training import Adam, Loop, run_loop
 from alignjax.tasks.task import EOS
@@ -134,10 +134,10 @@ def pack(documents: list[list[int]], length: int) -> Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """A Hugging Face folder, read shard by shard onto the mesh. Of a sequence classification with one label the score
-    is kept beside it: ``ZeroShot(start, bradley_terry)`` is that reward model."""
+    """A Hugging Face folder, read shard by shard onto the mesh. A sequence classification with one label makes
+    a reward model: ``ZeroShot(start, bradley_terry)`` asks it. Its score is read at a reply's last token, so the task's
+    ``format.end`` must be the text that such a model's replies end with."""
 
-    makes: ClassVar = POLICY
     path: str
     chat: bool = False  # prompts are asked through the tokenizer's chat template
     dtype: str = "float32"  # of the parameters; under adapters "bfloat16" halves the frozen base
@@ -151,13 +151,17 @@ class Pretrained:
         one_of(self, "remat", tuple(REMAT_POLICIES))
         object.__setattr__(self, "content", weights.content(Path(self.path)))
 
+    @property
+    def makes(self) -> str:
+        return REWARD if self.content and weights.SCORE in weights.tensor_files(Path(self.path)) else POLICY
+
     def inputs(self) -> tuple[str, ...]:
         return ()
 
     def config(self) -> ModelConfig:
         folder = Path(self.path)
         found = huggingface.read_config(folder)
-        if weights.SCORE in weights.tensor_files(folder):  # a reward model, which has no output projection
+        if weights.SCORE in weights.tensor_files(folder):  # it has no output projection
             found = dataclasses.replace(found, tied=True)
         return dataclasses.replace(found, compute_dtype=self.compute_dtype, remat=self.remat)
 

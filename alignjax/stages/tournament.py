@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from alignjax import judges, tournament
+from alignjax import config, judges, tournament
 from alignjax.judges import Judge
 from alignjax.runtime import metrics, sharding
 from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, ancestors
@@ -110,6 +110,8 @@ class Tournament:
                 if not path.exists():
                     generate = self.writing.generator(context, context.policy(stage), reference)
                     drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
+                    if stage != self.reference:
+                        context.loaded.pop(stage, None)  # one policy at a time, beside the reference
                     columns = zip(*(reply for reply in drawn if reply), strict=True)
                     metrics.write_json(path, dict(zip(COLUMNS, map(list, columns), strict=True)))
                 bar.update()
@@ -138,10 +140,20 @@ class Tournament:
             same_pairs = {
                 t for t in trained if getattr(stages[t], "pairs", "") == getattr(stages[source], "pairs", None)
             }
-            found = (ancestors(stages, [source]) & trained) | same_pairs
+            model = config.describe(context.origin(source))
+            same_model = {
+                t for t in trained
+                if untrained(stages[t]) and untrained(stages[source]) and config.describe(context.origin(t)) == model
+            }  # fmt: skip
+            found = (ancestors(stages, [source]) & trained) | same_pairs | same_model
             if found:
                 raise UserError(f"{context.name}: judge {name!r} is or shares {min(found)!r}, which a policy was "
                                 "trained against; name a held-out one")  # fmt: skip
+
+
+def untrained(stage: Any) -> bool:
+    """Whether a preference model is what it was made from, as ``ZeroShot`` is: it has no pairs of its own."""
+    return not hasattr(stage, "pairs")
 
 
 def read_replies(path: Path, count: int) -> dict[str, list]:

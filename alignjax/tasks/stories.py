@@ -49,12 +49,12 @@ class Openings:
 
     path: str
     sha256: str
-    documents: str = ""  # a text file, plain or gzip, of stories with <|endoftext|> between them
+    documents: str = ""  # a text file, plain or gzip, of stories with <|endoftext|> behind each
     documents_sha256: str = ""
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
         """Openings of the split, shuffled by the seed; all of them when there are fewer than ``count``."""
-        splits = read_openings(self.path)
+        splits = read_openings(self.path, self.sha256)
         if split not in splits:
             raise UserError(f"stories have no split {split!r}; they have {', '.join(splits)}")
         found = list(dict.fromkeys(splits[split]))
@@ -66,14 +66,16 @@ class Openings:
         """The stories of ``documents``, shuffled by the seed, but for those that begin as a held-out opening does."""
         if not self.documents:
             raise UserError("stories bring no corpus to pretrain on; give one, or start from a Pretrained stage")
-        splits = read_openings(self.path)
+        splits = read_openings(self.path, self.sha256)
         held_out = tuple({*splits["validation"], *splits["test"]})
-        found = [story for story in read_stories(self.documents) if not story.startswith(held_out)]
+        found = [
+            story for story in read_stories(self.documents, self.documents_sha256) if not story.startswith(held_out)
+        ]
         return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
 
 
 @lru_cache(maxsize=4)
-def read_openings(path: str) -> dict[str, list[str]]:
+def read_openings(path: str, mark: str = "") -> dict[str, list[str]]:
     """Rows {"prompt", "story"} -> split -> openings. A story's rows share a split: they share a prefix.
 
     Raises UserError when the file is missing, empty or malformed, with the line.
@@ -100,8 +102,8 @@ def read_openings(path: str) -> dict[str, list[str]]:
 
 
 @lru_cache(maxsize=2)
-def read_stories(path: str) -> list[str]:
-    """Raises UserError when the file is missing or holds none."""
+def read_stories(path: str, mark: str = "") -> list[str]:
+    """Raises UserError when the file is missing or holds none. ``mark`` tells an edited file from one read before."""
     try:
         raw = Path(path).read_bytes()
         text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")

@@ -69,9 +69,11 @@ def one_message(prompt: str) -> list[dict[str, str]]:
 
 def dialogue_messages(prompt: str) -> list[dict[str, str]]:
     """A dialogue "Human: ... Assistant: ..." that ends in an open turn, as messages. An affix of the open turn's role
-    marker, as RLCD writes it, stands behind the last question in brackets."""
-    turns = re.split(r"(?:^|\n\n)(Human|Assistant)([^:\n]*):", prompt)[1:]
-    messages = [
+    marker, as RLCD writes it, stands behind the last question; those of earlier turns are left out. What is before the
+    first turn is the system's message."""
+    preamble, *turns = re.split(r"(?:^|\n\n)(Human|Assistant)([^:\n]*):", prompt)
+    messages = [{"role": "system", "content": preamble.strip()}] if preamble.strip() else []
+    messages += [
         {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
         for role, text in zip(turns[0::3], turns[2::3], strict=True)
     ]

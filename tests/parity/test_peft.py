@@ -70,7 +70,8 @@ def test_what_peft_saves_is_read(tmp_path, case):
     targets = TARGETS.get(found.config.family, ["q_proj", "v_proj", "down_proj"])
     said = theirs.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, lora_dropout=0.0,
-        rank_pattern={targets[0]: 2}, alpha_pattern={targets[-1]: 7}, use_rslora=case.name in ("llama2", "t5"),
+        rank_pattern={targets[0]: 2, rf".*\.0\..*{targets[-1]}": 4},
+        alpha_pattern={rf".*\.1\..*{targets[-1]}": 7}, use_rslora=case.name in ("llama2", "t5"),
         fan_in_fan_out=found.config.family == "gpt2",
     )  # fmt: skip
     adapted = theirs.get_peft_model(copy.deepcopy(found.model), said)
