@@ -74,7 +74,7 @@ READ = {
     "pairwise": BOTH + "the logit of the token `answer`",
     "choice": BOTH + "half of the logit of the token `answer` minus that of `other`",
     "pairwise_head": BOTH + "the last state times the head",
-    "bradley_terry": "P(first > second) = sigmoid(r(first) - r(second)); r(y) is the head times the state after prompt, y",
+    "bradley_terry": "P(first > second) = sigmoid(r(first) - r(second)); r(y): head times the state after prompt, y",
 }
 EVERY = (
     "; each reply stands as format.before + reply + format.end; an encoder-decoder reads it all, the state is its first"

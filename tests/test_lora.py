@@ -20,7 +20,7 @@ from alignjax.runtime import sharding, train
 from alignjax.types import Rollout, UserError
 from tests.conftest import TINY, ragged
 
-T5 = T5Config(vocab_size=24, width=16, layers=2, decoder_layers=2, heads=4, head_dim=4, hidden=24)
+T5 = T5Config(vocab_size=24, width=16, layers=1, decoder_layers=2, heads=4, head_dim=4, hidden=24)
 SPEC = Lora(rank=3, alpha=12.0, targets=("q", "v", "down"))
 PROMPT, REPLY = ragged([[5, 6, 7], [8, 9]], 4), ragged([[4, 2], [5, 6, 2]])
 
