@@ -88,6 +88,7 @@ def test_cached_decoding_with_adapters_equals_the_full_forward(world):
     np.testing.assert_allclose(chosen, score(whole, PROMPT, REPLY)[:, :2], atol=2e-5)
 
 
+@pytest.mark.parametrize("world", [TINY], indirect=True)
 def test_the_mixture_s_reference_is_the_base_and_not_the_adapted_policy(world):
     """A faulty sharing would make the mixture self-play: every beta would give the policy."""
     model, base, small, _ = world

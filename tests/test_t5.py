@@ -137,7 +137,7 @@ def test_rules_are_total_and_live(tied):
 
 
 def test_the_first_loss_is_near_uniform():
-    for change in ({}, {"tied": False, "scaled_output": False, "gated": True}):
+    for change in ({"tied": False, "scaled_output": False, "gated": True},):
         config = dataclasses.replace(CONFIG, vocab_size=512, width=64, layers=1, decoder_layers=1, **change)
         model = build(config)
         logp = jax.jit(log_prob(model))(
