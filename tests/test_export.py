@@ -31,12 +31,8 @@ GPT2 = dataclasses.replace(
     LLAMA, family="gpt2", positions="learned", context=64, norm="layer", kv_heads=4, gated=False,
     biases=("q", "k", "v", "o", "up", "down"), activation="gelu_tanh",
 )  # fmt: skip
-NEOX = dataclasses.replace(
-    LLAMA, family="gpt_neox", norm="layer", kv_heads=4, gated=False, tied=False, parallel=True,
-    biases=("q", "k", "v", "o", "up", "down"), activation="gelu", rotary_dim=2,
-)  # fmt: skip
 T5 = T5Config(vocab_size=320, width=16, layers=2, decoder_layers=2, heads=4, head_dim=4, hidden=24)
-FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "gpt_neox": NEOX, "t5": T5}
+FAMILIES = {"llama": LLAMA, "gpt2": GPT2, "t5": T5}
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_a_merged_tree_is_the_same_function_at_the_given_scale(world):
     assert np.abs(score(whole, PROMPT, REPLY) - score(base, PROMPT, REPLY)).max() > 0.05
 
 
+@pytest.mark.parametrize("world", [TINY], indirect=True)
 def test_an_overlay_holds_the_base_s_own_arrays(world):
     """Policy, reference, preference model and opponent share one base in memory."""
     _, base, small, _ = world
@@ -105,6 +106,7 @@ def test_the_mixture_s_reference_is_the_base_and_not_the_adapted_policy(world):
     assert np.abs(middle - ends[0]).max() > 0.01 and np.abs(middle - ends[1]).max() > 0.01
 
 
+@pytest.mark.parametrize("world", [TINY], indirect=True)
 def test_training_moves_the_adapters_alone_and_as_the_full_gradient_says(world):
     """dL/dB = scale A^T dL/dW and dL/dA = scale dL/dW B^T, of the gradient at the merged weights."""
     model, base, small, _ = world
