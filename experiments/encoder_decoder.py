@@ -3,7 +3,8 @@
     alignjax run experiments/encoder_decoder.py --workdir runs/t5 [--set small=True]
     alignjax run experiments/encoder_decoder.py --workdir runs/mixed --set preference=decoder [--set small=True]
 
-The second has two tokenizers: text lies between the policy and who compares its replies. Both policies are trained as
+Small, on two cores, 7 minutes: a T5 learns to write slowly, and what so few steps teach is not much. The second has two
+tokenizers: text lies between the policy and who compares its replies. Both policies are trained as
 adapters (LoRA) over the one frozen base, which is their reference and their mixture's other half.
 """
 
