@@ -28,9 +28,14 @@ from alignjax.types import UserError
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # prompt lengths in tokens
 
 
+def one_device() -> jax.sharding.Mesh:
+    """A look needs no more."""
+    return sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+
+
 def opened(folder: Path, chat: bool) -> Network:
-    """A Hugging Face folder, or a finished stage WORKDIR/NAME, on all devices. Raises UserError."""
-    mesh = sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    """A Hugging Face folder, or a finished stage WORKDIR/NAME, on one device. Raises UserError."""
+    mesh = one_device()
     if (folder / "model.json").exists():
         found = networks.load(folder.parent, folder.name, mesh, {}, None)
         tokenizer = as_chat(found.tokenizer, one_message) if chat else found.tokenizer
@@ -127,7 +132,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def writer(network: Network, stop: str | None, max_new_tokens: int, sampling: Sampling, seed: int) -> Generate:
-    mesh = sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    mesh = one_device()
     return generator(
         network.model, network.params, network.tokenizer, stop=stops_of(network.tokenizer, stop), end="",
         max_new_tokens=max_new_tokens, buckets=BUCKETS, batch=8, sampling=sampling, key=jax.random.key(seed),
