@@ -12,17 +12,20 @@ from typing import Any
 
 import alignjax
 from alignjax import config, run
-from alignjax.types import UserError
+from alignjax.types import RUN_AGAIN, RunAgain, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 for what the user can mend."""
+    """Returns the exit status: 0, 2 for what the user can mend, or 75 where the same command goes on."""
     arguments = parser().parse_args(argv)
     try:
         return arguments.command(arguments)
     except UserError as error:
         print(f"alignjax: {config.one_line(error)}", file=sys.stderr)
         return 2
+    except RunAgain as error:
+        print(f"alignjax: {config.one_line(error)}", file=sys.stderr)
+        return RUN_AGAIN
     except BrokenPipeError:  # the reader of our output has gone: `alignjax ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
         return 0
@@ -55,6 +58,12 @@ def experiment_commands(commands: Any) -> None:
                 "--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable"
             )
             sub.add_argument("--redo", action="store_true", help="make stages again whose configuration has changed")
+            several = sub.add_argument_group(
+                "several processes", "found out on TPU slices, Slurm and Open MPI; else all three"
+            )
+            several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+            several.add_argument("--processes", type=int, metavar="N", help="how many there are (1: this one alone)")
+            several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
         sub.set_defaults(command=command)
 
 
@@ -177,9 +186,20 @@ def run_command(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     if arguments.help:
         return show_leaves(arguments.file, settings)
-    experiment = load_experiment(arguments.file, settings)
-    run.run(experiment, workdir_of(arguments), only=arguments.only, redo=arguments.redo)
+    from alignjax.runtime.hosts import Launch, connect
+
+    workdir = workdir_of(arguments)
+    hosts = connect(Launch(arguments.coordinator, arguments.processes, arguments.process))
+    try:
+        run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
+    except (UserError, RunAgain, OSError) as error:
+        hosts.end(status_of(error), config.one_line(error))  # goes on where there are no others
+        raise
     return 0
+
+
+def status_of(error: Exception) -> int:
+    return RUN_AGAIN if isinstance(error, RunAgain) else 2
 
 
 def table_command(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from alignjax.decoding import Process, Sampling, Stop, sample
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, decode_reply, pad
+from alignjax.runtime import sharding
 from alignjax.types import Completion, Key, LogProb, Params, Prompt
 
 
@@ -41,28 +42,30 @@ def generator(
     sampling: Sampling,
     key: Key,
     reference: tuple[LogProb, Params] | None,
-    rows: jax.sharding.NamedSharding,
+    mesh: jax.sharding.Mesh,
 ) -> Generate:
     """Builds a Generate; compiled at most twice a bucket, for whole batches and for the small ones that
     retries leave. ``end`` is the task's end marker, which stands in a text for the tokenizer's own. Without
     ``reference``, or where sampling is not plain, every kl is NaN."""
-    mesh = rows.mesh.shape
-    parts = mesh["data"] * mesh["fsdp"]
+    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)  # every host reads all replies
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
     small = max(batch // 8 // parts, 1) * parts
 
-    @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=rows)
+    @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=(rows, everywhere, rows))
     def run(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
-        return drawn.completion, drawn.logp
+        return drawn.completion, drawn.completion, drawn.logp
 
-    ref_logp = jax.jit(reference[0], in_shardings=(None, rows, rows), out_shardings=rows) if reference else None
+    @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere)
+    def log_ratio(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array):
+        return (logp - reference[0](params, prompt, completion)).sum(-1) if reference else logp[:, 0]
 
     def score(prompt: Prompt, completion: Completion, logp: jax.Array) -> np.ndarray:
         # Filtered or tempered samples are not the policy's: their log-ratio estimates no KL.
-        if ref_logp is None or reference is None or sampling != Sampling():
+        if reference is None or sampling != Sampling():
             return np.full(len(logp), np.nan)
-        return np.asarray((logp - ref_logp(reference[1], prompt, completion)).sum(-1))
+        return np.asarray(log_ratio(reference[1], prompt, completion, logp))
 
     def generate(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[Reply | None]:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -70,12 +73,11 @@ def generator(
         for length, members in bucketed([len(row) for row in ids], buckets).items():
             for mine, size in cut(members, batch, small):
                 full = [*mine, *[mine[0]] * (size - len(mine))]
-                prompt = pad([ids[i] for i in full], length)
-                completion, logp = run(
-                    params, prompt, np.array([numbers[i] for i in full]), jax.random.fold_in(key, seed)
-                )
+                given = pad([ids[i] for i in full], length), np.array([numbers[i] for i in full])
+                prompt, mine_alone = sharding.place(mesh, given)
+                completion, whole, logp = run(params, prompt, mine_alone, jax.random.fold_in(key, seed))
                 kl = score(prompt, completion, logp)
-                tokens, mask = np.asarray(completion.tokens), np.asarray(completion.mask)
+                tokens, mask = np.asarray(whole.tokens), np.asarray(whole.mask)
                 for row, i in enumerate(mine):
                     text = decode_reply(tokenizer, tokens[row][mask[row]].tolist(), stop, end)
                     replies[i] = Reply(text, int(mask[row].sum()), float(kl[row]))

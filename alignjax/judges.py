@@ -9,6 +9,7 @@ import numpy as np
 
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
 from alignjax.preference import probability
+from alignjax.runtime import sharding
 from alignjax.tasks.task import Format, Oracle
 from alignjax.types import Params, PreferenceLogit
 
@@ -28,11 +29,12 @@ def model_judge(
     reply_format: Format,
     *,
     batch: int,
-    rows: jax.sharding.NamedSharding,
+    mesh: jax.sharding.Mesh,
 ) -> Judge:
     """A preference model as a judge of texts. It was fitted on replies alone: an empty text, which stands for
     a reply that failed the task's filter, loses to any other, and two of them tie."""
-    run = jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=rows)
+    rows = sharding.rows(mesh)
+    run = jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=sharding.replicated(mesh))
 
     def encode(text: str) -> list[int]:
         return encode_continuation(tokenizer, reply_text(reply_format, text))
@@ -45,7 +47,7 @@ def model_judge(
             mine = np.arange(at, min(at + batch, len(prompts)))
             full = np.resize(mine, batch)
             padded = [pad([side[i] for i in full], length) for side, length in zip(ids, lengths, strict=True)]
-            logits[mine] = np.asarray(run(params, *padded))[: len(mine)]
+            logits[mine] = np.asarray(run(params, *sharding.place(mesh, padded)))[: len(mine)]
         here, there = (np.array([float(bool(text)) for text in side]) for side in (replies, others))
         return np.where(here * there > 0, probability(logits), 0.5 + 0.5 * (here - there))
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import warnings
@@ -25,62 +26,94 @@ RECORD = "stage.json"
 NOT_SCIENCE = {"log_every", "save_every"}  # fields that change no result
 
 
-def run(experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = False) -> None:
+def run(
+    experiment: Any, workdir: Path, only: Sequence[str] = (), redo: bool = False, hosts: Any = None
+) -> None:  # fmt: skip
     """Runs the stages that are not finished, inputs first; with ``only``, those named (their inputs must be
     finished). A stage that was made with another configuration, its own or an input's, is refused, or made again
-    with ``redo``. What can be known to fail is refused before anything runs. Raises UserError."""
+    with ``redo``. What can be known to fail is refused before anything runs. With ``hosts`` (runtime.hosts.connect)
+    this is one process of several, which all call it alike. Raises UserError, and RunAgain where a run was ended
+    from outside."""
     from alignjax import stages  # here, so that a typo answers before JAX starts
     from alignjax.runtime import sharding
+    from alignjax.runtime.hosts import Hosts
+
+    hosts = hosts or Hosts()
 
     names = stages.order(experiment.stages)
     for name in only:
         if name not in names:
             raise UserError(f"unknown stage {name!r}; this experiment has {', '.join(names)}")
     mesh = sharding.make_mesh(experiment.mesh)
-    contexts = [stages.Context(experiment, workdir, name, mesh) for name in names if not only or name in only]
+    contexts = [stages.Context(experiment, workdir, name, mesh, hosts) for name in names if not only or name in only]
     for context in contexts:
         if not is_finished(experiment, workdir, context.name):
             stages.check(context)
+    hosts.first(lambda: ready(workdir))
+    if not workdir.is_dir():
+        raise UserError(f"{workdir} is not there on {socket.gethostname()}; give a --workdir that all hosts share")
+    keep_compiled(workdir / "compiled")
+    for context in contexts:
+        with locked(workdir, context.name) if hosts.leads else contextlib.nullcontext():
+            run_stage(context, redo)
+    if hosts.leads and all(is_finished(experiment, workdir, name) for name in names):
+        show_report(experiment, workdir)
+    hosts.meet("the end of the run")
+
+
+def ready(workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     if not os.access(workdir, os.W_OK):
         raise UserError(f"{workdir} cannot be written; choose another --workdir")
-    keep_compiled(workdir / "compiled")
-    for context in contexts:
-        with locked(workdir, context.name):
-            run_stage(context, redo)
-    if all(is_finished(experiment, workdir, name) for name in names):
-        show_report(experiment, workdir)
 
 
 def run_stage(context: Any, redo: bool) -> None:
     """Runs one stage, or resumes it, unless it is finished."""
     from alignjax import stages
 
-    experiment, name, folder = context.experiment, context.name, context.folder
-    if is_finished(experiment, context.workdir, name):
-        print(f"{name}: finished before", file=sys.stderr)
-        return
+    experiment, name, folder, hosts = context.experiment, context.name, context.folder, context.hosts
     stage, record = experiment.stages[name], resolved(experiment, name)
-    for source in stage.inputs():
-        if not is_finished(experiment, context.workdir, source):
-            raise UserError(
-                f"stage {name!r} needs {source!r}, which is not finished in {context.workdir}; run it first"
-            )
-    if prepare(folder, record, redo):
-        print(f"{name}: finished before, and taken back", file=sys.stderr)
+
+    def state() -> str:
+        """What lies in the folder, which is made ready to be worked in."""
+        if is_finished(experiment, context.workdir, name):
+            return "finished before"
+        for source in stage.inputs():
+            if not is_finished(experiment, context.workdir, source):
+                raise UserError(
+                    f"stage {name!r} needs {source!r}, which is not finished in {context.workdir}; run it first"
+                )
+        if prepare(folder, record, redo):
+            return "finished before, and taken back"
+        return "resumed" if has_work(folder) else "new"
+
+    found = hosts.first(state)
+    if found not in ("resumed", "new"):
+        say(context, found)
         return
-    resumed = has_work(folder)
     try:
         figures, seconds = stages.timed(stage, context)
+        hosts.meet(f"the end of {name}")
     except BaseException as error:
-        withdraw(folder, refused=isinstance(error, UserError) and not resumed)
+        if hosts.leads:
+            withdraw(folder, refused=isinstance(error, UserError) and found == "new")
         raise
+    hosts.first(lambda: finish(folder, {**record, "finished": True, "figures": figures}, seconds))
+    told = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat(figures).items() if v is not None]
+    say(context, f"{seconds:.1f} s; {', '.join(told)}")
+
+
+def finish(folder: Path, record: dict[str, Any], seconds: float) -> None:
+    """Writes the record of a finished stage; what only a resumed run would use goes."""
     spent = read_record(folder).get("seconds", 0.0) + seconds
-    write_record(folder, {**record, "finished": True, "seconds": spent, "figures": figures})
+    write_record(folder, {**record, "seconds": spent})
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     shutil.rmtree(aside(folder), ignore_errors=True)
-    told = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in flat(figures).items() if v is not None]
-    print(f"{name}: {seconds:.1f} s; {', '.join(told)}", file=sys.stderr)
+
+
+def say(context: Any, words: str) -> None:
+    if context.hosts.leads:
+        print(f"{context.name}: {words}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def writer(network: Network, stop: str | None, max_new_tokens: int, sampling: Sa
     return generator(
         network.model, network.params, network.tokenizer, stop=stops_of(network.tokenizer, stop), end="",
         max_new_tokens=max_new_tokens, buckets=BUCKETS, batch=8, sampling=sampling, key=jax.random.key(seed),
-        reference=None, rows=sharding.rows(mesh),
+        reference=None, mesh=mesh,
     )  # fmt: skip
 
 

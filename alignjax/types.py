@@ -16,6 +16,13 @@ class UserError(ValueError):
     """Something the user can mend. The message is one line that names the thing and the mend."""
 
 
+RUN_AGAIN = 75  # exit status: "try again" (sysexits.h)
+
+
+class RunAgain(Exception):
+    """The run ended early through no fault of its input: the same command goes on where it was. One line says why."""
+
+
 def in_range(node: Any, low: float, high: float, *names: str) -> None:
     """Raises UserError when one of the node's fields, or a part of a tuple, is no finite number in [low, high]."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from alignjax.runtime import data, metrics
+from alignjax.runtime import data, metrics, sharding
 from alignjax.types import UserError
 
 ROWS = [
@@ -21,6 +21,7 @@ ROWS = [
     {"prompt": "plain", "first": "a", "second": "b", "p": 1 / 3},
 ]
 ROW = itemgetter("prompt", "first", "second")
+MESH = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2))
 META = {"method": "rlcd", "seed": 3, "label_accuracy": 0.75, "nested": {"a": [1, None]}}
 
 
@@ -60,7 +61,7 @@ def test_a_plan_is_a_pure_function_of_seed_and_step(lengths, buckets, batch):
 def test_every_batch_is_whole_and_fits_its_bucket(lengths, buckets, batch):
     plan = data.planned(lengths, buckets, batch, 0)
     for step in range(60):
-        indices, length = plan(step)
+        indices, length, _ = plan(step)
         assert indices.shape == (batch,) and length in buckets
         assert max(lengths[i] for i in indices) <= length
 
@@ -80,7 +81,7 @@ def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(length
 def test_few_examples_are_padded_beyond_their_own_bucket(lengths, buckets, batch):
     for epoch in epochs(data.planned(lengths, buckets, batch, 2), len(lengths), batch, 3):
         moved = Counter()
-        for indices, length in epoch:
+        for indices, length, _ in epoch:
             moved[length] += sum(min(b for b in buckets if b >= lengths[i]) < length for i in indices)
         assert all(count < batch for count in moved.values())
 
@@ -103,23 +104,24 @@ def test_examples_that_cannot_be_planned_are_refused():
 def test_batches_are_what_make_makes_from_any_start(start):
     plan = data.planned(lengths_of(50), (16, 64), 8, 4)
 
-    def make(step):
-        return {"step": np.int64(step), "rows": plan(step).indices}
+    def make(chosen):
+        return {"step": np.full(len(chosen.indices), chosen.step), "rows": chosen.indices[:, None] * [1, 2]}
 
-    found = list(data.batches(make, start, 24))
-    assert [batch["step"] for batch in found] == list(range(start, 24))
+    found = list(data.batches(plan, make, MESH, start, 24))
+    assert len(found) == 24 - start
     for step, batch in enumerate(found, start):
-        np.testing.assert_array_equal(batch["rows"], plan(step).indices)
+        assert np.all(np.asarray(batch["step"]) == step) and batch["rows"].sharding.spec == (("data", "fsdp"),)
+        np.testing.assert_array_equal(batch["rows"], plan(step).indices[:, None] * [1, 2])
 
 
 def test_an_error_in_make_reaches_the_loop():
-    def make(step):
-        if step == 2:
+    def make(chosen):
+        if chosen.step == 2:
             raise UserError("row 2 is bad; drop it")
-        return step
+        return chosen.indices
 
-    found = data.batches(make, 0, 5)
-    assert [next(found), next(found)] == [0, 1]
+    found = data.batches(lambda step: data.Plan(np.arange(8), 1, step), make, MESH, 0, 5)
+    assert [int(next(found).sum()), int(next(found).sum())] == [28, 28]
     with pytest.raises(UserError, match="row 2 is bad"):
         next(found)
 
@@ -185,12 +187,15 @@ def test_tensorflow_is_never_imported(tmp_path):
     program = f"""if True:
         from pathlib import Path
         import sys
-        from alignjax.runtime import data, metrics
+        import numpy as np
+        from alignjax.runtime import data, metrics, sharding
         folder = Path({str(tmp_path)!r})
         row = dict(prompt="x", first="y", second="z", p=0.5)
         data.write_pairs(folder / "pairs", dict(train=[row]), dict(n=1))
         assert data.read_pairs(folder / "pairs", "train") == [row]
-        assert list(data.batches(abs, 2, 4)) == [2, 3]
+        mesh = sharding.make_mesh(sharding.Mesh())
+        plan = lambda step: data.Plan(np.arange(step, step + 8), 1, step)
+        assert [int(b[0]) for b in data.batches(plan, lambda p: p.indices, mesh, 2, 4)] == [2, 3]
         metrics.MetricsWriter(folder, 0).close()
         assert "tensorflow" not in sys.modules
         print("never")

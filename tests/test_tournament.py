@@ -168,8 +168,8 @@ def test_a_model_judge_scores_each_row_alone_whatever_the_batch(batch, count):
     def logit(weights, prompt, first, second):
         return value(weights, prompt, first) - value(weights, prompt, second)
 
-    rows = sharding.rows(sharding.make_mesh(sharding.Mesh()))
-    judge = judges.model_judge(logit, np.float32(0.01), tokenizer, form, batch=batch, rows=rows)
+    mesh = sharding.make_mesh(sharding.Mesh())
+    judge = judges.model_judge(logit, np.float32(0.01), tokenizer, form, batch=batch, mesh=mesh)
     rng = np.random.default_rng(count)
     texts = [["".join(rng.choice(list("abc "), rng.integers(1, 50))) for _ in range(count)] for _ in range(3)]
 

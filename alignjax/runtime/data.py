@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 
+from alignjax.runtime import sharding
 from alignjax.types import Batch, UserError
 
 PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "float"}
@@ -28,6 +30,7 @@ class Plan(NamedTuple):
 
     indices: np.ndarray  # [batch] example indices
     length: int  # the bucket they are padded to
+    step: int = 0
 
 
 def bucket_of(lengths: Sequence[int], buckets: Sequence[int]) -> np.ndarray:
@@ -59,20 +62,32 @@ def planned(lengths: Sequence[int], buckets: Sequence[int], batch: int, seed: in
         return [plans[i] for i in rng.permutation(len(plans))]
 
     size = len(epoch(0))
-    return lambda step: epoch(step // size)[step % size]
+    return lambda step: epoch(step // size)[step % size]._replace(step=step)
 
 
-def batches(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
-    """make(step) for start <= step < stop, prepared ahead by Grain's threads."""
-    dataset = grain.MapDataset.range(start, stop).map(make)
+def batches(
+    plan: Callable[[int], Plan], make: Callable[[Plan], Batch], mesh: jax.sharding.Mesh, start: int, stop: int
+) -> Iterator[Batch]:
+    """The batches of steps start <= step < stop as global arrays, prepared ahead by Grain's threads. Each process makes
+    its own rows alone: a row is a function of its example and the step, whoever makes it."""
+
+    def placed(step: int) -> Batch:
+        whole = plan(step)
+        own = sharding.own_rows(mesh, len(whole.indices))
+        return sharding.place(mesh, make(whole._replace(indices=whole.indices[own])), own, len(whole.indices))
+
+    dataset = grain.MapDataset.range(start, stop).map(placed)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> None:
     """Writes rows {prompt, first, second, p} as the TFDS dataset ``pairs`` in array_record.
 
-    Read it with ``tfds.data_source("pairs", split=..., data_dir=folder)``; the metadata is in its info.
+    Read it with ``tfds.data_source("pairs", split=..., data_dir=folder)``; the metadata is in its info. Of several
+    processes the first alone writes.
     """
+    if jax.process_index():
+        return
 
     with tfds.core.registered.skip_registration():  # one process may write several
 

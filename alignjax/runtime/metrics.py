@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import tensorboardX
 import tqdm
 
@@ -18,13 +19,16 @@ from alignjax.types import UserError
 
 class MetricsWriter:
     """Appends one JSON object a line to ``metrics.jsonl`` and the same scalars to TensorBoard files, and to
-    a Weights & Biases project where one is named."""
+    a Weights & Biases project where one is named. Of several processes the first alone writes."""
 
     def __init__(self, folder: Path, resume_step: int, project: str | None = None):
         """Keeps the lines of steps before ``resume_step``: what a killed run wrote past its checkpoint goes.
 
         Raises UserError when a project is named and wandb is not installed.
         """
+        self.leads = jax.process_index() == 0
+        if not self.leads:
+            return
         self.wandb = start_wandb(project, folder) if project else None
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
@@ -34,6 +38,8 @@ class MetricsWriter:
         self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
+        if not self.leads:
+            return
         row = {name: float(value) for name, value in values.items()}
         self.file.write(json.dumps({"step": step, **row}) + "\n")
         self.file.flush()
@@ -43,6 +49,8 @@ class MetricsWriter:
             self.wandb.log(row, step=step)
 
     def close(self) -> None:
+        if not self.leads:
+            return
         self.file.close()
         self.board.close()
         if self.wandb:
@@ -77,11 +85,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def progress(total: int, initial: int, name: str, unit: str) -> tqdm.tqdm:
     """A bar with rate and time left; where nobody watches a terminal, a line every half minute."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm.tqdm(total=total, initial=initial, desc=name, unit=unit, mininterval=interval, leave=True)
+    return tqdm.tqdm(
+        total=total, initial=initial, desc=name, unit=unit, mininterval=interval, leave=True,
+        disable=jax.process_index() > 0,
+    )  # fmt: skip
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Writes beside the file and renames: readers see the old text or the new, never half."""
+    """Writes beside the file and renames: readers see the old text or the new, never half. Of several processes the
+    first alone writes, and the others must ``meet`` it before they read."""
+    if jax.process_index():
+        return
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)

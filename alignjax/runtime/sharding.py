@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from alignjax.types import Rules, UserError
@@ -99,6 +100,30 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def own_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
+    """Which rows of a batch of that size lie on this process's devices, ascending."""
+    held = rows(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in held if index is not None]))
+
+
+def place(mesh: jax.sharding.Mesh, batch: Any, own: np.ndarray | None = None, size: int | None = None) -> Any:
+    """A tree of host arrays as global arrays that lie by rows. Every process gives the whole batch; or, with ``own``,
+    only those of its ``size`` rows."""
+
+    def one(local: np.ndarray) -> jax.Array:
+        local = np.asarray(local)
+        shape = (size or len(local), *local.shape[1:])
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0]) if index else (0, shape[0], 1)
+            at = first if own is None else int(np.searchsorted(own, first))
+            return local[at : at + last - first]
+
+        return jax.make_array_from_callback(shape, rows(mesh), shard)
+
+    return jax.tree.map(one, batch)
 
 
 def check_batch(name: str, size: int, mesh: jax.sharding.Mesh) -> None:

@@ -19,6 +19,7 @@ from alignjax.models.tokenizer import Tokenizer
 from alignjax.models.transformer import TransformerConfig
 from alignjax.preference import Preference
 from alignjax.runtime import sharding
+from alignjax.runtime.hosts import Hosts
 from alignjax.stages import networks
 from alignjax.stages.networks import Network
 from alignjax.tasks.task import Task
@@ -53,6 +54,7 @@ class Context:
     workdir: Path
     name: str
     mesh: jax.sharding.Mesh
+    hosts: Hosts = Hosts()
     loaded: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     """Networks that this stage has read: what shares a base shares its arrays."""
 

@@ -13,11 +13,11 @@ from alignjax import judges, objectives, preference
 from alignjax.models.lora import Lora
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
-from alignjax.runtime import data, metrics, sharding
+from alignjax.runtime import data, metrics
 from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, REWARD, Context
 from alignjax.stages.label import PAIR_DATA
 from alignjax.stages.networks import Adapter, Network, trainable
-from alignjax.stages.training import Adam, Loop, run_loop
+from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import Task
 from alignjax.types import Array, Key, Metrics, Pair, Params, UserError, in_range
 
@@ -66,21 +66,19 @@ class FitPreference:
         encoded, dropped = encode_pairs(rows, start.tokenizer, task, max(self.buckets), self.response)
         plan = data.planned([len(row[0]) for row in encoded], self.buckets, self.loop.batch, context.seed)
 
-        def make_batch(step: int) -> Pair:
-            indices, length = plan(step)
-            prompts, first, second, p = zip(*(encoded[i] for i in indices), strict=True)
+        def make_batch(chosen: data.Plan) -> Pair:
+            prompts, first, second, p = zip(*(encoded[i] for i in chosen.indices), strict=True)
             return Pair(
-                pad(prompts, length), pad(first, self.response), pad(second, self.response), np.asarray(p, np.float32)
-            )
+                pad(prompts, chosen.length), pad(first, self.response), pad(second, self.response),
+                np.asarray(p, np.float32),
+            )  # fmt: skip
 
         def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
             return objectives.preference_cross_entropy(params, pair, key, logit=built.logit)
 
         trained = trainable(start, self.lora, context.key, built)
-        params = run_loop(
-            context, self.loop, self.adam, trained.params, trained.rules, objective, make_batch,
-            frozen=trained.frozen, whole=trained.whole,
-        )  # fmt: skip
+        learning = Learning(self.loop, self.adam, trained.rules, objective, whole=trained.whole)
+        params = run_loop(context, learning, trained.params, plan, make_batch, trained.frozen)
         context.save(start, params, trained.adapter)
         describe_form(context, self.form)
         figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped}
@@ -96,7 +94,7 @@ class FitPreference:
         rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
         judge = judges.model_judge(
             built.logit, params, start.tokenizer, context.task.format,
-            batch=self.loop.batch, rows=sharding.rows(context.mesh),
+            batch=self.loop.batch, mesh=context.mesh,
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
         return judges.calibration(p, np.array([row["p"] for row in rows]))

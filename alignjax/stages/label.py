@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from alignjax import config, labeling
@@ -58,7 +60,7 @@ class Writing:
             sampling=self.sampling,
             key=context.key,
             reference=(log_prob(reference.model), reference.params) if reference else None,
-            rows=sharding.rows(context.mesh),
+            mesh=context.mesh,
         )
 
 
@@ -120,15 +122,18 @@ class Label:
         context.folder.mkdir(parents=True, exist_ok=True)
         chunks = context.folder / "chunks.jsonl"
         done = metrics.read_metrics(chunks)
+        context.hosts.meet(f"the first chunk of {context.name}")  # all have read what the first now writes
         metrics.write_atomic(chunks, "".join(json.dumps(row) + "\n" for row in done))  # a torn line goes
         size = 4 * self.writing.batch  # prompts a chunk: retries are few, and fill their batches
-        with chunks.open("a") as file, metrics.progress(len(prompts), len(done) * size, context.name, "prompt") as bar:
+        writes = contextlib.nullcontext() if jax.process_index() else chunks.open("a")
+        with writes as file, metrics.progress(len(prompts), len(done) * size, context.name, "prompt") as bar:
             for at in range(len(done) * size, len(prompts), size):
                 numbers = range(at, min(at + size, len(prompts)))
                 pairs, tries = self.method(generate, task, [prompts[i] for i in numbers], numbers, context.seed)
                 done.append({"step": at, "tries": tries, "asked": len(numbers), "pairs": pairs})
-                file.write(json.dumps(done[-1]) + "\n")
-                file.flush()
+                if file:
+                    file.write(json.dumps(done[-1]) + "\n")
+                    file.flush()
                 bar.update(len(numbers))
         return self.finish(context, done)
 

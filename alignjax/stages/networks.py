@@ -84,7 +84,8 @@ def save(
     backbone = jax.eval_shape(build(config).init, jax.random.key(0))
     if jax.tree.leaves(params):
         save_tree(folder / "params", params)
-    tokenizer.save(folder / "tokenizer")
+    if jax.process_index() == 0:
+        tokenizer.save(folder / "tokenizer")
     own = jax.tree.leaves({name: part for name, part in params.items() if name in backbone})
     record = {
         "config": to_json(config),

@@ -19,7 +19,7 @@ from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, PREFERENCE, Context
 from alignjax.stages.label import check_stop, stop_tokens, unseen_stops
 from alignjax.stages.networks import Network, Trainable, trainable
-from alignjax.stages.training import Adam, Loop, run_loop
+from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import EOS, Task
 from alignjax.types import Array, Key, Metrics, Params, Rollout, Tokens, TrainState, UserError, in_range
 
@@ -97,18 +97,17 @@ class Optimise:
 
         plan = data.planned([len(ids[i]) for i in kept], self.buckets, self.loop.batch, context.seed)
 
-        def make_batch(step: int) -> Tokens:
-            indices, length = plan(step)
-            return pad([ids[kept[i]] for i in indices], length)
+        def make_batch(chosen: data.Plan) -> Tokens:
+            return pad([ids[kept[i]] for i in chosen.indices], chosen.length)
 
         def objective(params: Params, batch: Any, key: Key) -> tuple[Array, Metrics]:
             return self.objective(params, batch, key, log_prob=score)
 
         frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
-        params = run_loop(
-            context, self.loop, self.adam, trained.params, trained.rules, objective, make_batch,
-            collect, frozen, self.average_decay, trained.whole, before,
+        learning = Learning(
+            self.loop, self.adam, trained.rules, objective, collect, trained.whole, self.average_decay
         )  # fmt: skip
+        params = run_loop(context, learning, trained.params, plan, make_batch, frozen, before)
         context.save(start, params, trained.adapter)
         return {"prompts": len(kept), "too_long": len(ids) - len(kept)}
 
@@ -158,18 +157,24 @@ def translator(
         return respond(trained.whole(state.params, frozen), average, frozen, prompt, key)
 
     drawn_by = jax.jit(draw, in_shardings=(None, None, rows), out_shardings=rows)
+    everywhere = jax.jit(lambda tokens: tokens, out_shardings=sharding.replicated(context.mesh))
+
+    def rows_of(tokens: Tokens) -> list[list[int]]:
+        """The real tokens of every row, on every host."""
+        whole = everywhere(tokens)
+        return [row[real].tolist() for row, real in zip(np.asarray(whole.tokens), np.asarray(whole.mask), strict=True)]
 
     def translated(sample: Sample) -> tuple[Tokens, np.ndarray]:
-        drawn = zip(np.asarray(sample.completion.tokens), np.asarray(sample.completion.mask), strict=True)
-        texts = [decode_reply(mine, row[real].tolist(), stop, task.format.end) for row, real in drawn]
+        texts = [decode_reply(mine, row, stop, task.format.end) for row in rows_of(sample.completion)]
         replies = [task.clean(text) or "" for text in texts]
         ids = [encode_continuation(theirs, judges.reply_text(task.format, reply))[:longest] for reply in replies]
         return pad(ids, longest), np.array([bool(reply) for reply in replies])
 
     def before(state: TrainState, frozen: Any, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
         drawn = drawn_by(state, frozen, prompt)
-        shown = [known[tuple(row[real].tolist())] for row, real in zip(prompt.tokens, prompt.mask, strict=True)]
+        shown = [known[tuple(row)] for row in rows_of(prompt)]
         (y, answered), (other, other_answered) = translated(drawn.y), translated(drawn.opponent)
-        return drawn, rollout.Seen(pad(shown, room), y, other, (answered, other_answered))
+        seen = rollout.Seen(pad(shown, room), y, other, (answered, other_answered))
+        return drawn, sharding.place(context.mesh, seen)
 
     return before

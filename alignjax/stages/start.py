@@ -21,7 +21,7 @@ from alignjax.models.tokenizer import Tokenizer, as_chat, pad, single_token
 from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, REWARD, Context
 from alignjax.stages.networks import Adapter, save
-from alignjax.stages.training import Adam, Loop, run_loop
+from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import EOS
 from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
 
@@ -63,8 +63,10 @@ class Pretrain:
         ids = [[*tokenizer.encode(text), end] for text in texts]
         model = build(self.model)
         reading = packed_documents if model.causal else split_documents
-        objective, make_batch, counts = reading(model, ids, self.row, self.loop.batch, context.seed)
-        params = run_loop(context, self.loop, self.adam, model.init(context.key), model.rules, objective, make_batch)
+        objective, plan, make_batch, counts = reading(model, ids, self.row, self.loop.batch, context.seed)
+        params = jax.jit(model.init, out_shardings=layout(model, context))(context.key)
+        learning = Learning(self.loop, self.adam, model.rules, objective)
+        params = run_loop(context, learning, params, plan, make_batch)
         save(context.folder, self.model, params, tokenizer, chat=False, adapter=None)
         return {**counts, "vocabulary": tokenizer.vocab_size, "parameters": size_of(params)}
 
@@ -86,12 +88,12 @@ def packed_documents(model: Model, documents: list[list[int]], row: int, batch: 
         logp = token_log_probs(model.unembed, params, states, targets, chunk=128)
         return objectives.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
 
-    def make_batch(step: int) -> Tokens:
-        chosen = plan(step).indices
-        return Tokens(rows.tokens[chosen], rows.mask[chosen])
+    def make_batch(chosen: data.Plan) -> Tokens:
+        return Tokens(rows.tokens[chosen.indices], rows.mask[chosen.indices])
 
     packed = sum(int(row.max()) for row in rows.mask)
-    return objective, make_batch, {"documents": packed, "too_long": len(documents) - packed, "rows": len(rows.tokens)}
+    counts = {"documents": packed, "too_long": len(documents) - packed, "rows": len(rows.tokens)}
+    return objective, plan, make_batch, counts
 
 
 def split_documents(model: Model, documents: list[list[int]], row: int, batch: int, seed: int):
@@ -104,14 +106,16 @@ def split_documents(model: Model, documents: list[list[int]], row: int, batch: i
     def objective(params: Params, batch: tuple[Tokens, Tokens], key: Key) -> tuple[Array, Metrics]:
         return objectives.next_token(score(params, *batch), batch[1].mask)
 
-    def make_batch(step: int) -> tuple[Tokens, Tokens]:
-        indices, length = plan(step)
-        rng, chosen = np.random.default_rng((seed, step)), [kept[i] for i in indices]
-        cuts = [(document, int(rng.integers(1, len(document)))) for document in chosen]
-        before, behind = [document[:cut] for document, cut in cuts], [document[cut:] for document, cut in cuts]
-        return pad(before, length), pad(behind, length)
+    def cut(index: int, step: int) -> int:
+        return int(np.random.default_rng((seed, step, index)).integers(1, len(kept[index])))
 
-    return objective, make_batch, {"documents": len(kept), "too_long": len(documents) - len(kept), "rows": len(kept)}
+    def make_batch(chosen: data.Plan) -> tuple[Tokens, Tokens]:
+        cuts = [(kept[i], cut(i, chosen.step)) for i in chosen.indices]
+        before, behind = [document[:at] for document, at in cuts], [document[at:] for document, at in cuts]
+        return pad(before, chosen.length), pad(behind, chosen.length)
+
+    counts = {"documents": len(kept), "too_long": len(documents) - len(kept), "rows": len(kept)}
+    return objective, plan, make_batch, counts
 
 
 def pack(documents: list[list[int]], length: int) -> Tokens:

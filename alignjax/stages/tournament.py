@@ -14,7 +14,7 @@ import numpy as np
 
 from alignjax import config, judges, tournament
 from alignjax.judges import Judge
-from alignjax.runtime import metrics, sharding
+from alignjax.runtime import metrics
 from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, ancestors
 from alignjax.stages.label import Writing
 from alignjax.stages.optimise import Optimise
@@ -107,7 +107,7 @@ class Tournament:
         with metrics.progress(len(self.policies), 0, context.name, "policy") as bar:
             for name, stage in self.policies.items():
                 path = context.folder / f"replies-{name}.json"
-                if not path.exists():
+                if not context.hosts.first(path.exists):
                     generate = self.writing.generator(context, context.policy(stage), reference)
                     drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
                     if stage != self.reference:
@@ -115,6 +115,7 @@ class Tournament:
                     columns = zip(*(reply for reply in drawn if reply), strict=True)
                     metrics.write_json(path, dict(zip(COLUMNS, map(list, columns), strict=True)))
                 bar.update()
+                context.hosts.meet(f"the replies of {name}")
                 yield name, read_replies(path, len(prompts))
 
     def judge(self, context: Context, source: str) -> Judge:
@@ -124,7 +125,7 @@ class Tournament:
         network, built = context.preference(source)
         return judges.model_judge(
             built.logit, network.params, network.tokenizer, task.format,
-            batch=self.writing.batch, rows=sharding.rows(context.mesh),
+            batch=self.writing.batch, mesh=context.mesh,
         )  # fmt: skip
 
     def check_held_out(self, context: Context) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -14,7 +14,7 @@ import optax
 from alignjax.runtime import data, metrics, sharding, train
 from alignjax.runtime.checkpoint import Checkpointer
 from alignjax.stages.experiment import Context
-from alignjax.types import TINY, Array, Batch, Metrics, Params, Rules, TrainState, UserError, in_range
+from alignjax.types import TINY, Array, Batch, Key, Metrics, Params, Rules, RunAgain, TrainState, UserError, in_range
 
 SHOWN = ("nll", "loss", "accuracy", "preference", "kl", "length")  # beside a progress bar
 
@@ -76,43 +76,62 @@ class Loop:
             raise UserError(f"{context.name}: accumulate={self.accumulate} does not divide batch={self.batch}")
 
 
+class Learning(NamedTuple):
+    """What a stage trains and how: all that its compiled update depends on, beside the arrays."""
+
+    loop: Loop
+    adam: Adam
+    rules: Rules
+    objective: Callable[..., tuple[Array, Metrics]]
+    collect: train.Collect = train.given
+    whole: train.Whole = train.trained
+    average_decay: float | None = None
+
+    def compiled(self, params: Params, key: Key, mesh: jax.sharding.Mesh):
+        """(params, key) -> the first TrainState; (state, frozen trees, batch) -> (state, metrics), which takes over the
+        state's memory; and where the state lies. Both are jitted; ``params`` may be shapes."""
+        optimizer = self.adam.build(self.loop.steps)
+
+        def first(params: Params, key: Key) -> TrainState:
+            return train.init(params, optimizer, key, self.average_decay is not None)
+
+        shapes = jax.eval_shape(first, params, key)
+        layout = sharding.shardings(shapes, sharding.live(self.rules, shapes.params), mesh, strict=False)
+        update = jax.jit(
+            train.make_update(
+                self.objective, optimizer, self.collect, self.loop.accumulate, self.average_decay, self.whole
+            ),
+            in_shardings=(layout, None, sharding.rows(mesh)),
+            out_shardings=(layout, sharding.replicated(mesh)),
+            donate_argnums=0,
+        )
+        return jax.jit(first, out_shardings=layout), update, layout
+
+
 def run_loop(
     context: Context,
-    loop: Loop,
-    adam: Adam,
+    learning: Learning,
     params: Params,
-    rules: Rules,
-    objective: Callable[..., tuple[Array, Metrics]],
-    make_batch: Callable[[int], Batch],
-    collect: train.Collect = train.given,
+    plan: Callable[[int], data.Plan],
+    make_batch: Callable[[data.Plan], Batch],
     frozen: Any = None,
-    average_decay: float | None = None,
-    whole: train.Whole = train.trained,
     before: Callable[[TrainState, Any, Batch], Batch] | None = None,
 ) -> Params:
     """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters. What
     ``before`` makes of a batch, outside the compiled update, is what the update is given.
 
-    Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite.
+    Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite, and
+    RunAgain after a save when the run is preempted.
     """
-    mesh = context.mesh
+    loop, mesh, hosts = learning.loop, context.mesh, context.hosts
     loop.check(context)
-    optimizer = adam.build(loop.steps)
-    start = jax.jit(lambda p, k: train.init(p, optimizer, k, average_decay is not None))
-    shapes = jax.eval_shape(start, params, context.key)
-    layout = sharding.shardings(shapes, sharding.live(rules, shapes.params), mesh, strict=False)
-    compiled = jax.jit(
-        train.make_update(objective, optimizer, collect, loop.accumulate, average_decay, whole),
-        in_shardings=(layout, None, sharding.rows(mesh)),
-        out_shardings=(layout, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    first, compiled, _ = learning.compiled(params, context.key, mesh)
 
     def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         return compiled(state, frozen, before(state, frozen, batch) if before else batch)
 
     saver = Checkpointer(context.folder / "checkpoints")
-    state = saver.restore(jax.jit(start, out_shardings=layout)(params, context.key))
+    state = saver.restore(first(params, context.key))
     done = int(state.step)
     writer = metrics.MetricsWriter(context.folder, resume_step=done, project=context.experiment.wandb)
     bar = metrics.progress(loop.steps, done, context.name, "step")
@@ -120,13 +139,14 @@ def run_loop(
 
     def every(state: Any, step: int, values: Metrics) -> None:
         waiting.append((step - 1, values))
-        saves = step % loop.save_every == 0 and step < loop.steps
+        preempted = asked() and step < loop.steps
+        saves = preempted or (step % loop.save_every == 0 and step < loop.steps)
         if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
             for index, row in waiting:
                 if not math.isfinite(norm := float(row["gradient_norm"])):
                     raise UserError(
                         f"{context.name}: the gradient of step {index} is {norm}; lower {context.name}.adam.lr "
-                        f"(now {adam.lr:g}), or mend the objective"
+                        f"(now {learning.adam.lr:g}), or mend the objective"
                     )
                 writer.write(index, row)
             waiting.clear()
@@ -134,9 +154,13 @@ def run_loop(
         bar.update()
         if saves:
             saver.save(state)
+        if preempted:
+            saver.close()
+            raise RunAgain(f"{context.name}: preempted; step {step} is saved, the same command goes on from there")
 
-    with contextlib.closing(writer), bar:
-        state = train.fit(state, done, frozen, data.batches(make_batch, done, loop.steps), update, every)
+    steps = data.batches(plan, make_batch, mesh, done, loop.steps)
+    with contextlib.closing(writer), bar, hosts.preemption() as asked:
+        state = train.fit(state, done, frozen, steps, update, every)
         jax.block_until_ready(state.params)
     saver.close()
     return state.params
