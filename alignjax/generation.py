@@ -51,11 +51,7 @@ def generator(
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     small = max(batch // 8 // parts, 1) * parts
 
-    @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=(rows, everywhere, rows))
-    def run(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
-        return drawn.completion, drawn.completion, drawn.logp
+    run = writer(model, stop=stop, max_new_tokens=max_new_tokens, sampling=sampling, mesh=mesh)
 
     @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere)
     def log_ratio(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array):
@@ -84,6 +80,20 @@ def generator(
         return [replies.get(i) for i in range(len(prompts))]
 
     return generate
+
+
+def writer(model: Model, *, stop: Stop, max_new_tokens: int, sampling: Sampling, mesh: jax.sharding.Mesh):
+    """(params, prompt, example numbers [B], key) -> the completions by rows, the same on every host, log-probs [B, T];
+    jitted."""
+    rows = sharding.rows(mesh)
+
+    @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=(rows, sharding.replicated(mesh), rows))
+    def write(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
+        drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
+        return drawn.completion, drawn.completion, drawn.logp
+
+    return write
 
 
 def cut(members: list[int], batch: int, small: int) -> list[tuple[list[int], int]]:

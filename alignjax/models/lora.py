@@ -76,11 +76,13 @@ def projections(base: Any) -> list[str]:
 
 
 def overlay(base: Params, small: Params, scale: float) -> Params:
-    """The base's own arrays, with the small tree's adapters (B times ``scale``) and heads beside them."""
+    """The base's own arrays, with the small tree's adapters (B times ``scale``) and heads beside them; of shapes, the
+    shapes."""
     whole = dict(base)
     for name, part in small.items():
         if name == LORA:
-            whole[name] = {"a": part["a"], "b": scale * part["b"]}
+            b = part["b"]
+            whole[name] = {"a": part["a"], "b": b if isinstance(b, jax.ShapeDtypeStruct) else scale * b}
         else:
             whole[name] = overlay(base[name], part, scale) if name in base else part
     return whole

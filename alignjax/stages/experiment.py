@@ -9,13 +9,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from alignjax.models.build import ModelConfig, build
 from alignjax.models.lora import Lora, init
-from alignjax.models.tokenizer import Tokenizer
+from alignjax.models.tokenizer import Tokenizer, stand_in
 from alignjax.models.transformer import TransformerConfig
 from alignjax.preference import Preference
 from alignjax.runtime import sharding
@@ -23,7 +23,7 @@ from alignjax.runtime.hosts import Hosts
 from alignjax.stages import networks
 from alignjax.stages.networks import Network
 from alignjax.tasks.task import Task
-from alignjax.types import Key, Params, UserError
+from alignjax.types import Key, Params, Tokens, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,8 @@ class Context:
     hosts: Hosts = Hosts()
     loaded: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
     """Networks that this stage has read: what shares a base shares its arrays."""
+    sketched: bool = False
+    """Nothing has run and nothing will: networks are shapes, for ``plan``."""
 
     @property
     def folder(self) -> Path:
@@ -133,7 +135,26 @@ class Context:
 
     def policy(self, name: str) -> Network:
         """A stage's network, on the mesh; of a preference model, its backbone."""
+        if self.sketched:
+            if name not in self.loaded:
+                self.loaded[name] = self.sketch(name)
+            return self.loaded[name]
         return networks.load(self.workdir, name, self.mesh, self.loaded, self.experiment.task)
+
+    def sketch(self, name: str) -> Network:
+        """A stage's network as shapes. Raises UserError when what it is made from is not known before the run."""
+        record, origin = self.record(name), self.origin(name)
+        below = self.policy(record.adapter.base) if record.adapter else None
+        tokenizer = self.tokenizer(name) or stand_in(record.config.vocab_size)
+        mark = getattr(origin, "path", f"the tokenizer of {id(origin)}")
+        return networks.sketch(name, record, tokenizer, mark, below, self.mesh)
+
+    def record(self, name: str) -> networks.Record:
+        """What a stage's model.json will say."""
+        known = getattr(self.experiment.stages[name], "record", None)
+        if not callable(known):
+            raise UserError(f"stage {name!r} does not say what network it makes; it cannot be planned")
+        return known(self)
 
     def preference(self, name: str) -> tuple[Network, Preference]:
         """A fitted preference model and its form."""
@@ -151,9 +172,29 @@ REWARD = "a reward model"  # a folder's; it writes nothing
 """What a stage may say that it ``makes``, so that a wrong input is told before anything runs."""
 
 
+class Program(NamedTuple):
+    """A compiled program of a stage, with shapes for arguments: what ``plan`` compiles for machines that are elsewhere.
+    A name ends in the prompt bucket where there are several."""
+
+    name: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]
+    tokens: int  # that it reads or writes in one call
+
+
+def shape(dtype: str, *sizes: int) -> Any:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def ids_of(batch: int, length: int) -> Tokens:
+    """Padded ids as shapes."""
+    return Tokens(shape("int32", batch, length), shape("bool", batch, length))
+
+
 class Stage(Protocol):
     """A frozen dataclass. Beside these it may have ``check(context)``, which raises UserError for what can be known
-    to fail before anything runs, and a class attribute ``makes``."""
+    to fail before anything runs; a class attribute ``makes``; ``record(context)``, what network it will make; and
+    ``programs(context)``, what it will compile."""
 
     def inputs(self) -> tuple[str, ...]: ...
     def run(self, context: Context) -> dict[str, Any]:

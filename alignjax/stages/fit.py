@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from alignjax import judges, objectives, preference
+from alignjax.models.build import build
 from alignjax.models.lora import Lora
 from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
+from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad, stand_in
 from alignjax.runtime import data, metrics
-from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, REWARD, Context
+from alignjax.stages.experiment import PAIRS, POLICY, PREFERENCE, REWARD, Context, Program, ids_of, shape
 from alignjax.stages.label import PAIR_DATA
-from alignjax.stages.networks import Adapter, Network, trainable
+from alignjax.stages.networks import Adapter, Network, Record, Trainable, derived, trainable
 from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import Task
 from alignjax.types import Array, Key, Metrics, Pair, Params, UserError, in_range
@@ -59,6 +61,28 @@ class FitPreference:
     def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
         return self.form(model, preference.template_tokens(tokenizer, task.template))
 
+    def record(self, context: Context) -> Record:
+        start = context.record(self.start)
+        built = self.build(context.task, build(start.config), stand_in(start.config.vocab_size))
+        return derived(start, self.start, self.lora, new_heads(built, build(start.config)))
+
+    def learning(self, trained: Trainable, built: preference.Preference) -> Learning:
+        def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
+            return objectives.preference_cross_entropy(params, pair, key, logit=built.logit)
+
+        return Learning(self.loop, self.adam, trained.rules, objective, whole=trained.whole)
+
+    def programs(self, context: Context) -> Iterator[Program]:
+        start, batch = context.policy(self.start), self.loop.batch
+        built = self.build(context.task, start.model, start.tokenizer)
+        trained = trainable(start, self.lora, context.key, built)
+        response, p = ids_of(batch, self.response), shape("float32", batch)
+        for length in self.buckets:
+            yield self.learning(trained, built).program(
+                f"update {length}", trained.params, trained.frozen, Pair(ids_of(batch, length), response, response, p),
+                context, batch * 2 * (length + 2 * self.response),
+            )  # fmt: skip
+
     def run(self, context: Context) -> dict[str, Any]:
         task, start = context.task, context.policy(self.start)
         built = self.build(task, start.model, start.tokenizer)
@@ -73,12 +97,10 @@ class FitPreference:
                 np.asarray(p, np.float32),
             )  # fmt: skip
 
-        def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
-            return objectives.preference_cross_entropy(params, pair, key, logit=built.logit)
-
         trained = trainable(start, self.lora, context.key, built)
-        learning = Learning(self.loop, self.adam, trained.rules, objective, whole=trained.whole)
-        params = run_loop(context, learning, trained.params, plan, make_batch, trained.frozen)
+        params = run_loop(
+            context, self.learning(trained, built), trained.params, plan, make_batch, trained.frozen
+        )  # fmt: skip
         context.save(start, params, trained.adapter)
         describe_form(context, self.form)
         figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped}
@@ -118,6 +140,9 @@ class ZeroShot:
     def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
         return self.form(model, preference.template_tokens(tokenizer, task.template))
 
+    def record(self, context: Context) -> Record:
+        return dataclasses.replace(context.record(self.start), adapter=Adapter(self.start, None))
+
     def run(self, context: Context) -> dict[str, Any]:
         start = context.policy(self.start)
         built = self.build(context.task, start.model, start.tokenizer)
@@ -128,6 +153,13 @@ class ZeroShot:
         context.save(start, {name: start.heads[name] for name in heads}, Adapter(self.start, None))
         describe_form(context, self.form)
         return {}
+
+
+def new_heads(built: preference.Preference, model: Model) -> dict[str, Any]:
+    """The nested shapes of what a form has beyond its backbone."""
+    backbone = jax.eval_shape(model.init, jax.random.key(0))
+    whole = jax.eval_shape(built.extend, backbone, jax.random.key(0))
+    return jax.tree.map(lambda x: list(x.shape), {n: part for n, part in whole.items() if n not in backbone})
 
 
 def check_template(context: Context, start: str, form: Callable[..., preference.Preference]) -> None:

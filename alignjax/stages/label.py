@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import jax
@@ -14,11 +14,11 @@ import numpy as np
 
 from alignjax import config, labeling
 from alignjax.decoding import Sampling, Stop
-from alignjax.generation import Generate, generator
+from alignjax.generation import Generate, generator, writer
 from alignjax.models.likelihood import log_prob
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
 from alignjax.runtime import data, metrics, sharding
-from alignjax.stages.experiment import PAIRS, POLICY, Context
+from alignjax.stages.experiment import PAIRS, POLICY, Context, Program, ids_of, shape
 from alignjax.stages.networks import Network
 from alignjax.tasks.task import EOS, Task
 from alignjax.types import TINY, UserError, in_range
@@ -44,6 +44,17 @@ class Writing:
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
         context.task.source.prompts(split, 1, context.seed)
         check_stop(context, *sources)
+
+    def programs(self, context: Context, name: str, policy: Network) -> Iterator[Program]:
+        """What its generator compiles, a bucket each."""
+        stop = stop_tokens(context.task, policy.tokenizer)
+        write = writer(
+            policy.model, stop=stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling, mesh=context.mesh
+        )
+        numbers = shape("int32", self.batch)
+        for length in self.buckets:
+            arguments = policy.params, ids_of(self.batch, length), numbers, jax.eval_shape(lambda: context.key)
+            yield Program(f"{name} {length}", write, arguments, self.batch * (length + self.max_new_tokens))
 
     def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
         if reference and reference.fingerprint != policy.fingerprint:
@@ -114,6 +125,9 @@ class Label:
         self.writing.check(context, self.split, self.generator)
         context.rehearse("method", lambda: self.method(lambda *nothing: [], context.task, [], [], context.seed))
         context.expect_room(self.generator, "writing", max(self.writing.buckets) + self.writing.max_new_tokens)
+
+    def programs(self, context: Context) -> Iterator[Program]:
+        return self.writing.programs(context, "write", context.policy(self.generator))
 
     def run(self, context: Context) -> dict[str, Any]:
         task, policy = context.task, context.policy(self.generator)

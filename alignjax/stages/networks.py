@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,37 @@ def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Ne
     mark = str(zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes()))
     if record.chat and tokenizer.render:
         mark += f" chat {tokenizer.render(one_message('a'))!r}"
-    network = Network(name, model, {}, tokenizer, mark, record.chat)
+    below = None
+    if record.adapter:
+        below = load(workdir, record.adapter.base, mesh, loaded, task)
+        if record.adapter.mark != stage_mark(workdir / record.adapter.base):
+            raise UserError(
+                f"{folder} was made over another {record.adapter.base!r} than lies in {workdir} now; make it again"
+            )
+
+    def read(shapes: Any, where: Any) -> Params:
+        return restore_tree(folder / "params", shapes, where)
+
+    loaded[name] = assembled(Network(name, model, {}, tokenizer, mark, record.chat), record, below, mesh, read)
+    return loaded[name]
+
+
+def sketch(
+    name: str, record: Record, tokenizer: Tokenizer, mark: str, below: Network | None, mesh: jax.sharding.Mesh
+) -> Network:
+    """The network of a stage that need not have run, its arrays as shapes with their places on the mesh."""
+
+    def read(shapes: Any, where: Any) -> Params:
+        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
+
+    return assembled(Network(name, build(record.config), {}, tokenizer, mark, record.chat), record, below, mesh, read)
+
+
+def assembled(
+    network: Network, record: Record, below: Network | None, mesh: jax.sharding.Mesh, read: Callable[[Any, Any], Params]
+) -> Network:
+    """The network with its parameters, as ``read`` gets those of its own; ``below`` is what an adapter lies over."""
+    model = network.model
 
     def restored(backbone: Any, dtype: str) -> Params:
         beyond = jax.tree.map(
@@ -127,17 +158,13 @@ def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Ne
         shapes = {**jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), backbone), **beyond}
         rules = (*((rf"^{head}/", jax.sharding.PartitionSpec()) for head in beyond), *lora.RULES, *model.rules)
         where = sharding.shardings(shapes, sharding.live(rules, shapes), mesh)
-        return restore_tree(folder / "params", shapes, where) if shapes else {}
+        return read(shapes, where) if shapes else {}
 
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    if record.adapter is None:
+    if record.adapter is None or below is None:
         network = dataclasses.replace(network, params=restored(shapes, record.dtype))
     else:
-        below, spec = load(workdir, record.adapter.base, mesh, loaded, task), record.adapter.lora
-        if record.adapter.mark != stage_mark(workdir / record.adapter.base):
-            raise UserError(
-                f"{folder} was made over another {record.adapter.base!r} than lies in {workdir} now; make it again"
-            )
+        spec = record.adapter.lora
         if spec is None:  # a head at most: else it is what it lies over
             network = dataclasses.replace(below, params={**below.params, **restored({}, "float32")}, heads={})
         else:
@@ -149,8 +176,7 @@ def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Ne
             )  # fmt: skip
     own = {head: network.params[head] for head in record.heads}
     backbone = {part: value for part, value in network.params.items() if part not in own}
-    loaded[name] = dataclasses.replace(network, params=backbone, heads=own)
-    return loaded[name]
+    return dataclasses.replace(network, params=backbone, heads=own)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +224,22 @@ def heads(start: Network, backbone: Params, key: jax.Array, form: Preference | N
 
 def in_full(network: Network) -> Params:
     """The parameters without adapters: merged, where it is one."""
-    return jax.jit(lora.merge)(network.params) if network.adapter else network.params
+    return made(lora.merge, network.params) if network.adapter else network.params
 
 
 def in_float32(params: Params) -> Params:
     """Wide enough for steps of Adam: in bfloat16 most would round to nothing."""
-    return jax.jit(lambda p: jax.tree.map(lambda x: x.astype("float32"), p))(params)
+    return made(lambda p: jax.tree.map(lambda x: x.astype("float32"), p), params)
+
+
+def made(function: Callable[[Params], Params], params: Params) -> Params:
+    """What the function makes of the parameters; of a sketch's, the shapes."""
+    sketched = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    return jax.eval_shape(function, params) if sketched else jax.jit(function)(params)
+
+
+def derived(start: Record, name: str, spec: Lora | None, heads: dict[str, Any]) -> Record:
+    """The record of what ``trainable`` makes of the stage ``name``, whose record is ``start``."""
+    if spec is None:
+        return dataclasses.replace(start, dtype="float32", heads=heads, adapter=None)
+    return dataclasses.replace(start, heads=heads, adapter=Adapter(start.adapter.base if start.adapter else name, spec))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,10 +15,11 @@ from alignjax.decoding import Process, Sample, Stop
 from alignjax.models.likelihood import log_prob
 from alignjax.models.lora import Lora
 from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_continuation, pad
+from alignjax.preference import Preference
 from alignjax.runtime import data, sharding
-from alignjax.stages.experiment import POLICY, PREFERENCE, Context
+from alignjax.stages.experiment import POLICY, PREFERENCE, Context, Program, ids_of, shape
 from alignjax.stages.label import check_stop, stop_tokens, unseen_stops
-from alignjax.stages.networks import Network, Trainable, trainable
+from alignjax.stages.networks import Network, Record, Trainable, derived, trainable
 from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import EOS, Task
 from alignjax.types import Array, Key, Metrics, Params, Rollout, Tokens, TrainState, UserError, in_range
@@ -68,45 +69,80 @@ class Optimise:
         if self.opponent is rollout.moving_average and self.average_decay is None:
             raise UserError(f"{context.name}: the opponent moving_average needs average_decay; set it, e.g. 0.999")
 
-    def run(self, context: Context) -> dict[str, Any]:
-        task, start, reference = context.task, context.policy(self.start), context.policy(self.reference)
-        fitted, built = context.preference(self.preference)
+    def record(self, context: Context) -> Record:
+        return derived(context.record(self.start), self.start, self.lora, {})
+
+    def learning(self, task: Task, start: Network, trained: Trainable, built: Preference, shares: bool) -> Learning:
+        """The update: it draws and compares as well where policy and preference model share their tokens; else it is
+        given what ``translator`` makes."""
+        score = log_prob(start.model)
+        collect = rollout.collector(
+            self.responder(task, start), score, built.logit, self.unfinished_loses, unseen_stops(task, start.tokenizer)
+        )
+
+        def compare(params: Params, average: Params, frozen: Any, batch: Any, key: Key) -> Rollout:
+            return rollout.compared(score, built.logit, self.unfinished_loses, frozen, *batch)
+
+        def objective(params: Params, batch: Any, key: Key) -> tuple[Array, Metrics]:
+            return self.objective(params, batch, key, log_prob=score)
+
+        return Learning(
+            self.loop, self.adam, trained.rules, objective, collect if shares else compare, trained.whole,
+            self.average_decay,
+        )  # fmt: skip
+
+    def responder(self, task: Task, start: Network) -> rollout.Respond:
+        return rollout.responder(start.model, self.opponent, self.max_new_tokens, stop_tokens(task, start.tokenizer))
+
+    def networks(self, context: Context) -> tuple[Network, Network, Network, Preference]:
+        """The start, the reference, and the preference model with its form."""
+        start, reference = context.policy(self.start), context.policy(self.reference)
         if reference.model.config != start.model.config or reference.fingerprint != start.fingerprint:
             raise UserError(
                 f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
             )
-        trained = trainable(start, self.lora, context.key)
-        score, stop = log_prob(start.model), stop_tokens(task, start.tokenizer)
-        respond = rollout.responder(start.model, self.opponent, self.max_new_tokens, stop)
+        return start, reference, *context.preference(self.preference)
+
+    def programs(self, context: Context) -> Iterator[Program]:
+        """The update a bucket. (Where text lies between, the drawing half is not among them.)"""
+        start, reference, fitted, built = self.networks(context)
+        trained, shares = trainable(start, self.lora, context.key), shares_tokens(context.task, start, fitted)
+        learning = self.learning(context.task, start, trained, built, shares)
+        frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
+        size, new, longest = self.loop.batch, self.max_new_tokens, self.response or 2 * self.max_new_tokens
+        for length in self.buckets:
+            prompt, y, seen = ids_of(size, length), ids_of(size, new), ids_of(size, longest)
+            batch: Any = prompt
+            if not shares:
+                logp, finished = shape("float32", size, new), shape("bool", size)
+                drawn = Sample(y, logp, finished)
+                shown = rollout.Seen(ids_of(size, judges.ceil_to(length, 32)), seen, seen, (finished, finished))
+                batch = (rollout.Drawn(prompt, drawn, drawn), shown)
+            tokens = size * (length + 2 * new)
+            yield learning.program(f"update {length}", trained.params, frozen, batch, context, tokens)
+
+    def run(self, context: Context) -> dict[str, Any]:
+        task = context.task
+        start, reference, fitted, built = self.networks(context)
+        trained, shares = trainable(start, self.lora, context.key), shares_tokens(task, start, fitted)
         prompts = task.source.prompts("train", self.prompts, context.seed)
         ids = [start.tokenizer.encode(text) for text in prompts]
         kept = [i for i, row in enumerate(ids) if len(row) <= max(self.buckets)]
         if not kept:
             raise UserError(f"{context.name}: all {len(ids)} prompts are longer than {max(self.buckets)} tokens; "
                             f"add a larger one to {context.name}.buckets")  # fmt: skip
-        before, collect = None, rollout.collector(
-            respond, score, built.logit, self.unfinished_loses, unseen_stops(task, start.tokenizer)
-        )  # fmt: skip
-        if not shares_tokens(task, start, fitted):
-            longest = self.response or 2 * self.max_new_tokens
-            texts = [prompts[i] for i in kept]
+        before = None
+        if not shares:
+            longest, texts = self.response or 2 * self.max_new_tokens, [prompts[i] for i in kept]
+            respond, stop = self.responder(task, start), stop_tokens(task, start.tokenizer)
             before = translator(context, respond, trained, start.tokenizer, fitted.tokenizer, texts, stop, longest)
-
-            def collect(params: Params, average: Params, frozen: Any, batch: Any, key: Key) -> Rollout:
-                return rollout.compared(score, built.logit, self.unfinished_loses, frozen, *batch)
-
         plan = data.planned([len(ids[i]) for i in kept], self.buckets, self.loop.batch, context.seed)
 
         def make_batch(chosen: data.Plan) -> Tokens:
             return pad([ids[kept[i]] for i in chosen.indices], chosen.length)
 
-        def objective(params: Params, batch: Any, key: Key) -> tuple[Array, Metrics]:
-            return self.objective(params, batch, key, log_prob=score)
-
         frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
-        learning = Learning(
-            self.loop, self.adam, trained.rules, objective, collect, trained.whole, self.average_decay
-        )  # fmt: skip
+        learning = self.learning(task, start, trained, built, shares)
         params = run_loop(context, learning, trained.params, plan, make_batch, frozen, before)
         context.save(start, params, trained.adapter)
         return {"prompts": len(kept), "too_long": len(ids) - len(kept)}

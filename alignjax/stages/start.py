@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,10 +18,10 @@ from alignjax.models.build import ModelConfig, build
 from alignjax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES, one_of
 from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer, as_chat, pad, single_token
+from alignjax.models.tokenizer import Tokenizer, as_chat, pad, single_token, stand_in
 from alignjax.runtime import data, sharding
-from alignjax.stages.experiment import POLICY, REWARD, Context
-from alignjax.stages.networks import Adapter, save
+from alignjax.stages.experiment import POLICY, REWARD, Context, Program, ids_of
+from alignjax.stages.networks import Adapter, Record, derived, save
 from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import EOS
 from alignjax.types import Array, Key, Metrics, Params, Tokens, UserError, in_range
@@ -49,6 +50,19 @@ class Pretrain:
         build(self.model)  # sizes that do not go together
         context.task.source.corpus(1, context.seed)
 
+    def record(self, context: Context) -> Record:
+        return Record(self.model, "float32", {}, False, None)
+
+    def learning(self, model: Model) -> Learning:
+        return Learning(self.loop, self.adam, model.rules, (packed if model.causal else split)(model))
+
+    def programs(self, context: Context) -> Iterator[Program]:
+        model = build(self.model)
+        row = ids_of(self.loop.batch, self.row)
+        batch = Tokens(row.tokens, row.tokens) if model.causal else (row, row)
+        params = jax.eval_shape(model.init, context.key)
+        yield self.learning(model).program("update", params, None, batch, context, self.loop.batch * self.row)
+
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task
         texts = task.source.corpus(self.documents, context.seed)
@@ -63,10 +77,9 @@ class Pretrain:
         ids = [[*tokenizer.encode(text), end] for text in texts]
         model = build(self.model)
         reading = packed_documents if model.causal else split_documents
-        objective, plan, make_batch, counts = reading(model, ids, self.row, self.loop.batch, context.seed)
+        plan, make_batch, counts = reading(ids, self.row, self.loop.batch, context.seed)
         params = jax.jit(model.init, out_shardings=layout(model, context))(context.key)
-        learning = Learning(self.loop, self.adam, model.rules, objective)
-        params = run_loop(context, learning, params, plan, make_batch)
+        params = run_loop(context, self.learning(model), params, plan, make_batch)
         save(context.folder, self.model, params, tokenizer, chat=False, adapter=None)
         return {**counts, "vocabulary": tokenizer.vocab_size, "parameters": size_of(params)}
 
@@ -75,10 +88,8 @@ def size_of(params: Params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def packed_documents(model: Model, documents: list[list[int]], row: int, batch: int, seed: int):
+def packed(model: Model) -> Callable[..., tuple[Array, Metrics]]:
     """A decoder's pretraining: every token of rows of packed documents is predicted."""
-    rows = pack(documents, row)
-    plan = data.planned([row] * len(rows.tokens), [row], batch, seed)
     causal = model.causal
     assert causal is not None  # an encoder-decoder reads split documents
 
@@ -88,23 +99,34 @@ def packed_documents(model: Model, documents: list[list[int]], row: int, batch: 
         logp = token_log_probs(model.unembed, params, states, targets, chunk=128)
         return objectives.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
 
+    return objective
+
+
+def packed_documents(documents: list[list[int]], row: int, batch: int, seed: int):
+    rows = pack(documents, row)
+    plan = data.planned([row] * len(rows.tokens), [row], batch, seed)
+
     def make_batch(chosen: data.Plan) -> Tokens:
         return Tokens(rows.tokens[chosen.indices], rows.mask[chosen.indices])
 
-    packed = sum(int(row.max()) for row in rows.mask)
-    counts = {"documents": packed, "too_long": len(documents) - packed, "rows": len(rows.tokens)}
-    return objective, plan, make_batch, counts
+    fit = sum(int(row.max()) for row in rows.mask)
+    return plan, make_batch, {"documents": fit, "too_long": len(documents) - fit, "rows": len(rows.tokens)}
 
 
-def split_documents(model: Model, documents: list[list[int]], row: int, batch: int, seed: int):
+def split(model: Model) -> Callable[..., tuple[Array, Metrics]]:
     """An encoder-decoder's pretraining: a document is cut anywhere, what is before the cut is read and what is behind
     it predicted (prefix language modelling, 1910.10683, 3.2.1)."""
-    kept = [document for document in documents if 2 <= len(document) <= row]
-    plan = data.planned([len(document) for document in kept], (row // 2, row), batch, seed)
     score = log_prob(model)
 
     def objective(params: Params, batch: tuple[Tokens, Tokens], key: Key) -> tuple[Array, Metrics]:
         return objectives.next_token(score(params, *batch), batch[1].mask)
+
+    return objective
+
+
+def split_documents(documents: list[list[int]], row: int, batch: int, seed: int):
+    kept = [document for document in documents if 2 <= len(document) <= row]
+    plan = data.planned([len(document) for document in kept], (row // 2, row), batch, seed)
 
     def cut(index: int, step: int) -> int:
         return int(np.random.default_rng((seed, step, index)).integers(1, len(kept[index])))
@@ -114,8 +136,7 @@ def split_documents(model: Model, documents: list[list[int]], row: int, batch: i
         before, behind = [document[:at] for document, at in cuts], [document[at:] for document, at in cuts]
         return pad(before, chosen.length), pad(behind, chosen.length)
 
-    counts = {"documents": len(kept), "too_long": len(documents) - len(kept), "rows": len(kept)}
-    return objective, plan, make_batch, counts
+    return plan, make_batch, {"documents": len(kept), "too_long": len(documents) - len(kept), "rows": len(kept)}
 
 
 def pack(documents: list[list[int]], length: int) -> Tokens:
@@ -147,6 +168,7 @@ class Pretrained:
     dtype: str = "float32"  # of the parameters; under adapters "bfloat16" halves the frozen base
     compute_dtype: str = "float32"
     remat: str = "none"
+    model: ModelConfig | None = None  # what the folder must hold; with it, ``plan`` needs no folder
     content: str = dataclasses.field(init=False)  # what lay in the folder, so that another checkpoint is noticed
 
     def __post_init__(self) -> None:
@@ -164,15 +186,30 @@ class Pretrained:
 
     def config(self) -> ModelConfig:
         folder = Path(self.path)
+        here: dict[str, Any] = {"compute_dtype": self.compute_dtype, "remat": self.remat}
+        if self.model and not self.content:
+            return dataclasses.replace(self.model, **here)
         found = huggingface.read_config(folder)
         if weights.SCORE in weights.tensor_files(folder):  # it has no output projection
             found = dataclasses.replace(found, tied=True)
-        return dataclasses.replace(found, compute_dtype=self.compute_dtype, remat=self.remat)
+        found = dataclasses.replace(found, **here)
+        if self.model and found != (named := dataclasses.replace(self.model, **here)):
+            other = min(name for name, value in vars(named).items() if getattr(found, name, None) != value)
+            raise UserError(f"{folder} holds another model than the experiment names: {other} is "
+                            f"{getattr(found, other, None)!r}, not {getattr(named, other)!r}")  # fmt: skip
+        return found
 
     def tokenizer(self) -> Tokenizer:
+        if self.model and not self.content:
+            return stand_in(self.model.vocab_size)
         return tokenizer_of(self.path, self.content)
 
+    def record(self, context: Context) -> Record:
+        heads = {"reward": {"kernel": [self.config().width]}} if self.makes == REWARD else {}
+        return Record(self.config(), self.dtype, heads, self.chat, None)
+
     def check(self, context: Context) -> None:
+        weights.tensor_files(Path(self.path))
         folder, config = Path(self.path), self.config()
         weights.check_tensors(folder, config)
         weights.read_reward(folder, config.width)
@@ -217,6 +254,10 @@ class Adapted:
 
     def inputs(self) -> tuple[str, ...]:
         return (self.start,)
+
+    def record(self, context: Context) -> Record:
+        start = context.record(self.start)
+        return derived(start, self.start, peft.read_adapters(Path(self.path), start.config)[0], {})
 
     def check(self, context: Context) -> None:
         context.expect(self.start, POLICY)

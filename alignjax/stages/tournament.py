@@ -15,7 +15,7 @@ import numpy as np
 from alignjax import config, judges, tournament
 from alignjax.judges import Judge
 from alignjax.runtime import metrics
-from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, ancestors
+from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, Program, ancestors
 from alignjax.stages.label import Writing
 from alignjax.stages.optimise import Optimise
 from alignjax.types import UserError, in_range
@@ -67,6 +67,10 @@ class Tournament:
                 )
         self.writing.check(context, self.split, *self.policies.values(), self.reference)
         self.check_held_out(context)
+
+    def programs(self, context: Context) -> Iterator[Program]:
+        for name, stage in self.policies.items():
+            yield from self.writing.programs(context, f"{name} writes", context.policy(stage))
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task

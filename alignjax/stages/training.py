@@ -13,7 +13,7 @@ import optax
 
 from alignjax.runtime import data, metrics, sharding, train
 from alignjax.runtime.checkpoint import Checkpointer
-from alignjax.stages.experiment import Context
+from alignjax.stages.experiment import Context, Program
 from alignjax.types import TINY, Array, Batch, Key, Metrics, Params, Rules, RunAgain, TrainState, UserError, in_range
 
 SHOWN = ("nll", "loss", "accuracy", "preference", "kl", "length")  # beside a progress bar
@@ -106,6 +106,15 @@ class Learning(NamedTuple):
             donate_argnums=0,
         )
         return jax.jit(first, out_shardings=layout), update, layout
+
+    def program(self, name: str, params: Params, frozen: Any, batch: Batch, context: Context, tokens: int) -> Program:
+        """The update for arguments of these shapes."""
+        first, update, layout = self.compiled(params, context.key, context.mesh)
+        state = jax.tree.map(
+            lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+            jax.eval_shape(first, params, context.key), layout,
+        )  # fmt: skip
+        return Program(name, update, (state, frozen, batch), tokens)
 
 
 def run_loop(
