@@ -23,7 +23,7 @@ from alignjax import config
 from alignjax.types import UserError
 
 RECORD = "stage.json"
-NOT_SCIENCE = {"log_every", "save_every"}  # fields that change no result
+NOT_SCIENCE = {"log_every", "save_every", "keep"}  # fields that change no result
 
 
 def run(

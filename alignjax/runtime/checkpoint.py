@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from alignjax.types import TrainState, UserError
@@ -42,24 +43,26 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
 
 
 class Checkpointer:
-    """Saves of one stage in progress, the newest two kept."""
+    """Saves of one stage in progress, the newest ``keep`` of them. Of several processes each writes its own shards, and
+    a save counts when all have."""
 
-    def __init__(self, folder: Path):
-        policy = ocp.training.preservation_policies.LatestN(2)
+    def __init__(self, folder: Path, keep: int = 2):
+        policy = ocp.training.preservation_policies.LatestN(keep)
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.inner = ocp.training.Checkpointer(
             folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
         )
 
-    def save(self, state: TrainState, wait: bool = True) -> None:
-        """Saves the state after ``state.step`` updates; ``wait`` returns when it is whole, and must be used
-        where the next update takes over the state's memory."""
+    def save(self, state: TrainState) -> None:
+        """Begins to save the state after ``state.step`` updates, and returns when its memory may be taken over by the
+        next; what a save before this one failed of is told now, the rest by ``close``."""
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
+        if jax.default_backend() == "cpu":  # where Orbax would read the arrays themselves while it writes
+            tree = copied(tree)
         with told(self.folder, "cannot be written", "mend that and run again"):
+            self.inner.wait()
             self.inner.save_async(int(state.step), tree, overwrite=True)
-            if wait:
-                self.inner.wait()
 
     def restore(self, state: TrainState) -> TrainState:
         """The newest whole save, laid out as ``state`` is; ``state`` itself when there is none."""
@@ -72,9 +75,14 @@ class Checkpointer:
         return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})
 
     def close(self) -> None:
-        """Waits for a save under way."""
-        with uninterrupted():
+        """Waits for a save under way. Raises UserError when it failed."""
+        with told(self.folder, "cannot be written", "mend that and run again"):
             self.inner.close()
+
+
+@jax.jit
+def copied(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)
 
 
 @contextlib.contextmanager

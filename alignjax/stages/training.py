@@ -59,9 +59,10 @@ class Loop:
     accumulate: int = 1
     log_every: int = 10
     save_every: int = 100
+    keep: int = 2  # saves, the newest, while the stage goes on
 
     def __post_init__(self) -> None:
-        in_range(self, 1, math.inf, "steps", "batch", "accumulate", "log_every", "save_every")
+        in_range(self, 1, math.inf, "steps", "batch", "accumulate", "log_every", "save_every", "keep")
 
     def check(self, context: Context, most: int | None = None) -> None:
         """Raises UserError when the batch does not divide over the mesh or into parts, when it is larger than the
@@ -139,7 +140,7 @@ def run_loop(
     def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         return compiled(state, frozen, before(state, frozen, batch) if before else batch)
 
-    saver = Checkpointer(context.folder / "checkpoints")
+    saver = Checkpointer(context.folder / "checkpoints", loop.keep)
     state = saver.restore(first(params, context.key))
     done = int(state.step)
     writer = metrics.MetricsWriter(context.folder, resume_step=done, project=context.experiment.wandb)
