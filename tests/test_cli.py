@@ -63,6 +63,7 @@ def test_a_wrong_word_is_named_with_its_mend(capfd, tmp_path, argv, told):
         ("base.loop.batch=6", "does not divide over data*fsdp=8"),
         ("base.loop.accumulate=3", "does not divide batch"),
         ("base.adam.schedule=linear", "choose cosine or constant"),
+        ("base.adam.moments=float16", "choose float32 or bfloat16"),
         ("base.model.vocab_size=100", "is below"),
         ("base.model.kv_heads=3", "is not a multiple of kv_heads"),
         ("base.model.remat=some", "choose one of none, dots, full"),

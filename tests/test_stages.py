@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -122,8 +124,6 @@ def test_packing_keeps_every_document_whole():
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("constant", 1.0)])
 def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
     """Adam's first update is lr * sign(gradient): seen through updates of a constant gradient."""
-    import jax.numpy as jnp
-
     optimizer = stages.Adam(lr=1.0, warmup=5, schedule=schedule, eps=1e-12).build(steps=20)
     params, state = jnp.zeros(1), optimizer.init(jnp.zeros(1))
     rates = []
@@ -132,6 +132,44 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
         rates.append(-float(update[0]))
     np.testing.assert_allclose(rates[:6], [0, 0.2, 0.4, 0.6, 0.8, 1.0], atol=1e-3)
     assert abs(rates[-1] - last) < 0.02
+
+
+@pytest.fixture(scope="module")
+def moments():
+    """Of either dtype: a noisy least-squares problem's losses under Adam, [steps], and its last moments; and the last
+    moments of 500 parameters whose gradients all have mean 1."""
+
+    def run(dtype, noise, slope):
+        optimizer = stages.Adam(lr=0.02, warmup=0, clip=1e9, moments=dtype).build(steps=len(noise))
+
+        def step(carry, noise):
+            w, state = carry
+            update, state = optimizer.update(1 - slope * w + noise, state, w)
+            return (w - update, state), jnp.mean((w - 1) ** 2)
+
+        w = jnp.zeros(500)
+        (_, state), losses = jax.lax.scan(step, (w, optimizer.init(w)), noise)
+        return losses, state[1][0]
+
+    def both(noise):
+        return {dtype: (*run(dtype, noise, 1.0), run(dtype, noise, 0.0)[1]) for dtype in ("float32", "bfloat16")}
+
+    return jax.jit(both)(np.random.default_rng(0).normal(size=(300, 500)).astype(np.float32))
+
+
+def test_moments_in_bfloat16_are_the_mean_s_alone_and_train_as_well(moments):
+    (want, high, _), (got, low, _) = moments["float32"], moments["bfloat16"]
+    assert [str(x.dtype) for x in (high.mu, high.nu, low.mu, low.nu)] == ["float32"] * 2 + ["bfloat16", "float32"]
+    assert want[-1] < 0.05 * want[0]
+    np.testing.assert_allclose(got, want, rtol=0.02)
+    with pytest.raises(UserError, match=r"b1=0\.99 .* lower it to 0\.95"):
+        stages.Adam(1e-3, b1=0.99, moments="bfloat16")
+
+
+def test_a_mean_in_bfloat16_is_not_short_of_the_gradient(moments):
+    """Rounding errs to either side: over 500 parameters the means agree, as they would not were b1 itself rounded."""
+    high, low = (np.asarray(moments[dtype][2].mu, np.float32).mean() for dtype in ("float32", "bfloat16"))
+    assert abs(high - 1) < 0.05 and abs(low / high - 1) < 0.005
 
 
 def test_a_tournament_asks_nobody_what_is_too_long():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignjax.models.layers import segment_positions
-from alignjax.models.likelihood import log_prob, token_log_probs
+from alignjax.models.likelihood import log_prob
 from alignjax.models.transformer import TransformerConfig, transformer
 from alignjax.runtime import sharding
 from alignjax.types import Tokens, UserError
@@ -117,33 +117,6 @@ def test_cached_decoding_equals_the_full_forward(model, params, side):
         logits.append(step)
     states = model.predict(params, prompt, Tokens(completion, np.ones((2, 4), bool)))
     np.testing.assert_allclose(np.stack(logits, 1), model.unembed(params, states), atol=1e-5)
-
-
-def test_chunked_log_probs_and_their_gradient_equal_the_plain_ones(model, params):
-    states = jax.random.normal(jax.random.key(0), (2, 7, TINY.width))
-    targets = jax.random.randint(jax.random.key(1), (2, 7), 0, TINY.vocab_size)
-
-    def plain(p, s):
-        logp = jax.nn.log_softmax(model.unembed(p, s))
-        return jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
-
-    for chunk in (2, 3, 7, 100):
-        np.testing.assert_allclose(
-            token_log_probs(model.unembed, params, states, targets, chunk), plain(params, states), atol=1e-5
-        )
-    weights = jax.random.normal(jax.random.key(2), (2, 7))
-    got = jax.grad(lambda p, s: (weights * token_log_probs(model.unembed, p, s, targets, 3)).sum(), (0, 1))
-    want = jax.grad(lambda p, s: (weights * plain(p, s)).sum(), (0, 1))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got(params, states), want(params, states))
-
-
-def test_no_full_logits_are_held_by_log_prob():
-    c = dataclasses.replace(TINY, vocab_size=5000)
-    model = transformer(c)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    batch = Tokens(jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64), bool))
-    text = str(jax.make_jaxpr(jax.grad(lambda p: log_prob(model, 16)(p, batch, batch).sum()))(shapes))
-    assert "[2,64,5000]" not in text and "[2,16,5000]" in text
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

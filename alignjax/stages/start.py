@@ -96,7 +96,7 @@ def packed(model: Model) -> Callable[..., tuple[Array, Metrics]]:
     def objective(params: Params, batch: Tokens, key: Key) -> tuple[Array, Metrics]:
         segments, targets = batch.mask, batch.tokens[:, 1:]
         states = causal(params, batch.tokens, segments)[:, :-1]
-        logp = token_log_probs(model.unembed, params, states, targets, chunk=128)
+        logp = token_log_probs(model.unembed, params, states, targets)
         return objectives.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
 
     return objective
