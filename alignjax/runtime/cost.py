@@ -36,7 +36,8 @@ class Memory(NamedTuple):
     aliased: int  # outputs that lie where donated arguments lay
     temporaries: int  # 0 where all of them fit into a TPU's on-chip memory
     code: int
-    peak: int  # the most at one time, code left out
+    peak: int  # the most at one time, code left out: an upper bound
+    stated: int  # the same as XLA states it, 0 where it does not
     limit: int  # what a program may use
 
     @property
@@ -115,14 +116,16 @@ def analyse(compiled: jax.stages.Compiled, chip: Chip, mesh: jax.sharding.Mesh |
 
 def memory(compiled: jax.stages.Compiled, chip: Chip) -> Memory:
     """From XLA's buffer assignment. The peak is arguments + outputs - aliased + temporaries, or what XLA states where
-    that is more: the temporaries are one block, which the peak that XLA states for CPUs leaves out."""
+    that is more: the temporaries are one block, which the peak that XLA states for CPUs leaves out. On TPUs XLA has
+    stated up to a fifth less; there the compiler that accepts a program has found room for it."""
     stats: Any = compiled.memory_analysis()
     arguments, outputs, aliased, temporaries, code = (
         int(getattr(stats, f"{name}_size_in_bytes"))
         for name in ("argument", "output", "alias", "temp", "generated_code")
     )
-    peak = max(arguments + outputs - aliased + temporaries, int(getattr(stats, "peak_memory_in_bytes", 0)))
-    return Memory(arguments, outputs, aliased, temporaries, code, peak, chip.hbm)
+    stated = int(getattr(stats, "peak_memory_in_bytes", 0))
+    peak = max(arguments + outputs - aliased + temporaries, stated)
+    return Memory(arguments, outputs, aliased, temporaries, code, peak, stated, chip.hbm)
 
 
 def on_tpu(module: hlo.Module) -> bool:

@@ -91,6 +91,7 @@ def prepare_environment(topologies: Iterable[str]) -> None:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any: it keeps libtpu from a warning; the topology decides
         "TPU_MIN_LOG_LEVEL": "3",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the lock keeps two processes from one TPU, and there is none
     }
     if "h100" in kinds:
         wanted |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
