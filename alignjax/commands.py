@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="alignjax", description=alignjax.__doc__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     experiment_commands(commands)
+    plan_command_line(commands)
     checkpoint_commands(commands)
     return top
 
@@ -65,6 +66,25 @@ def experiment_commands(commands: Any) -> None:
             several.add_argument("--processes", type=int, metavar="N", help="how many there are (1: this one alone)")
             several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
         sub.set_defaults(command=command)
+
+
+def plan_command_line(commands: Any) -> None:
+    words = "compile an experiment's stages for TPUs or GPUs that are not here: memory, arithmetic, traffic"
+    sub = commands.add_parser("plan", help=words, description=words)
+    sub.add_argument("file", metavar="FILE", help="an experiment: a Python file with get_config()")
+    sub.add_argument(
+        "--topology", action="append", required=True, metavar="KIND[:SHAPE]",
+        help="v5e:4x4, v5p:4x4x8, v6e:16x16, h100:2x8 (hosts x GPUs); a kind alone searches the smallest; repeatable",
+    )  # fmt: skip
+    sub.add_argument(
+        "--mesh", action="append", default=[], metavar="AXIS=N,...",
+        help="instead of the experiment's own, as fsdp=-1,tensor=4 (-1: all the rest); repeatable",
+    )  # fmt: skip
+    sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
+    sub.add_argument("--only", action="append", default=[], metavar="NAME", help="these stages alone; repeatable")
+    sub.add_argument("--largest", action="store_true", help="show each program's largest arrays too")
+    sub.add_argument("--json", metavar="FILE", help="write all that is known as JSON")
+    sub.set_defaults(command=plan_command)
 
 
 def checkpoint_commands(commands: Any) -> None:
@@ -208,6 +228,25 @@ def table_command(arguments: argparse.Namespace) -> int:
         return show_leaves(arguments.file, settings)
     experiment = load_experiment(arguments.file, settings)
     run.show_report(experiment, workdir_of(arguments))
+    return 0
+
+
+def plan_command(arguments: argparse.Namespace) -> int:
+    from alignjax import plan
+    from alignjax.runtime import topology
+
+    topology.prepare_environment(shape for name in arguments.topology for shape in plan.shapes(name))
+    meshes = [plan.read_mesh(text) for text in arguments.mesh]
+    experiment = load_experiment(arguments.file, settings_of(arguments))
+    rows = []
+    for row in plan.plan(experiment, arguments.topology, meshes, arguments.only):
+        rows.append(row)
+        print(f"{row.topology} {row.mesh} {row.stage}: {row.program} {row.seconds:.0f} s", file=sys.stderr)
+    print(plan.table(rows), plan.smallest(rows), sep="\n\n")
+    if arguments.largest:
+        print(plan.largest(rows))
+    if arguments.json:
+        plan.write(Path(arguments.json), rows)
     return 0
 
 

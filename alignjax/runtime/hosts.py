@@ -96,6 +96,7 @@ class Hosts:
     count: int = 1
     patience: float = 600.0  # seconds that one waits for the others where they meet
     client: Any = None
+    aborts: Aborts | None = None
     meetings: Iterator[int] = dataclasses.field(default_factory=itertools.count)  # alike in every process
 
     @property
@@ -150,14 +151,19 @@ class Hosts:
             signal.signal(signal.SIGTERM, before)
 
     def end(self, status: int, line: str) -> None:
-        """Ends this process because of an error, told to the others first: they print the line and end too."""
-        if self.count == 1:
+        """Of several processes, ends this one because of an error, told to the others first: they print the line and
+        end too. What all raise alike is printed by the first."""
+        if self.count == 1 or self.aborts is None:
             return
+        self.aborts.says(status, "" if self.leads else line)
+        ended = "alignjax/ended/"
         with contextlib.suppress(Exception):
-            self.client.key_value_set(f"alignjax/ended/{self.index}", f"{status} {line}")
+            self.client.key_value_set(f"{ended}{self.index}", f"{status} {line}")
             time.sleep(2 * BEAT)  # until all have heard it: the service ends with process 0
+            if (f"{ended}0", f"{status} {line}") in self.client.key_value_dir_get(ended) and not self.leads:
+                line = ""
         sys.stdout.flush()
-        os._exit(status)  # a tidy exit would wait for the others
+        leave(status, line)  # a tidy exit would wait for the others
 
 
 MEND = "start all processes again, they go on from the last save"
@@ -170,9 +176,10 @@ def missing(message: str) -> str:
     return f"process{'es' if len(tasks) > 1 else ''} {', '.join(tasks)}" if tasks else "some process"
 
 
-def connect(launch: Launch, wait: int = 300) -> Hosts:
+def connect(launch: Launch, wait: int = 300, silence: float = SILENCE) -> Hosts:
     """Joins the processes of a run, before JAX is used; ends this one with a line where they do not come together in
-    ``wait`` seconds. One process, unless the launch or the environment says otherwise. Raises UserError."""
+    ``wait`` seconds, or when later one is silent for ``silence`` seconds. One process, unless the launch or the
+    environment says otherwise. Raises UserError."""
     complete = resolved(launch, os.environ)
     if complete is None:
         return Hosts()
@@ -188,9 +195,9 @@ def connect(launch: Launch, wait: int = 300) -> Hosts:
     # The service's client, which JAX has no public name for (Orbax takes it from here too).
     from jax._src.distributed import global_state
 
-    hosts = Hosts(jax.process_index(), jax.process_count(), client=global_state.client)
+    hosts = Hosts(jax.process_index(), jax.process_count(), client=global_state.client, aborts=aborts)
     if hosts.count > 1:
-        watch(hosts, aborts)
+        watch(hosts, aborts, silence)
     return hosts
 
 
@@ -199,17 +206,21 @@ class Aborts:
     do not come together. Nothing else hears of it: it happens in a thread of its own, behind Python's back."""
 
     def __init__(self, line: str):
-        self.line = line
-        self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(RUN_AGAIN, self.line))
+        self.status, self.line, self.ending = RUN_AGAIN, line, False
+        self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(self.status, self.line))
         ctypes.CDLL(None).signal(signal.SIGABRT, self.handler)
+
+    def says(self, status: int, line: str) -> None:
+        """From now on this process is ending by itself."""
+        self.status, self.line, self.ending = status, line, True
 
 
 def leave(status: int, line: str) -> None:
-    os.write(2, f"\nalignjax: {line}\n".encode())
+    os.write(2, f"\nalignjax: {line}\n".encode() if line else b"")
     os._exit(status)
 
 
-def watch(hosts: Hosts, aborts: Aborts) -> None:
+def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
     """A thread that gives signs of life and ends the process when another gives none, or has ended."""
     client, me = hosts.client, hosts.index
     client.key_value_set(f"alignjax/host/{me}", socket.gethostname())
@@ -224,6 +235,8 @@ def watch(hosts: Hosts, aborts: Aborts) -> None:
 
     def beat() -> None:
         for number in itertools.count():
+            if aborts.ending:
+                return
             client.key_value_set(f"alignjax/alive/{me}", str(number), allow_overwrite=True)
             for name, what in client.key_value_dir_get("alignjax/ended/"):
                 status, line = what.split(" ", 1)
@@ -234,7 +247,7 @@ def watch(hosts: Hosts, aborts: Aborts) -> None:
                 i = name.rsplit("/", 1)[1]
                 if seen[i][0] != value:
                     seen[i] = (value, time.monotonic())
-            if silent := [i for i, (_, when) in seen.items() if time.monotonic() - when > SILENCE]:
+            if silent := [i for i, (_, when) in seen.items() if time.monotonic() - when > silence]:
                 leave(RUN_AGAIN, gone(silent))
             time.sleep(BEAT)
 

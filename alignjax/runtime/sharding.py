@@ -27,19 +27,24 @@ class Mesh:
 def make_mesh(sizes: Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
     """The device mesh. Raises UserError when the sizes do not make up the devices."""
     devices = devices or jax.devices()
+    shape = shape_of(sizes, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shape_of(sizes: Mesh, devices: int) -> tuple[int, ...]:
+    """The axes' sizes over so many devices. Raises UserError when they do not make them up."""
     shape = [getattr(sizes, axis) for axis in AXES]
     known = 1
     for size in shape:
         known *= size if size > 0 else 1
     if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
         raise UserError(f"mesh {dataclasses.asdict(sizes)} needs positive sizes and at most one -1")
-    if len(devices) % known or (-1 not in shape and known != len(devices)):
+    if devices % known or (-1 not in shape and known != devices):
         raise UserError(
-            f"mesh {dataclasses.asdict(sizes)} does not divide {len(devices)} devices; "
+            f"mesh {dataclasses.asdict(sizes)} does not divide {devices} devices; "
             "choose sizes whose product is the device count, or set one to -1"
         )
-    shape = [len(devices) // known if size == -1 else size for size in shape]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(devices // known if size == -1 else size for size in shape)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

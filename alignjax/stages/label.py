@@ -47,6 +47,7 @@ class Writing:
 
     def programs(self, context: Context, name: str, policy: Network) -> Iterator[Program]:
         """What its generator compiles, a bucket each."""
+        sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
         stop = stop_tokens(context.task, policy.tokenizer)
         write = writer(
             policy.model, stop=stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling, mesh=context.mesh

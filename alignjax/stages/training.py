@@ -126,7 +126,8 @@ class Learning(NamedTuple):
         return jax.jit(first, out_shardings=layout), update, layout
 
     def program(self, name: str, params: Params, frozen: Any, batch: Batch, context: Context, tokens: int) -> Program:
-        """The update for arguments of these shapes."""
+        """The update for arguments of these shapes. Raises UserError when the batch does not divide."""
+        self.loop.check(context)
         first, update, layout = self.compiled(params, context.key, context.mesh)
         state = jax.tree.map(
             lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),

@@ -1,0 +1,196 @@
+"""Several processes for real: who they are, what they agree on, and what the others do when one is gone."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from alignjax.runtime.hosts import Hosts, Launch, missing, resolved
+from alignjax.types import RUN_AGAIN, UserError
+
+THREE = Launch("host:1234", 4, 3)
+SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "expected"),
+    [
+        (Launch(), {}, None),
+        (THREE, {}, THREE),
+        (THREE, SLURM, THREE),  # what is said goes before what is found
+        (Launch(count=1), SLURM, None),
+        (Launch(), SLURM, Launch()),  # JAX knows the rest
+        (Launch(), {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        (Launch(), {"SLURM_NTASKS": "8"}, None),  # an allocation, but not inside srun
+        (Launch(), {"OMPI_COMM_WORLD_SIZE": "2"}, Launch()),
+        (Launch(), {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (Launch(), {"TPU_WORKER_HOSTNAMES": "a,b"}, Launch()),
+        (Launch(), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (
+            Launch(),
+            {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
+            Launch("h:1", 2, 1),
+        ),
+        (Launch(), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
+    ],
+)
+def test_processes_are_told_by_flags_or_found_in_the_environment(launch, environment, expected):
+    assert resolved(launch, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("launch", "environment", "words"),
+    [
+        (Launch(count=2), {}, "all three"),
+        (Launch("host:1", index=0), {}, "all three"),
+        (Launch("host", 2, 0), {}, "'host' is not HOST:PORT"),
+        (Launch("host:1", 2, 2), {}, "--process 2 is not one of the 2"),
+        (Launch(), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
+    ],
+)
+def test_what_is_half_said_is_refused(launch, environment, words):
+    with pytest.raises(UserError, match=words):
+        resolved(launch, environment)
+
+
+def test_one_process_agrees_with_itself():
+    hosts = Hosts()
+    assert hosts.leads and hosts.first(lambda: {"a": 1}) == {"a": 1}
+    hosts.meet("nowhere")
+    hosts.end(2, "goes on")
+
+
+def test_a_barriers_message_is_read_for_the_missing():
+    said = "DEADLINE_EXCEEDED: ... Some timed out task names:\n3\n11\n\n\nRPC: /Barrier"
+    assert missing(said) == "processes 3, 11"
+    assert missing("something else") == "some process"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+PREPARATION = """if True:
+    import sys, time
+    from alignjax.runtime import hosts
+    from alignjax.types import RunAgain, UserError
+    me, count, port, wait = map(int, sys.argv[1:])
+    here = hosts.connect(hosts.Launch(f"127.0.0.1:{port}", count, me), wait, silence=8)
+    print("up", flush=True)
+"""
+
+
+@pytest.fixture
+def start(environment):
+    """(program, which of how many) -> those processes, each running the program as one of several."""
+    running = []
+
+    def begin(program, processes=(0, 1), count=2, wait=60):
+        port, code = free_port(), PREPARATION + program
+        words = [[sys.executable, "-c", code, str(i), str(count), str(port), str(wait)] for i in processes]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        running.extend(subprocess.Popen(line, env=environment(2), **pipes) for line in words)
+        return running[-len(words) :]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def ended(process, within=60):
+    """(status, stdout, the lines that are ours)."""
+    out, error = process.communicate(timeout=within)
+    return process.returncode, out, [line for line in error.splitlines() if line.startswith("alignjax:")]
+
+
+def test_the_first_decides_for_all_and_its_refusal_is_everyones(start):
+    program = """
+    def refuse():
+        raise UserError("no; mend it")
+    def only_the_first():
+        assert me == 0
+        return [me, "x" * 1000]
+    assert here.first(only_the_first) == [0, "x" * 1000]
+    try:
+        here.first(refuse)
+    except UserError as error:
+        print(error)
+    here.meet("the end")
+    """
+    for process in start(program):
+        assert ended(process)[:2] == (0, "up\nno; mend it\n")
+
+
+def test_who_does_not_come_to_a_meeting_is_named(start):
+    program = """
+    import dataclasses
+    here = dataclasses.replace(here, patience=3.0)
+    if me == 0:
+        try:
+            here.meet("the end of the stage")
+        except RunAgain as error:
+            here.end(75, str(error))
+    time.sleep(60)
+    """
+    first, second = start(program)
+    status, _, _ = ended(first)
+    assert status == RUN_AGAIN
+    status, _, lines = ended(second)
+    assert status == RUN_AGAIN
+    assert "process 0 (" in lines[0] and "process 1 did not come to the end of the stage in 3 s" in lines[0]
+
+
+def test_an_error_in_one_process_ends_the_others_with_its_words(start):
+    program = """
+    if me == 1:
+        here.end(2, "row 7 is bad; mend it")
+    time.sleep(60)
+    """
+    first, second = start(program)
+    assert ended(second)[0] == 2
+    status, _, lines = ended(first)
+    assert status == 2 and lines[0].endswith("ended: row 7 is bad; mend it") and "process 1 (" in lines[0]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_is_named_by_the_other_within_a_minute(start, killed):
+    processes = start("\n    time.sleep(200)")
+    for process in processes:
+        assert process.stdout.readline() == "up\n"
+    processes[killed].send_signal(signal.SIGKILL)
+    status, _, lines = ended(processes[1 - killed], within=60)
+    assert status == RUN_AGAIN
+    assert f"process {killed} of 2 (" in lines[0] and "is gone; start all processes again" in lines[0]
+
+
+def test_a_process_that_never_comes_is_told_in_time(start):
+    (alone,) = start("", processes=(0,), wait=3)
+    begun = time.monotonic()
+    status, out, lines = ended(alone)
+    assert status == RUN_AGAIN and "up" not in out and time.monotonic() - begun < 60
+    assert "the 2 processes did not all connect" in lines[0] and "in 3 s" in lines[0]
+
+
+def test_a_preemption_of_one_is_known_to_all_at_the_same_step(start):
+    program = """
+    with here.preemption() as asked:
+        step = 0
+        while not asked():
+            step += 1
+            time.sleep(0.02)
+    print("stopped at", step)
+    here.meet("the end")
+    """
+    processes = start(program)
+    for process in processes:
+        assert process.stdout.readline() == "up\n"
+    time.sleep(1)
+    processes[1].send_signal(signal.SIGTERM)
+    (a, one, _), (b, other, _) = map(ended, processes)
+    assert a == b == 0 and one == other and one.startswith("stopped at")
