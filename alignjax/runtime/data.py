@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
 from alignjax.types import Batch, UserError
 
@@ -73,6 +72,7 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
 
     Read it with ``tfds.data_source("pairs", split=..., data_dir=folder)``; the metadata is in its info.
     """
+    import tensorflow_datasets as tfds  # here, as below: half a second that few stages need
 
     with tfds.core.registered.skip_registration():  # one process may write several
 
@@ -103,6 +103,8 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
     """Rows of a split as text and floats. Raises UserError when the dataset is missing or damaged."""
+    import tensorflow_datasets as tfds
+
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
     try:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 import tqdm
 
 from alignjax.types import UserError
@@ -25,6 +24,8 @@ class MetricsWriter:
 
         Raises UserError when a project is named and wandb is not installed.
         """
+        import tensorboardX  # here, for it takes seconds where torch is there: it imports that
+
         self.wandb = start_wandb(project, folder) if project else None
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
