@@ -123,9 +123,8 @@ def compiled(
             try:
                 seen[text] = cost.analyse(lowered.compile(), chip, mesh), ""
             except jax.errors.JaxRuntimeError as error:
-                if (refused := cost.refusal(error)) is None:
-                    raise
-                seen[text] = None, str(refused)
+                reason = cost.refusal(error) or f"the compiler failed: {' '.join(str(error).split())[:200]}"
+                seen[text] = None, str(reason)
     return seen[text]
 
 

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from alignjax.runtime.metrics import read_json, read_metrics, write_atomic
 
 CURVES = {  # metric -> what a panel shows
@@ -96,6 +94,8 @@ def two_digits(value: float | None) -> str:
 
 
 def heat_map(path: Path, table: Mapping[str, Any]) -> None:
+    from matplotlib.figure import Figure  # here, as below: half a second that only the end of a run needs
+
     names, rate = table["policies"], table["win_rate"]
     size = 1.6 + 0.9 * len(names)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
@@ -112,6 +112,8 @@ def heat_map(path: Path, table: Mapping[str, Any]) -> None:
 
 def curves(path: Path, workdir: Path, names: list[str]) -> bool:
     """One panel a metric, one line a stage; False when nothing was trained."""
+    from matplotlib.figure import Figure
+
     runs = {name: rows for name in names if (rows := read_metrics(workdir / name / "metrics.jsonl"))}
     panels = [metric for metric in CURVES if any(metric in rows[0] for rows in runs.values())]
     if not panels:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special
 
 from alignjax.judges import Judge
 
@@ -21,6 +20,8 @@ class WinRates(NamedTuple):
 
 def clopper_pearson(wins: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """The exact binomial interval (Clopper and Pearson 1934); ``wins`` may be a half-integer, with ties."""
+    from scipy import special  # here: only the end of a run needs it
+
     tail = (1 - level) / 2
     low = special.betaincinv(wins, n - wins + 1, tail) if wins > 0 else 0.0
     high = special.betaincinv(wins + 1, n - wins, 1 - tail) if wins < n else 1.0

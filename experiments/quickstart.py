@@ -67,7 +67,7 @@ def get_config(small: bool = False) -> Experiment:
             model=replace(model, vocab_size=576, width=96, layers=2, heads=4, kv_heads=2, head_dim=24, hidden=192),
             documents=4000,
             adam=Adam(lr=5e-3, warmup=20),
-            loop=Loop(steps=300, batch=8),
+            loop=Loop(steps=150, batch=8),
         )
         writing = replace(writing, batch=16)
         labels, oracle_prompts = replace(labels, prompts=128, writing=writing), 128

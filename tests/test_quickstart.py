@@ -1,4 +1,4 @@
-"""The whole line at a small size: killed in every stage, and on one device and on eight."""
+"""The whole line at a small size: killed in every stage, on one device and on eight, and in the notebook."""
 
 import json
 import shutil
@@ -9,16 +9,19 @@ import time
 import warnings
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 
 from alignjax.config import load
 from alignjax.runtime.metrics import read_metrics
+from tests.test_notebook import NOTEBOOK, own_cells
 
 FILE = str(Path(__file__).parents[1] / "experiments" / "quickstart.py")
 SETTINGS = {
     "small": "True",
-    "base.loop.save_every": "60",
+    "base.loop.save_every": "30",
     "preference.loop.save_every": "8",
     "judge.loop.save_every": "8",
     "nash_md.loop.save_every": "4",
@@ -149,7 +152,9 @@ def test_one_device_and_eight_give_the_same_numbers(whole, environment, tmp_path
         "    assert main([*argv, '--only', name, *few]) == 0, name\n"
     )
     argv = [sys.executable, "-c", code, *command(tmp_path, **MESH)[3:]]
-    done = subprocess.run(argv, env=environment(8), capture_output=True, text=True, timeout=500)
+    env = environment(8)
+    env["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # as in conftest.py: compiles in half the time
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
 
     def logged(name):
@@ -168,3 +173,24 @@ def test_one_device_and_eight_give_the_same_numbers(whole, environment, tmp_path
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b["win_rate"], a["win_rate"], atol=1e-9)
         np.testing.assert_allclose(b["kl_to_reference"], a["kl_to_reference"], atol=1e-3)
+
+
+def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(whole, environment, tmp_path, monkeypatch):
+    """Its first cell's stages are the undisturbed run's, and are found finished."""
+    made = STAGES[: STAGES.index("nash_md") + 1]
+    for name in made:
+        shutil.copytree(whole[0] / name, tmp_path / name)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"../runs/notebook"', repr(str(tmp_path)))
+    nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "".join(output.get("text", "") for output in first.outputs).count("finished before") == len(made)
+    idea, picture = own_cells(notebook)
+    shown = "".join(output.get("text", "") for output in idea.outputs)
+    assert "judge: oracle" in shown and "log_odds" in shown
+    assert any("image/png" in output.get("data", {}) for output in picture.outputs)
+    rows = read_metrics(tmp_path / "log_odds" / "metrics.jsonl")
+    assert abs(rows[0]["kl"]) < 1e-3 < np.mean([row["kl"] for row in rows[-3:]])

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import grain
 import jax
 import numpy as np
-import tensorflow_datasets as tfds
 
 from alignjax.runtime import sharding
 from alignjax.types import Batch, UserError
@@ -88,6 +87,7 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
     """
     if jax.process_index():
         return
+    import tensorflow_datasets as tfds  # here, as below: half a second that few stages need
 
     with tfds.core.registered.skip_registration():  # one process may write several
 
@@ -118,6 +118,8 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
     """Rows of a split as text and floats. Raises UserError when the dataset is missing or damaged."""
+    import tensorflow_datasets as tfds
+
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
     try:

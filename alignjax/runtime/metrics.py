@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
 
 from alignjax.types import UserError
@@ -29,6 +28,8 @@ class MetricsWriter:
         self.leads = jax.process_index() == 0
         if not self.leads:
             return
+        import tensorboardX  # here, for it takes seconds where torch is there: it imports that
+
         self.wandb = start_wandb(project, folder) if project else None
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
-from matplotlib.figure import Figure
 
 from alignjax.runtime import metrics
 from alignjax.stages.experiment import FINDINGS, Context
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Finding(NamedTuple):
