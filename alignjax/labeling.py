@@ -67,6 +67,8 @@ def rlcd(
     filter refuses is sampled again, at most ``attempts`` times in all; then the example is dropped. Which
     side is stored first is a coin.
     """
+    if not task.affixes:
+        raise UserError(f"task {task.name!r} has no affixes to contrast; give it some, or label in another way")
     draws = [np.random.default_rng((seed, number)) for number in numbers]
     affixes = [int(rng.integers(len(task.affixes))) for rng in draws]
     pairs = [task.affixes[i] for i in affixes]
@@ -97,7 +99,7 @@ def by_oracle(
     """Two answers to the plain prompt, labelled by one of the task's oracles as an annotator who errs with
     probability ``error``; ties are left out. With error 0 this is the truth that models are held to."""
     if oracle not in task.oracles:
-        raise UserError(f"task {task.name!r} has no oracle {oracle!r}; it has {', '.join(task.oracles)}")
+        raise UserError(f"task {task.name!r} has no oracle {oracle!r}; it has {', '.join(task.oracles) or 'none'}")
     if not 0 <= error <= 1:
         raise UserError(f"error={error} is no probability; choose one from 0 to 1")
     (first, tries), (second, more) = (filtered(generate, task.clean, prompts, numbers, i, attempts) for i in range(2))

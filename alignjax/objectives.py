@@ -51,16 +51,34 @@ def nash_md(params: Params, rollout: Rollout, key: Key, *, log_prob: LogProb, ta
     """
     if not tau >= 0:
         raise UserError(f"tau={tau} must not be negative")
+    loss, metrics = regularised(params, rollout, rollout.p - 0.5, log_prob, tau)
+    return loss, {**metrics, "objective": metrics["preference"] - tau * metrics["kl"]}
+
+
+def policy_gradient(
+    params: Params, rollout: Rollout, key: Key, *, log_prob: LogProb, tau: float, bound: float
+) -> tuple[Array, Metrics]:
+    """The regularised policy gradient of a reward, without a critic (RLHF in 2312.00886, section 8): as ``nash_md``,
+    with r(y) - r(y') in the place of P(y > y') - 1/2: the logit of P, where P is a Bradley-Terry model's.
+
+    y' is the baseline, whoever writes it: it is independent of y. The difference is cut to [-bound, bound], which is
+    the penalty of a reply that loses outright because it did not end.
+    """
+    if not (tau >= 0 and bound > 0):
+        raise UserError(f"tau={tau} must not be negative, and bound={bound} must be positive")
+    margin = jnp.clip(jnp.log(rollout.p) - jnp.log1p(-rollout.p), -bound, bound)
+    return regularised(params, rollout, margin, log_prob, tau)
+
+
+def regularised(params: Params, rollout: Rollout, gain: Array, log_prob: LogProb, tau: float) -> tuple[Array, Metrics]:
+    """Policy gradient of a gain [B] minus tau times the KL to the reference, sampled and reward-to-go."""
     mask = rollout.y.mask
     logp = log_prob(params, rollout.prompt, rollout.y)
     ratio = jnp.where(mask, lax.stop_gradient(logp) - rollout.ref_logp, 0.0)
-    advantage = rollout.p[:, None] - 0.5 - tau * reward_to_go(ratio)
+    advantage = gain[:, None] - tau * reward_to_go(ratio)
     loss = -jnp.mean(sequence_sum(logp * lax.stop_gradient(advantage), mask))
-    kl = jnp.mean(sequence_sum(ratio, mask))
-    preference = jnp.mean(rollout.p)
     return loss, {
-        "preference": preference,
-        "kl": kl,
-        "objective": preference - tau * kl,
+        "preference": jnp.mean(rollout.p),
+        "kl": jnp.mean(sequence_sum(ratio, mask)),
         "length": jnp.mean(jnp.sum(mask, -1).astype(jnp.float32)),
     }

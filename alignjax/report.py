@@ -23,6 +23,8 @@ MEANINGS = {  # figure -> what it says
     "pairs": "kept",
     "dropped": "prompts without a pair: refused by the filter to the last try, or too long",
     "tries per prompt": "replies drawn for a prompt, both sides together",
+    "skipped": "rows of the file that compare nothing",
+    "different prompts": "among the pairs",
     "oracle ties": "share of the pairs that the task's oracle calls equal",
     "label accuracy": "share of the labels that the oracle agrees with, where it does not tie",
     "held out accuracy": "share of held-out labels that the preference model agrees with",

@@ -1,5 +1,6 @@
 """Nash-MD-PG against the exact gradient, by enumeration of a world of two tokens and two steps."""
 
+import functools
 import itertools
 
 import jax
@@ -89,6 +90,37 @@ def test_expected_gradient_is_the_exact_one(beta):
     assert relative_error(got, exact_gradient(params, reference, opponent)) < 1e-5
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_expected_gradient_of_a_reward_is_the_exact_one_whoever_the_baseline(beta, monkeypatch):
+    rewards = jnp.asarray([0.3, -1.2, 2.0, 0.4])
+    monkeypatch.setitem(globals(), "preference", lambda: jax.nn.sigmoid(rewards[:, None] - rewards[None]))
+    params, reference = tabular(1), tabular(2)
+
+    def value(theta):
+        logp = sequence_logp(theta)
+        return jnp.sum(jnp.exp(logp) * (rewards - TAU * (logp - sequence_logp(reference))))
+
+    for bound, low, high in ((10.0, 0.0, 1e-5), (1.0, 0.01, 9.0)):  # a bound that cuts is another objective
+        objective = functools.partial(objectives.policy_gradient, bound=bound)
+        got = expected_gradient(objective, params, reference, step_mixture(params, reference, beta))
+        assert low <= relative_error(got, jax.grad(value)(params)) < high
+
+
+def test_a_reply_that_loses_outright_has_the_bound_for_a_penalty():
+    prompt, completion = everything()
+    ref = log_prob(tabular(2), prompt, completion)
+
+    def gradient(p):
+        seen = Rollout(prompt, completion, completion, jnp.asarray(p), ref)
+        return jax.grad(lambda w: objectives.policy_gradient(w, seen, None, log_prob=log_prob, tau=0.0, bound=2.0)[0])(
+            tabular(1)
+        )
+
+    inside = jax.nn.sigmoid(jnp.asarray([2.0, -2.0, 0.0, 1.0]))
+    sure = gradient([1.0, 0.0, 0.5, float(inside[3])])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), sure, gradient(inside))
+
+
 def test_same_token_kl_would_be_a_wrong_gradient():
     """The well-known fault: each token answers for its own KL term alone."""
 
@@ -160,6 +192,9 @@ def test_next_token_is_the_mean_over_real_tokens():
 def test_a_negative_tau_and_a_beta_that_is_no_weight_are_refused():
     with pytest.raises(UserError, match="tau=-1 must not be negative"):
         objectives.nash_md({}, None, None, log_prob=None, tau=-1)
+    for tau, bound in ((-1, 1.0), (0.1, 0.0)):
+        with pytest.raises(UserError, match="must not be negative, and bound"):
+            objectives.policy_gradient({}, None, None, log_prob=None, tau=tau, bound=bound)
     for beta in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match="is no weight of the reference"):
             rollout.mixture(lambda params: None, {}, {}, {}, beta=beta)

@@ -6,6 +6,7 @@ whether it runs; here is what it does. Each kind is a frozen dataclass with ``in
 
 from alignjax.stages.experiment import Context, Experiment, Stage, ancestors, check, order, timed
 from alignjax.stages.fit import FitPreference, ZeroShot
+from alignjax.stages.given import GivenPairs
 from alignjax.stages.label import Label, Writing, stop_tokens, unseen_stops
 from alignjax.stages.networks import Adapter, Network, Trainable, trainable
 from alignjax.stages.optimise import Optimise
@@ -22,6 +23,7 @@ __all__ = [
     "Experiment",
     "Finding",
     "FitPreference",
+    "GivenPairs",
     "Label",
     "Loop",
     "Network",

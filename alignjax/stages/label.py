@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -162,18 +162,24 @@ class Label:
         rows = [pair._asdict() for pair in pairs]
         cut = len(rows) - int(self.held_out * len(rows))
         splits = {"train": rows[:cut], **({"held_out": rows[cut:]} if cut < len(rows) else {})}
-        oracle = next(iter(task.oracles.values()))
-        truth = np.array([oracle(pair.prompt, pair.first, pair.second) for pair in pairs])
-        labels = np.array([pair.p for pair in pairs])
-        told = truth != 0.5
         asked = sum(chunk["asked"] for chunk in chunks)
         figures = {
             "pairs": len(pairs),
             "dropped": asked - len(pairs),
             "tries_per_prompt": sum(chunk["tries"] for chunk in chunks) / asked,
-            "oracle_ties": float(np.mean(~told)),
-            "label_accuracy": float(np.mean((labels > 0.5)[told] == (truth > 0.5)[told])) if told.any() else None,
+            **agreement(task, pairs),
         }
         source = {"method": config.describe(self.method), "generator": self.generator, "seed": context.seed}
         data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": task.name, **figures})
         return figures
+
+
+def agreement(task: Task, pairs: Sequence[labeling.Labeled]) -> dict[str, float | None]:
+    """What the task's first oracle makes of the labels; nothing where the task has none."""
+    if not task.oracles:
+        return {}
+    oracle = next(iter(task.oracles.values()))
+    truth = np.array([oracle(pair.prompt, pair.first, pair.second) for pair in pairs])
+    labels, told = np.array([pair.p for pair in pairs]), truth != 0.5
+    right = (labels > 0.5)[told] == (truth > 0.5)[told]
+    return {"oracle_ties": float(np.mean(~told)), "label_accuracy": float(np.mean(right)) if told.any() else None}

@@ -18,6 +18,7 @@ from alignjax.runtime import metrics
 from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, Program, ancestors
 from alignjax.stages.label import Writing
 from alignjax.stages.optimise import Optimise
+from alignjax.tasks.task import Task
 from alignjax.types import UserError, in_range
 
 ORACLE = "oracle:"  # before the name of one of the task's oracles
@@ -63,7 +64,7 @@ class Tournament:
                 context.expect(source, PREFERENCE)
             elif source.removeprefix(ORACLE) not in oracles:
                 raise UserError(
-                    f"{context.name}: task {context.task.name!r} has no {source}; it has {', '.join(oracles)}"
+                    f"{context.name}: task {context.task.name!r} has no {source}; it has {', '.join(oracles) or 'none'}"
                 )
         self.writing.check(context, self.split, *self.policies.values(), self.reference)
         self.check_held_out(context)
@@ -89,7 +90,7 @@ class Tournament:
                 "high": rates.high.tolist(),
                 "mean_length": [float(np.mean(written[p]["length"])) for p in self.policies],
                 "kl_to_reference": [finite_mean(written[p]["kl"]) for p in self.policies],
-                "mean_score": [float(np.mean(list(map(task.score, prompts, replies[p])))) for p in self.policies],
+                "mean_score": [mean_score(task, prompts, replies[p]) for p in self.policies],
             })  # fmt: skip
         samples = [{"prompt": x, **{p: replies[p][i] for p in self.policies}} for i, x in enumerate(prompts[:8])]
         metrics.write_json(context.folder / "samples.json", samples)
@@ -172,6 +173,11 @@ def read_replies(path: Path, count: int) -> dict[str, list]:
     if not isinstance(columns, dict) or not all(map(whole, COLUMNS)):
         raise UserError(f"{path} is damaged; remove it to have it written again")
     return columns
+
+
+def mean_score(task: Task, prompts: Sequence[str], replies: Sequence[str]) -> float | None:
+    """By the task's own score, or None where it has none."""
+    return None if task.score is None else float(np.mean(list(map(task.score, prompts, replies))))
 
 
 def finite_mean(values: Sequence[float]) -> float | None:

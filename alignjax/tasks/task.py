@@ -88,7 +88,8 @@ def dialogue_messages(prompt: str) -> list[dict[str, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task. ``oracles`` are independent of every model; the first one is the task's truth."""
+    """A task. ``oracles`` are independent of every model; the first one is the task's truth. Where nobody knows it,
+    there are none and no score: labels are then not counted right or wrong, and held-out models alone judge."""
 
     name: str
     source: Source
@@ -98,7 +99,7 @@ class Task:
     format: Format
     template: Template
     oracles: dict[str, Oracle]
-    score: Score
+    score: Score | None
     messages: Callable[[str], Sequence[dict[str, str]]] = one_message  # a prompt as a chat model is asked it
 
     def __post_init__(self) -> None:

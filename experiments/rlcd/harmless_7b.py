@@ -1,0 +1,132 @@
+"""RLCD at the paper's scale (2307.12950): LLaMA-7B made harmless by contrast prompts, with Nash-MD beside a reward's
+policy gradient.
+
+    alignjax run experiments/rlcd/harmless_7b.py --workdir runs/rlcd7b --set checkpoint=PATH/llama-7b \\
+        --set train=PATH/train.jsonl.gz --set test=PATH/test.jsonl.gz
+    ... --set labeller=30b --set labeller_checkpoint=PATH/llama-30b       # 30B simulates the data, 7B is trained
+    ... --set attribute=helpful                                           # with the files of helpful-base
+    ... --set nash_md.objective.tau=0.004 --only nash_md                  # a point of the grid, as a job of its own
+    alignjax plan experiments/rlcd/harmless_7b.py --topology v5p:4x4x4    # needs no checkpoint and no data
+
+To fetch, with a network: the base LLaMA (not a chat model; 7B and 30B of 2302.13971) as Hugging Face folders, for
+example huggyllama/llama-7b and huggyllama/llama-30b, in safetensors; and harmless-base/{train,test}.jsonl.gz of
+Anthropic's hh-rlhf, whose texts can be offensive. A folder that says another size or another norm_eps than LLAMA_7B
+is refused by name.
+
+From the paper: who is trained on what (no supervised fine-tuning; policy, reference and preference models all begin
+as the base), one contrast pair of 16 a prompt, at most 5 tries, 300 new tokens; preference model of 512 tokens, batch
+16, lr 3e-6, warm-up 3% of one epoch, cosine; policies with prompts of at most 192 tokens, lr 1e-5 after 5 steps,
+Adam's eps 1e-5; the grid of tau {.001, .002, .004, .008, .016, .032}, to be chosen on the validation split (--set
+table.split=validation); 1000 test prompts, decoded with top-p .9.
+
+Ours: the words of the affixes; pairs whose prompt is longer than 208 tokens are left out, not cut; the true KL, not
+the clamped one. The paper's PPO is not here yet (it comes as a stage): ``policy_gradient`` follows the same reward
+with the same KL on fresh samples alone, 160 steps of 256, as many replies as 80 of the paper's steps of 512; its rate
+ends in a cosine, not in a line. tau and beta of ``nash_md`` are those of 2312.00886. The judge is a reward model of
+the human labels of the training file, which no policy saw; ``truth`` says how far the simulated labels agree with
+people on held-out dialogues.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from alignjax import labeling, objectives, preference, rollout
+from alignjax.decoding import Sampling
+from alignjax.models.transformer import TransformerConfig
+from alignjax.runtime.sharding import Mesh
+from alignjax.stages import (
+    Adam,
+    Experiment,
+    FitPreference,
+    GivenPairs,
+    Label,
+    Loop,
+    Optimise,
+    Pretrained,
+    Tournament,
+    Writing,
+)
+from alignjax.tasks import dialogue
+from alignjax.types import UserError
+
+LLAMA_7B = TransformerConfig(  # 2302.13971, table 2
+    vocab_size=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, hidden=11_008, norm_eps=1e-6,
+    tied=False,
+)  # fmt: skip
+LLAMA_30B = replace(LLAMA_7B, width=6656, layers=60, heads=52, kv_heads=52, hidden=17_920)
+NEW_TOKENS = 300
+QUERIES = (64, 128, 192)  # prompt lengths in tokens of the policies
+EVERY = 50_000  # more prompts than the file holds: all of them
+
+
+def get_config(
+    checkpoint: str = "checkpoints/llama-7b",
+    train: str = "",
+    test: str = "",
+    labeller: str = "7b",
+    labeller_checkpoint: str = "checkpoints/llama-30b",
+    attribute: str = "harmless",
+) -> Experiment:
+    if labeller not in ("7b", "30b"):
+        raise UserError(f"labeller={labeller!r} is unknown; choose 7b or 30b")
+    base = Pretrained(checkpoint, dtype="bfloat16", compute_dtype="bfloat16", remat="full", model=LLAMA_7B)
+    writing = Writing(
+        max_new_tokens=NEW_TOKENS, buckets=(64, 128, 256, 512), batch=128, sampling=Sampling(top_k=50)
+    )  # fmt: skip
+    reward = FitPreference(
+        start="base",
+        pairs="pairs",
+        truth="human_test",
+        form=preference.bradley_terry,
+        adam=Adam(lr=3e-6, warmup=80, b2=0.999),
+        loop=Loop(steps=2600, batch=16),  # an epoch of a little over 40 thousand pairs
+        buckets=(64, 128, 208),
+        response=NEW_TOKENS + 4,  # and what stands around a reply
+    )
+    nash_md = Optimise(
+        start="base",
+        reference="base",
+        preference="preference",
+        objective=partial(objectives.nash_md, tau=0.008),
+        opponent=partial(rollout.mixture, beta=0.125),
+        adam=Adam(lr=1e-5, warmup=5, b2=0.999, eps=1e-5),
+        loop=Loop(steps=160, batch=256, accumulate=4, save_every=20),
+        prompts=EVERY,
+        buckets=QUERIES,
+        max_new_tokens=NEW_TOKENS,
+    )
+    policies = ("base", "nash_md", "policy_gradient")
+    return Experiment(
+        task=dialogue.task(train, test, attribute),
+        mesh=Mesh(data=1, fsdp=-1, tensor=4),
+        stages={
+            "base": base,
+            **({"labeller": replace(base, path=labeller_checkpoint, model=LLAMA_30B)} if labeller == "30b" else {}),
+            "pairs": Label(
+                generator="labeller" if labeller == "30b" else "base",
+                method=labeling.rlcd,
+                split="train",
+                prompts=EVERY,
+                writing=writing,
+            ),
+            "human": GivenPairs(train, dialogue.comparison),
+            "human_test": GivenPairs(test, dialogue.comparison),
+            "reward": reward,
+            "preference": replace(reward, form=preference.pairwise),
+            "judge": replace(reward, pairs="human"),
+            "nash_md": nash_md,
+            "policy_gradient": replace(
+                nash_md,
+                preference="reward",
+                objective=partial(objectives.policy_gradient, tau=0.008, bound=5.0),
+                opponent=rollout.self_play,
+            ),
+            "table": Tournament(
+                policies={name: name for name in policies},
+                reference="base",
+                judges={"people": "judge"},
+                prompts=1000,
+                writing=replace(writing, buckets=QUERIES, sampling=Sampling(top_p=0.9)),
+            ),
+        },
+    )

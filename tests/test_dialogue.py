@@ -1,0 +1,218 @@
+"""Dialogues in the HH format: where a prompt ends, who is held out, contrast and filter, and malformed lines."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from alignjax import labeling
+from alignjax.config import describe
+from alignjax.generation import Reply
+from alignjax.runtime.sharding import Mesh, make_mesh
+from alignjax.stages import Context, Experiment, Label, Tournament, Writing
+from alignjax.stages.tournament import mean_score
+from alignjax.tasks import dialogue
+from alignjax.tasks.dialogue import Dialogues
+from alignjax.tasks.files import read_rows
+from alignjax.types import UserError
+
+DATA = Path(os.environ.get("ALIGNJAX_TEST_DATA", ""))
+HH = DATA / "hh_harmless_base_test.jsonl.gz"
+needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="ALIGNJAX_TEST_DATA names no folder")
+
+
+def row(number, turns=1, chosen="Yes.", rejected="No."):
+    """A row whose prompt is told by its number."""
+    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turns - 1))
+    talk += f"\n\nHuman: Question {number}?\n\nAssistant:"
+    return {"chosen": f"{talk} {chosen}", "rejected": f"{talk} {rejected}"}
+
+
+def written(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_prompt_ends_at_the_last_role_marker_of_the_chosen_dialogue(tmp_path, name):
+    path = written(tmp_path / name, [row(0), row(1, turns=3), row(2, chosen="Assistant: is a word.\u2028Here too.")])
+    one, three, two = dialogue.read_prompts(path)
+    assert one == "Human: Question 0?\n\nAssistant:" and two == "Human: Question 2?\n\nAssistant:"
+    assert three.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three.endswith("1?\n\nAssistant:")
+    assert three.count("Assistant:") == 3
+
+
+def test_the_first_thousand_of_the_test_file_are_validation_and_the_next_test(tmp_path):
+    test = written(tmp_path / "test.jsonl", [row(i) for i in range(2500)])
+    train = written(tmp_path / "train.jsonl", [row(i) for i in range(900, 3000)])
+    source, asked = Dialogues(train, test), [f"Human: Question {i}?\n\nAssistant:" for i in range(3000)]
+    assert sorted(source.prompts("validation", 9999, 0)) == sorted(asked[:1000])
+    assert sorted(source.prompts("test", 9999, 0)) == sorted(asked[1000:2000])
+    assert sorted(source.prompts("train", 9999, 0)) == sorted(asked[2000:])  # without those held out
+    assert len(Dialogues(train).prompts("train", 9999, 0)) == 2100
+
+
+def test_splits_are_distinct_and_shuffled_by_the_seed(tmp_path):
+    path = written(tmp_path / "a.jsonl", [row(i % 7) for i in range(40)])
+    source = Dialogues(path, path, held_out=3)
+    found = [source.prompts(split, 99, 5) for split in dialogue.SPLITS]
+    assert [len(texts) for texts in found] == [1, 3, 3] and len({x for texts in found for x in texts}) == 7
+    whole = Dialogues(path)
+    assert whole.prompts("train", 4, 1) == whole.prompts("train", 99, 1)[:4] != whole.prompts("train", 4, 2)
+
+
+def test_without_files_there_is_a_task_and_the_prompts_alone_are_refused():
+    task = dialogue.task()
+    assert describe(task)["source"]["content"] == {"0": "", "1": ""}
+    for split in dialogue.SPLITS:
+        with pytest.raises(UserError, match="no file of dialogues is named; give"):
+            task.source.prompts(split, 1, 0)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read .*; give a JSON-lines file of dialogues"):
+        dialogue.task("nowhere.jsonl").source.prompts("train", 1, 0)
+    with pytest.raises(UserError, match="no split 'dev'; they have train, validation, test"):
+        task.source.prompts("dev", 1, 0)
+    with pytest.raises(UserError, match="start from a Pretrained stage"):
+        task.source.corpus(1, 0)
+    with pytest.raises(UserError, match="harmless, helpful"):
+        dialogue.task(attribute="brave")
+
+
+def test_a_changed_file_is_another_experiment_and_is_read_again(tmp_path):
+    path = written(tmp_path / "a.jsonl", [row(1)])
+    before = dialogue.task(path)
+    assert describe(before) == describe(dialogue.task(path))
+    written(tmp_path / "a.jsonl", [row(2)])
+    after = dialogue.task(path)
+    assert describe(before) != describe(after) and "Question 2" in after.source.prompts("train", 1, 0)[0]
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ("[]", "line 2 is no JSON object"),
+    ("{", "line 2 is no JSON object"),
+    ('{"rejected": "x"}', "line 2 has no 'chosen'"),
+    ('{"chosen": 3}', "line 2 has 'chosen' without a text"),
+    ('{"chosen": "  "}', "line 2 has 'chosen' without a text"),
+    ('{"chosen": "Human: Hi?"}', "line 2 has 'chosen' without a turn 'Assistant:'"),
+    ('{"chosen": "\\n\\nAssistant: Hi."}', "line 2 has 'chosen' without a turn 'Assistant:' after another"),
+])  # fmt: skip
+def test_a_line_of_another_form_is_told_by_its_number(tmp_path, line, words):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row(0)) + "\n" + line + "\n")
+    with pytest.raises(UserError) as error:
+        dialogue.task(str(path)).source.prompts("train", 1, 0)
+    assert str(error.value).startswith(f"{path}, {words}") and str(error.value).endswith("; mend it")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\n \n"])
+def test_an_empty_file_is_named(tmp_path, damage):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(damage)
+    with pytest.raises(UserError, match=r"a\.jsonl is empty"):
+        dialogue.task(str(path)).source.prompts("train", 1, 0)
+
+
+def test_a_damaged_gzip_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    for damage in (b"plain", gzip.compress(b"x" * 99)[:20], gzip.compress(b"\xff")):
+        path.write_bytes(damage)
+        with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
+            dialogue.task(str(path)).source.prompts("train", 1, 0)
+
+
+def test_a_test_file_of_one_split_says_so(tmp_path):
+    path = written(tmp_path / "a.jsonl", [row(i) for i in range(5)])
+    with pytest.raises(UserError, match=r"a\.jsonl holds no prompt of the test split"):
+        dialogue.task(path, path).source.prompts("test", 1, 0)
+
+
+def test_what_people_preferred_is_a_pair_where_the_dialogues_part_at_the_last_reply():
+    prompt = "Human: Question 3?\n\nAssistant:"
+    assert dialogue.comparison(row(3)) == (prompt, "Yes.", "No.", 1.0)
+    assert dialogue.comparison(row(3, rejected="")) is None and dialogue.comparison(row(3, chosen=" ")) is None
+    assert dialogue.comparison({**row(3), "rejected": row(4)["rejected"]}) is None
+
+
+@pytest.mark.parametrize("attribute", ["harmless", "helpful"])
+def test_affix_pairs_are_the_papers_in_number_and_form_and_distinct(attribute):
+    pairs = dialogue.AFFIXES[attribute]
+    assert len(pairs) == {"harmless": 16, "helpful": 1}[attribute]
+    sides = [side for pair in pairs for side in pair]
+    assert len(set(sides)) == len(sides) and all(side.startswith("(") and side.endswith(")") for side in sides)
+    if attribute == "harmless":
+        assert all(a.startswith("(harmless") and b.startswith("(harmful") for a, b in pairs)
+    assert all(":" not in side and "\n" not in side for side in sides)  # a role marker ends at its colon
+
+
+@pytest.mark.parametrize(("raw", "reply"), [
+    (" good\n\nHuman:", "good"),
+    (" good</s>\n\nHuman:", "good"),
+    (" good</s>Human:", "good"),  # an end token does for the newline
+    (" one\n\ntwo</s> junk\n\nHuman:", "one\n\ntwo"),
+    (" good<|end_of_text|>\nHuman:", "good"),
+    (" stray Assistant: good</s>Human:", "good"),
+    (" good</s>", None),  # no human turn follows
+    ("</s>\n\nHuman:", None),
+    (" no newline Human:", None),
+])  # fmt: skip
+def test_an_end_token_ends_a_reply(raw, reply):
+    assert dialogue.clean(raw) == reply
+
+
+def context(task, stages, folder, name):
+    return Context(Experiment(task, stages), folder, name, make_mesh(Mesh()))
+
+
+def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_path):
+    task, writing = dialogue.task(), Writing(8, (8,), 8)
+    stage = Label("base", labeling.rlcd, "train", 4, writing, held_out=0.25)
+    prompts = [dialogue.prompt_of(row(i, turns=2)) for i in range(4)]
+    asked = []
+
+    def generate(texts, numbers, seed):
+        asked.extend(texts)
+        return [Reply(f" {text[-9:-1]}\n\nHuman:", 1, 0.0) for text in texts]
+
+    pairs, tries = labeling.rlcd(generate, task, prompts, range(4), 0)
+    for text in asked:  # opposite polarity on the earlier turn
+        assert ("Assistant (harmless" in text) and ("Assistant (harmful" in text)
+    chunks = [{"tries": tries, "asked": 4, "pairs": pairs}]
+    figures = stage.finish(context(task, {"pairs": stage}, tmp_path, "pairs"), chunks)
+    assert figures == {"pairs": 4, "dropped": 0, "tries_per_prompt": 2.0}
+
+
+def test_a_tournament_without_an_oracle_has_no_score_and_refuses_one_by_name(tmp_path):
+    task = dialogue.task()
+    table = Tournament({"base": "base"}, "base", {"truth": "oracle:oracle"}, 8, Writing(8, (8,), 8))
+    made = context(task, {"base": object(), "table": table}, tmp_path, "table")
+    with pytest.raises(UserError, match="'dialogue-harmless' has no oracle:oracle; it has none"):
+        table.check(made)
+    assert mean_score(task, ["x"], ["y"]) is None
+    with pytest.raises(UserError, match="has no oracle 'oracle'; it has none"):
+        labeling.by_oracle(lambda *_: [], task, [], [], 0, oracle="oracle", error=0.0)
+
+
+@needs_data
+def test_the_real_file_is_read_whole():
+    source = Dialogues(test=str(HH))
+    prompts = dialogue.read_prompts(str(HH), source.content[1])
+    assert len(prompts) == 2312 and sum(text.count("\n\nAssistant:") > 1 for text in prompts) == 1650
+    assert sum(text.startswith("Human:") and text.endswith("\n\nAssistant:") for text in prompts) == 2312
+    validation, test = (set(source.prompts(split, 9999, 0)) for split in ("validation", "test"))
+    assert len(validation ^ set(prompts[:1000])) == len(test ^ (set(prompts[1000:2000]) - validation)) == 0
+    compared = [pair for pair in read_rows(str(HH), "dialogues", dialogue.comparison) if pair]
+    assert len(compared) == 2303  # of 2307 that share the prompt, four have an empty reply
+
+
+@needs_data
+def test_every_real_prompt_takes_an_affix_and_is_a_chat():
+    task, whole = dialogue.task(test=str(HH)), []
+    plus, minus = task.affixes[0]
+    for text in dialogue.read_prompts(str(HH)):
+        made, earlier = task.contrast(text, plus, minus), text.count("\n\nAssistant:") - 1
+        whole.append(
+            made.endswith(f" {plus}:") and made.count(f" {minus}:") == earlier and len(task.messages(text)) > 0
+        )
+    assert sum(whole) == 2312  # a number, so that a failure shows none of the texts

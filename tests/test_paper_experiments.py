@@ -1,0 +1,125 @@
+"""Experiments of the papers' sizes, too large to run here: they load, hang together and are of those sizes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from alignjax import config, run
+from alignjax.models.build import build
+from alignjax.runtime.sharding import Mesh, make_mesh
+from alignjax.stages import Context, Label, order
+from alignjax.types import UserError
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+RLCD, TLDR, LLAMA = (EXPERIMENTS / f"{n}.py" for n in ("rlcd/harmless_7b", "nlhf/tldr_t5_xl", "nlhf/llama_70b"))
+ARMS = ["rlhf", "sp", "md1", "md2", "md3", "md4", "md5", "md6", "br", "ema1", "ema2"]
+EACH = [
+    (RLCD, {}, ["base", "pairs", "human", "human_test", "reward", "preference", "judge", "nash_md", "policy_gradient"]),
+    (RLCD, {"labeller": "30b", "attribute": "helpful"}, ["base", "labeller", "pairs"]),
+    (TLDR, {}, ["sft", "reader", "rater", "pairs", "truth", "preference", "reward", "judge", *ARMS]),
+    (LLAMA, {}, ["base", "small", "pairs", "preference", "judge", "nash_md", "self_play"]),
+    (LLAMA, {"family": "llama2", "adapters": "False", "preference": "8b"}, ["base", "small", "pairs", "preference"]),
+]  # fmt: skip
+each = pytest.mark.parametrize(("file", "settings", "first"), EACH, ids=lambda x: getattr(x, "stem", None))
+
+
+@each
+def test_it_loads_without_a_checkpoint_or_data_and_its_stages_stand_in_order(file, settings, first):
+    experiment = config.load(file, settings)
+    names = order(experiment.stages)
+    assert names == list(experiment.stages) and names[: len(first)] == first and names[-1] == "table"
+    for name in names:  # what a stage is given is of the kind that it needs
+        context = Context(experiment, Path(), name, make_mesh(Mesh()))
+        if hasattr(experiment.stages[name], "check_held_out"):
+            experiment.stages[name].check_held_out(context)
+    assert json.dumps(config.describe(experiment))
+
+
+@each
+def test_every_leaf_can_be_set(file, settings, first):
+    experiment = config.load(file, settings)
+    leaves = {path: value for path, value in config.leaves(experiment) if not path.endswith(".lora")}
+    same = {path: value if isinstance(value, str) else repr(value) for path, value in leaves.items()}
+    assert config.describe(config.override(experiment, same)) == config.describe(experiment)
+    assert {"mesh.tensor", "stages.pairs.path" if file != RLCD else "stages.pairs.prompts"} <= leaves.keys()
+
+
+@pytest.mark.parametrize(("file", "name", "count"), [
+    (RLCD, "LLAMA_7B", 6.74e9), (RLCD, "LLAMA_30B", 32.5e9), (LLAMA, "LLAMA_2_70B", 69e9),
+    (LLAMA, "LLAMA_3_70B", 70.6e9), (LLAMA, "LLAMA_3_8B", 8.03e9),
+    (TLDR, "T5_LARGE", 783e6), (TLDR, "T5_XL", 2.85e9), (TLDR, "T5_XXL", 11.1e9),
+])  # fmt: skip
+def test_a_model_has_the_published_size(file, name, count):
+    shapes = jax.eval_shape(build(getattr(config.load_module(file), name)).init, jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(count, rel=0.01)
+
+
+@pytest.mark.parametrize(("file", "settings", "updates"), [
+    (RLCD, {}, {"reward": 3, "nash_md": 3, "policy_gradient": 3}), (TLDR, {}, {"preference": 3, "rlhf": 3}),
+    (LLAMA, {"mesh.tensor": "2"}, {"nash_md": 2}),
+])  # fmt: skip
+def test_what_it_compiles_is_known_from_shapes_and_divides_over_a_mesh(file, settings, updates):
+    experiment = config.load(file, settings)
+    mesh = make_mesh(experiment.mesh)
+    for name, count in updates.items():
+        stage = experiment.stages[name]
+        programs = list(stage.programs(Context(experiment, Path("nowhere"), name, mesh, sketched=True)))
+        assert [program.name.split()[0] for program in programs] == ["update"] * count
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        assert stage.loop.batch % (rows * stage.loop.accumulate) == 0
+
+
+def test_the_arms_are_the_papers_grid_and_differ_in_nothing_else():
+    stages = config.load(TLDR, {}).stages
+    md = [stages[f"md{i}"] for i in range(1, 7)]
+    assert [arm.opponent.keywords["beta"] for arm in md] == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75]
+    assert all(dataclasses.replace(arm, opponent=md[0].opponent) == md[0] for arm in [*md, stages["sp"], stages["br"]])
+    assert [stages[name].average_decay for name in ("ema1", "ema2")] == [0.999, 0.9995]
+    assert [stages[name].objective.keywords["tau"] for name in ("rlhf", "md1")] == [0.05, 0.008]
+    assert stages["table"].policies == {name: name for name in ["sft", *ARMS]} and stages["md1"].loop.steps == 10_000
+
+
+def test_the_larger_labeller_changes_who_writes_the_pairs_alone():
+    small, large = (config.load(RLCD, {"labeller": size}).stages for size in ("7b", "30b"))
+    assert large.pop("labeller").model.layers == 60
+    assert large["pairs"] == dataclasses.replace(small["pairs"], generator="labeller")
+    assert {name for name in small if config.describe(small[name]) != config.describe(large[name])} == {"pairs"}
+
+
+def test_a_preference_model_shares_the_adapters_base_or_is_of_the_small_model():
+    for preference, start, judge in (("same", "base", "small"), ("8b", "small", "base")):
+        stages = config.load(LLAMA, {"preference": preference}).stages
+        assert (stages["preference"].start, stages["judge"].start) == (start, judge)
+        assert (stages["preference"].lora is None) == (preference == "8b") and stages["nash_md"].lora
+
+
+@pytest.mark.parametrize(("file", "settings", "words"), [
+    (RLCD, {"labeller": "13b"}, "choose 7b or 30b"), (RLCD, {"attribute": "brave"}, "harmless, helpful"),
+    (LLAMA, {"family": "mistral"}, "llama2, llama3"), (LLAMA, {"preference": "1b"}, "choose same or 8b"),
+])  # fmt: skip
+def test_an_unknown_choice_is_told(file, settings, words):
+    with pytest.raises(UserError, match=words):
+        config.load(file, settings)
+
+
+@pytest.mark.parametrize(("file", "words"), [
+    (RLCD, r"checkpoints/llama-7b.*missing"), (TLDR, r"checkpoints/t5-large-sft.*missing"),
+    (LLAMA, r"checkpoints/llama-70b.*missing"),
+])  # fmt: skip
+def test_a_run_without_a_checkpoint_is_told_before_anything_runs(file, words, tmp_path):
+    experiment = config.load(file, {"mesh.tensor": "1"})
+    with pytest.raises(UserError, match=words):
+        run.run(experiment, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_data_is_told(tmp_path):
+    experiment = config.load(RLCD, {"mesh.tensor": "1"})
+    context = Context(experiment, tmp_path, "pairs", make_mesh(experiment.mesh))
+    stage = experiment.stages["pairs"]
+    assert isinstance(stage, Label)
+    with pytest.raises(UserError, match="no file of dialogues is named"):
+        stage.check(context)

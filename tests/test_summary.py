@@ -1,0 +1,167 @@
+"""Posts and given comparisons: what is read, what is refused by its line, and the pairs that come of it."""
+
+import dataclasses
+import gzip
+import json
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from alignjax import labeling
+from alignjax.config import describe, override
+from alignjax.runtime import data
+from alignjax.runtime.sharding import Mesh, make_mesh
+from alignjax.stages import Context, Experiment, GivenPairs
+from alignjax.tasks import dialogue, summary
+from alignjax.types import UserError
+
+DATA = Path(os.environ.get("ALIGNJAX_TEST_DATA", ""))
+needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="ALIGNJAX_TEST_DATA names no folder")
+GOOD = {"prompt": "x", "first": "a", "second": "b", "p": 1}
+
+
+def written(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return str(path)
+
+
+def given(tmp_path, **fields):
+    stage = GivenPairs(**fields)
+    return Context(Experiment(summary.task(), {"pairs": stage}), tmp_path, "pairs", make_mesh(Mesh())), stage
+
+
+def test_a_post_is_asked_for_its_summary_with_its_title(tmp_path):
+    path = written(tmp_path / "a.jsonl.gz", [
+        {"post": "I ran.", "summary": "Ran."}, {"text": " I fell.\n", "title": "Help", "summary": "Fell."},
+    ])  # fmt: skip
+    prompts = summary.task(path).source.prompts("train", 9, 0)
+    assert sorted(prompts) == ["summarize: Help\n\nI fell.", "summarize: I ran."]
+    assert summary.task(path, ask=summary.DECODER).source.prompts("train", 1, 0)[0].endswith("\n\nTL;DR:")
+    with pytest.raises(UserError, match=r"ask='summarize' does not hold \{post\}"):
+        summary.task(path, ask="summarize")
+
+
+def test_splits_share_no_post_and_are_shuffled_by_the_seed(tmp_path):
+    paths = [
+        written(tmp_path / f"{name}.jsonl", [{"post": f"{i}"} for i in numbers])
+        for name, numbers in {"train": range(60), "validation": range(40, 50), "test": range(45, 55)}.items()
+    ]
+    source = summary.task(*paths).source
+    sizes = {split: len(set(source.prompts(split, 99, 1))) for split in ("train", "validation", "test")}
+    assert sizes == {"train": 45, "validation": 5, "test": 10}
+    assert source.prompts("train", 5, 1) == source.prompts("train", 99, 1)[:5] != source.prompts("train", 5, 2)
+    assert len(summary.task(paths[0]).source.prompts("train", 99, 1)) == 60
+    with pytest.raises(UserError, match="no post that is not held out"):
+        summary.task(paths[2], test=paths[2]).source.prompts("train", 1, 0)
+
+
+def test_without_files_there_is_a_task_and_the_posts_alone_are_refused():
+    source = summary.task().source
+    with pytest.raises(UserError, match="no file of posts is named"):
+        source.prompts("test", 1, 0)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read"):
+        summary.task("nowhere.jsonl").source.prompts("train", 1, 0)
+    with pytest.raises(UserError, match="no split 'dev'; they have train, validation, test"):
+        source.prompts("dev", 1, 0)
+    with pytest.raises(UserError, match="Pretrained"):
+        source.corpus(1, 0)
+
+
+def test_a_task_without_affixes_refuses_contrast_before_it_runs():
+    with pytest.raises(UserError, match="'summary' has no affixes to contrast"):
+        labeling.rlcd(lambda *_: [], summary.task(), [], [], 0)
+    told = dataclasses.replace(summary.task(), affixes=((" Well:", " Badly:"),))
+    assert labeling.rlcd(lambda *_: [], told, [], [], 0) == ([], 0)
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    ({}, "has no 'post'"), ({"post": ""}, "has 'post' without a text"), ({"text": 3}, "has 'text' without a text"),
+    ([1], "is no JSON object"),
+])  # fmt: skip
+def test_a_line_that_is_no_post_is_told_by_its_number(tmp_path, row, words):
+    path = written(tmp_path / "a.jsonl", [{"post": "x"}, row])
+    with pytest.raises(UserError) as error:
+        summary.task(path).source.prompts("train", 1, 0)
+    assert str(error.value) == f"{path}, line 2 {words}; mend it"
+
+
+PUBLISHED = {"info": {"title": "T", "post": "P"}, "summaries": [{"text": " a"}, {"text": "b\n"}], "choice": 1}
+
+
+def test_a_published_comparison_is_asked_as_the_task_asks():
+    assert summary.comparison(PUBLISHED) == ("summarize: T\n\nP", "a", "b", 0.0)
+    got = summary.comparison({**PUBLISHED, "choice": 0}, ask=summary.DECODER)
+    assert got == ("T\n\nP\n\nTL;DR:", "a", "b", 1.0)
+
+
+@pytest.mark.parametrize("change", [
+    {"choice": 2}, {"choice": None}, {"summaries": [{"text": "a"}]}, {"summaries": [{"text": "a"}, 3]}, {"info": "P"},
+    {"summaries": [{"text": "a"}, {}]}, {"summaries": [{"text": "a"}, {"text": ""}]}, {"info": {"title": "T"}},
+])  # fmt: skip
+def test_a_comparison_of_another_form_is_told_by_its_number(tmp_path, change):
+    path = written(tmp_path / "a.jsonl", [PUBLISHED, {**PUBLISHED, **change}])
+    context, stage = given(tmp_path, path=path, read=summary.comparison)
+    with pytest.raises(UserError) as error:
+        stage.check(context)
+    assert str(error.value).startswith(f"pairs: {path}, line 2 has ") and str(error.value).endswith("; mend it")
+
+
+def test_given_pairs_are_the_dataset_that_a_labelling_stage_writes(tmp_path):
+    rows = [{"prompt": f"x{i // 2}", "first": f"a{i}", "second": "b", "p": i / 10} for i in range(10)]
+    context, stage = given(tmp_path, path=written(tmp_path / "a.jsonl", rows), held_out=0.4)
+    stage.check(context)
+    assert stage.run(context) == {"pairs": 10, "skipped": 0, "different_prompts": 5}
+    train, held_out = (data.read_pairs(tmp_path / "pairs" / "data", split) for split in ("train", "held_out"))
+    found = sorted([*train, *held_out], key=lambda row: row["first"])
+    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == found
+    assert {row["prompt"] for row in held_out} == {"x3", "x4"} and len(train) == 6  # no prompt on both sides
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    ({"p": 1.5}, "has 'p' 1.5, which is no number from 0 to 1"), ({"p": -1}, "has 'p' -1"),
+    ({"p": True}, "has 'p' True"), ({"p": "1"}, "has 'p' '1'"), ({"p": float("nan")}, "has 'p' nan"),
+    ({"p": None}, "has 'p' None"), ({"first": ""}, "has 'first' without a text"),
+    ({"prompt": 1}, "has 'prompt' without a text"),
+])  # fmt: skip
+def test_a_pair_of_another_form_is_told_by_its_number_before_anything_runs(tmp_path, row, words):
+    path = written(tmp_path / "a.jsonl", [GOOD, GOOD, {**GOOD, **row}])
+    context, stage = given(tmp_path, path=path)
+    with pytest.raises(UserError) as error:
+        stage.check(context)
+    assert f"pairs: {path}, line 3 {words}" in str(error.value)
+
+
+def test_a_missing_an_empty_or_a_fieldless_file_is_told(tmp_path):
+    cases = {"": "no file of comparisons is named", "nowhere.jsonl": r"nowhere\.jsonl cannot be read"}
+    cases[written(tmp_path / "empty.jsonl", [])] = r"empty\.jsonl is empty"
+    cases[written(tmp_path / "less.jsonl", [{"prompt": "x"}])] = "line 1 has no 'p'"
+    for path, words in cases.items():
+        context, stage = given(tmp_path, path=path)
+        with pytest.raises(UserError, match=words):
+            stage.check(context)
+    ask = written(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
+    context, stage = given(tmp_path, path=ask, read=dialogue.comparison)
+    with pytest.raises(UserError, match=r"no line of .*apart\.jsonl compares two replies"):
+        stage.check(context)
+
+
+def test_a_changed_file_is_another_stage_and_can_be_named_from_outside(tmp_path):
+    path = written(tmp_path / "a.jsonl", [GOOD])
+    before = GivenPairs(path)
+    written(tmp_path / "a.jsonl", [{**GOOD, "p": 0}])
+    assert describe(GivenPairs(path)) != describe(before) and GivenPairs("").content == ""
+    assert override({"pairs": GivenPairs("")}, {"pairs.path": path})["pairs"] == GivenPairs(path)
+    asked = partial(summary.comparison, ask="a {post}")
+    assert override({"p": GivenPairs("", asked)}, {"p.read.ask": "b {post}"})["p"].read.keywords == {"ask": "b {post}"}
+
+
+@needs_data
+def test_the_real_human_comparisons_become_pairs(tmp_path):
+    stage = GivenPairs(str(DATA / "hh_harmless_base_test.jsonl.gz"), dialogue.comparison, held_out=0.1)
+    context = Context(Experiment(dialogue.task(), {"pairs": stage}), tmp_path, "pairs", make_mesh(Mesh()))
+    figures = stage.run(context)
+    assert (figures["pairs"], figures["skipped"]) == (2303, 9)
+    assert 2000 < len(data.read_pairs(tmp_path / "pairs" / "data", "train")) < 2303
