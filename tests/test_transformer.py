@@ -106,11 +106,12 @@ def test_a_later_token_changes_nothing_before_it(model, params):
     assert np.abs(a[:, 3:] - b[:, 3:]).max() > 1e-3
 
 
+@pytest.mark.parametrize("decode", ["unrolled", "scanned"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_cached_decoding_equals_the_full_forward(model, params, side):
+def test_cached_decoding_equals_the_full_forward(model, params, side, decode):
     prompt = ragged([[5, 6, 7], [8, 9]], 5, side, filler=11)
     completion = np.array([[3, 12, 4, 9], [6, 1, 1, 15]])
-    start = model.start(params, prompt, 4)
+    start = transformer(dataclasses.replace(TINY, decode=decode)).start(params, prompt, 4)
     logits, carry = [start.logits], start.carry
     for t in range(3):
         carry, step = start.step(carry, completion[:, t])

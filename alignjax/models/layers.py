@@ -41,6 +41,30 @@ class Cache(NamedTuple):
     k: Array
     v: Array
 
+    def written(self, k: Array, v: Array, slot: Array) -> Cache:
+        """With the keys and values [B, K, T, head_dim] at ``slot`` and behind."""
+        return Cache(*(lax.dynamic_update_slice_in_dim(old, new, slot, 2) for old, new in ((self.k, k), (self.v, v))))
+
+    def read(self) -> tuple[Array, Array]:
+        return self.k, self.v
+
+
+class Stack(NamedTuple):
+    """The same of all layers, [L, B, K, S, head_dim], as one of them sees it: only what is new is moved."""
+
+    k: Array
+    v: Array
+    layer: Array  # [] int32
+
+    def written(self, k: Array, v: Array, slot: Array) -> Stack:
+        at = (self.layer, 0, 0, slot, 0)
+        k, v = (lax.dynamic_update_slice(old, x[None], at) for old, x in ((self.k, k), (self.v, v)))
+        return Stack(k, v, self.layer)
+
+    def read(self) -> tuple[Array, Array]:
+        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
+        return k, v
+
 
 class Linear(nnx.Module):
     """x W + b; and + (x A) B where ``functional`` attached an adapter (A [in, r], B [r, out])."""

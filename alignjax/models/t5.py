@@ -29,6 +29,7 @@ from alignjax.models.layers import (
     one_of,
 )
 from alignjax.models.model import Model, Start
+from alignjax.runtime.sharding import by_rows
 from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, Tokens, in_range
 
 P = jax.sharding.PartitionSpec
@@ -138,9 +139,7 @@ class Block(nnx.Module):
         h = self.attention_norm(x)
         here = Cache(self.split(self.k(h)), self.split(self.v(h)))
         if cache is not None and slot is not None:
-            here = Cache(
-                *(lax.dynamic_update_slice_in_dim(*old_new, slot, 2) for old_new in zip(cache, here, strict=True))
-            )
+            here = cache.written(*here.read(), slot)
         x = x + self.o(self.mixed(self.q(h), here, mask, bias))
         if memory is not None and memory_mask is not None:
             seen = jnp.broadcast_to(memory_mask[:, None], (*x.shape[:2], memory_mask.shape[1]))
@@ -209,7 +208,7 @@ def scanned(layer: Callable[[Array, Params], Array], x: Array, stacked: Params, 
     """x through the stacked layers."""
     if c.remat != "none":
         layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
-    return lax.scan(lambda x, weights: (layer(x, weights), None), x, stacked)[0]
+    return lax.scan(lambda x, weights: (by_rows(layer(x, weights)), None), by_rows(x), stacked)[0]
 
 
 def encoder(config: T5Config) -> Callable[[Params, Prompt], tuple[Array, Array]]:

@@ -1,7 +1,7 @@
 """A decoder-only transformer by configuration: Llama, Mistral, Qwen, Gemma, GPT-2, GPT-NeoX.
 
-Layers are stacked along a leading axis [L, ...] and scanned in training; decoding unstacks them once
-and keeps one cache per layer (carrying caches through a scan copies them at every token).
+Layers are stacked along a leading axis [L, ...] and scanned in training; decoding unstacks them once and keeps one
+cache per layer, or scans them too, over one stack of caches: slower a token, and compiled as fast however deep.
 Shape letters as in ``layers``.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from alignjax.models.layers import (
     Cache,
     Linear,
     Norm,
+    Stack,
     attend,
     capped,
     causal_mask,
@@ -35,6 +37,7 @@ from alignjax.models.layers import (
 )
 from alignjax.models.model import Model, Start
 from alignjax.models.rope import RopeScaling, rotary, stretched
+from alignjax.runtime.sharding import by_rows
 from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, UserError, in_range
 
 P = jax.sharding.PartitionSpec
@@ -59,6 +62,7 @@ class TransformerConfig:
     initializer_range: float = 0.02
     compute_dtype: str = "float32"  # "bfloat16" casts parameters inside the step
     remat: str = "none"  # a key of REMAT_POLICIES
+    decode: str = "unrolled"  # or "scanned": the compile time does not grow with the layers
     # What sets the families apart.
     family: str = "llama"  # whose names and file format an exported checkpoint has
     norm: str = "rms"  # or "layer": centred, with a bias
@@ -95,6 +99,7 @@ class TransformerConfig:
         one_of(self, "remat", tuple(REMAT_POLICIES))
         one_of(self, "compute_dtype", COMPUTE_DTYPES)
         one_of(self, "activation", tuple(ACTIVATIONS))
+        one_of(self, "decode", ("unrolled", "scanned"))
         one_of(self, "norm", ("rms", "layer"))
         one_of(self, "positions", ("rotary", "learned"))
 
@@ -118,7 +123,7 @@ def frequencies(config: TransformerConfig) -> np.ndarray:
 class Carry(NamedTuple):
     """What decoding carries from token to token."""
 
-    caches: tuple[Cache, ...]
+    caches: tuple[Cache, ...] | tuple[Array, Array]  # one a layer; or all layers' keys and values
     valid: Array  # [B, S] bool, slots that hold a real token
     position: Array  # [B] int32, the next token's position
     slot: Array  # [] int32, the next token's cache slot
@@ -159,9 +164,9 @@ class Block(nnx.Module):
         positions: Array,
         mask: Array,
         frequency: Array,
-        cache: Cache | None = None,
+        cache: Cache | Stack | None = None,
         slot: Array | None = None,
-    ) -> tuple[Array, Cache]:
+    ) -> tuple[Array, Cache | Stack]:
         """x [B * T, D], flat so that every projection is one matrix product; positions [B, T].
 
         With a cache, writes the T new keys and values at ``slot`` and attends to all of it.
@@ -176,7 +181,7 @@ class Block(nnx.Module):
         out = self.mlp(self.mlp_norm(x))
         return x + (self.mlp_post_norm(out) if c.post_norms else out), cache
 
-    def attention(self, h, positions, mask, frequency, cache, slot) -> tuple[Array, Cache]:
+    def attention(self, h, positions, mask, frequency, cache, slot) -> tuple[Array, Cache | Stack]:
         c = self.config
         q = self.q(h).reshape(*positions.shape, c.heads, c.head_dim)
         k = self.k(h).reshape(*positions.shape, c.kv_heads, c.head_dim)
@@ -186,11 +191,10 @@ class Block(nnx.Module):
         if c.rotated:
             q, k = rotary(q, positions, frequency), rotary(k, positions, frequency)
         k = k.swapaxes(1, 2)
-        if cache is not None and slot is not None:
-            k = lax.dynamic_update_slice_in_dim(cache.k, k, slot, axis=2)
-            v = lax.dynamic_update_slice_in_dim(cache.v, v, slot, axis=2)
+        cache = Cache(k, v) if cache is None else cache.written(k, v, slot)
+        k, v = cache.read()
         mixed = attend(q, k, v, mask, c.query_scale or c.head_dim**-0.5, c.attention_cap)
-        return self.o(mixed.reshape(len(h), -1)), Cache(k, v)
+        return self.o(mixed.reshape(len(h), -1)), cache
 
     def mlp(self, h: Array) -> Array:
         c = self.config
@@ -256,7 +260,7 @@ def transformer(config: TransformerConfig) -> Model:
         return {name: value for name, value in params.items() if name != "blocks"}
 
     def embed(params: Params, tokens: Array, positions: Array) -> Array:
-        return ends.apply(outer(params), tokens.reshape(-1), positions.reshape(-1))
+        return by_rows(ends.apply(outer(params), tokens.reshape(-1), positions.reshape(-1)))
 
     def check_length(length: int) -> None:
         if c.positions == "learned" and c.context < length:
@@ -272,7 +276,8 @@ def transformer(config: TransformerConfig) -> Model:
 
         def layer(x: Array, one: tuple[Params, Array, Array]) -> tuple[Array, None]:
             weights, turns, window = one
-            return block.apply(weights, x, positions, seen(mask, positions, positions, window), turns)[0], None
+            x, _ = block.apply(weights, x, positions, seen(mask, positions, positions, window), turns)
+            return by_rows(x), None
 
         if c.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[c.remat])
@@ -295,17 +300,19 @@ def transformer(config: TransformerConfig) -> Model:
 
     def start(params: Params, prompt: Prompt, max_new_tokens: int) -> Start:
         check_length(prompt.tokens.shape[1] + max_new_tokens)
-        layers = [jax.tree.map(lambda w, i=i: w[i], params["blocks"]) for i in range(c.layers)]
+        through = scanned if c.decode == "scanned" else unrolled
         segments = prompt.mask.astype(jnp.int32)
         positions, mask = segment_positions(segments), causal_mask(segments)
-        x = embed(params, prompt.tokens, positions)
         room = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0))
-        caches = []
-        for weights, turns, window in zip(layers, frequency, windows, strict=True):
+
+        def read(weights: Params, x: Array, turns: Array, window: Array) -> tuple[Array, Cache]:
             x, cache = block.apply(weights, x, positions, seen(mask, positions, positions, window), turns)
-            caches.append(Cache(jnp.pad(cache.k, room), jnp.pad(cache.v, room)))
+            return by_rows(x), Cache(*(jnp.pad(part, room) for part in cache.read()))
+
+        read_all, write_all = through(params["blocks"], frequency, windows)
+        x, caches = read_all(read, embed(params, prompt.tokens, positions))
         carry = Carry(
-            caches=tuple(caches),
+            caches=caches,
             valid=jnp.pad(prompt.mask, room[1:3]),
             position=segments.sum(1),
             slot=jnp.int32(prompt.tokens.shape[1]),
@@ -314,18 +321,66 @@ def transformer(config: TransformerConfig) -> Model:
         def step(carry: Carry, token: Array) -> tuple[Carry, Array]:
             valid = lax.dynamic_update_slice_in_dim(carry.valid, jnp.ones_like(carry.valid[:, :1]), carry.slot, axis=1)
             here, slots = carry.position[:, None], jnp.cumsum(valid, axis=1) - 1
-            x, caches = embed(params, token, carry.position), []
-            for weights, turns, window, cache in zip(layers, frequency, windows, carry.caches, strict=True):
-                mask = seen(valid[:, None], here, slots, window)
-                x, cache = block.apply(weights, x, here, mask, turns, cache, carry.slot)
-                caches.append(cache)
+
+            def write(weights: Params, x: Array, turns: Array, window: Array, cache: Any) -> tuple[Array, Any]:
+                return block.apply(
+                    weights, x, here, seen(valid[:, None], here, slots, window), turns, cache, carry.slot
+                )
+
+            x, caches = write_all(write, embed(params, token, carry.position), carry.caches)
             logits = unembed(params, norm.apply(params["norm"], x))
-            return Carry(tuple(caches), valid, carry.position + 1, carry.slot + 1), logits
+            return Carry(caches, valid, carry.position + 1, carry.slot + 1), logits
 
         first = norm.apply(params["norm"], take_last(x.reshape(*prompt.tokens.shape, -1), prompt.mask))
         return Start(step, carry, unembed(params, first))
 
     return Model(c, init, causal, predict, final, unembed, start, rules(c))
+
+
+def unrolled(blocks: Params, frequency: np.ndarray, windows: np.ndarray):
+    """How a prompt and how a token goes through the layers, one after the other, each with its own cache."""
+    layers = [jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(len(windows))]
+
+    def read_all(read: Callable[..., tuple[Array, Cache]], x: Array) -> tuple[Array, tuple[Cache, ...]]:
+        caches = []
+        for weights, turns, window in zip(layers, frequency, windows, strict=True):
+            x, cache = read(weights, x, turns, window)
+            caches.append(cache)
+        return x, tuple(caches)
+
+    def write_all(write: Callable[..., tuple[Array, Cache]], x: Array, caches: tuple[Cache, ...]):
+        written = []
+        for weights, turns, window, cache in zip(layers, frequency, windows, caches, strict=True):
+            x, cache = write(weights, x, turns, window, cache)
+            written.append(cache)
+        return x, tuple(written)
+
+    return read_all, write_all
+
+
+def scanned(blocks: Params, frequency: np.ndarray, windows: np.ndarray):
+    """The same in loops, over one stack of caches."""
+    numbers = np.arange(len(windows))
+
+    def read_all(read: Callable[..., tuple[Array, Cache]], x: Array) -> tuple[Array, tuple[Array, Array]]:
+        def layer(x: Array, one: tuple) -> tuple[Array, tuple[Array, Array]]:
+            weights, turns, window = one
+            x, cache = read(weights, x, turns, window)
+            return x, cache.read()
+
+        return lax.scan(layer, x, (blocks, frequency, windows))
+
+    def write_all(write: Callable[..., tuple[Array, Stack]], x: Array, caches: tuple[Array, Array]):
+        def layer(state: tuple[Array, Array, Array], one: tuple) -> tuple[tuple[Array, Array, Array], None]:
+            x, k, v = state
+            weights, turns, window, number = one
+            x, stack = write(weights, x, turns, window, Stack(k, v, number))
+            return (x, stack.k, stack.v), None
+
+        (x, k, v), _ = lax.scan(layer, (x, *caches), (blocks, frequency, windows, numbers))
+        return x, (k, v)
+
+    return read_all, write_all
 
 
 def rules(c: TransformerConfig) -> Rules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from alignjax.types import Rules, UserError
+from alignjax.types import Array, Params, Rules, UserError
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -105,6 +106,37 @@ def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(x: Array) -> Array:
+    """Within a jitted function under ``jax.set_mesh``: x with its leading axis as batches lie. Activations have to be
+    told: left alone, XLA may split them as the parameters are and send them instead of these. A leading axis that does
+    not divide is left alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in AXES[:2] if mesh.shape.get(axis, 1) > 1)
+    if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+
+
+def gathered(params: Params, rules: Rules, dtype: str) -> Params:
+    """Within a jitted function under ``jax.set_mesh``: the parameters with their split over data and fsdp taken back,
+    that over tensor left, for a loop that would else gather them at every turn. What was split is cast first, as the
+    model does at its use, for half of the traffic."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if math.prod(mesh.shape.get(axis, 1) for axis in AXES[:2]) == 1:
+        return params
+
+    def one(path: tuple[Any, ...], leaf: Array) -> Array:
+        name = path_name(path)
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name) and len(spec) <= leaf.ndim), ())
+        if not any(set(part if isinstance(part, tuple) else (part,)) & set(AXES[:2]) for part in spec):
+            return leaf
+        kept = [AXES[2] if AXES[2] in (part if isinstance(part, tuple) else (part,)) else None for part in spec]
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), PartitionSpec(*kept))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def own_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:

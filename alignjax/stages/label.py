@@ -16,10 +16,11 @@ from alignjax import config, labeling
 from alignjax.decoding import Sampling, Stop
 from alignjax.generation import Generate, generator, writer
 from alignjax.models.likelihood import log_prob
+from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
 from alignjax.runtime import data, metrics, sharding
 from alignjax.stages.experiment import PAIRS, POLICY, Context, Program, ids_of, shape
-from alignjax.stages.networks import Network
+from alignjax.stages.networks import Network, gathering
 from alignjax.tasks.task import EOS, Task
 from alignjax.types import TINY, UserError, in_range
 
@@ -34,6 +35,7 @@ class Writing:
     buckets: tuple[int, ...]  # prompt lengths in tokens that are compiled for
     batch: int
     sampling: Sampling = Sampling()
+    gather: bool = True  # the weights, over data and fsdp, before they write; False: where there is no room
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "max_new_tokens", "buckets", "batch")
@@ -50,18 +52,21 @@ class Writing:
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
         stop = stop_tokens(context.task, policy.tokenizer)
         write = writer(
-            policy.model, stop=stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling, mesh=context.mesh
+            self.model(policy), stop=stop, max_new_tokens=self.max_new_tokens, sampling=self.sampling, mesh=context.mesh
         )
         numbers = shape("int32", self.batch)
         for length in self.buckets:
             arguments = policy.params, ids_of(self.batch, length), numbers, jax.eval_shape(lambda: context.key)
             yield Program(f"{name} {length}", write, arguments, self.batch * (length + self.max_new_tokens))
 
+    def model(self, policy: Network) -> Model:
+        return gathering(policy.model) if self.gather else policy.model
+
     def generator(self, context: Context, policy: Network, reference: Network | None = None) -> Generate:
         if reference and reference.fingerprint != policy.fingerprint:
             raise UserError(f"{context.name}: the policy and the reference have different tokenizers; use one start")
         return generator(
-            policy.model,
+            self.model(policy),
             policy.params,
             policy.tokenizer,
             stop=stop_tokens(context.task, policy.tokenizer),

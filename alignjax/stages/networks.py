@@ -222,6 +222,14 @@ def heads(start: Network, backbone: Params, key: jax.Array, form: Preference | N
     return {**fresh, **{name: start.heads[name] for name in fresh.keys() & start.heads.keys()}}
 
 
+def gathering(model: Model) -> Model:
+    """The model, its parameters gathered (runtime.sharding.gathered) before it begins to write."""
+    dtype = model.config.compute_dtype
+    return model._replace(
+        start=lambda params, prompt, new: model.start(sharding.gathered(params, model.rules, dtype), prompt, new)
+    )
+
+
 def in_full(network: Network) -> Params:
     """The parameters without adapters: merged, where it is one."""
     return made(lora.merge, network.params) if network.adapter else network.params

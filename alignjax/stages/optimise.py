@@ -19,7 +19,7 @@ from alignjax.preference import Preference
 from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, PREFERENCE, Context, Program, ids_of, shape
 from alignjax.stages.label import check_stop, stop_tokens, unseen_stops
-from alignjax.stages.networks import Network, Record, Trainable, derived, trainable
+from alignjax.stages.networks import Network, Record, Trainable, derived, gathering, trainable
 from alignjax.stages.training import Adam, Learning, Loop, run_loop
 from alignjax.tasks.task import EOS, Task
 from alignjax.types import Array, Key, Metrics, Params, Rollout, Tokens, TrainState, UserError, in_range
@@ -44,6 +44,7 @@ class Optimise:
     response: int | None = None  # most tokens of a response to a preference model of another tokenizer; None: twice
     average_decay: float | None = None  # of the weights' moving average, for rollout.moving_average
     unfinished_loses: bool = True
+    gather: bool = True  # the weights that write, over data and fsdp, before they do; False: where there is no room
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "prompts", "buckets", "max_new_tokens")
@@ -92,7 +93,8 @@ class Optimise:
         )  # fmt: skip
 
     def responder(self, task: Task, start: Network) -> rollout.Respond:
-        return rollout.responder(start.model, self.opponent, self.max_new_tokens, stop_tokens(task, start.tokenizer))
+        model = gathering(start.model) if self.gather else start.model
+        return rollout.responder(model, self.opponent, self.max_new_tokens, stop_tokens(task, start.tokenizer))
 
     def networks(self, context: Context) -> tuple[Network, Network, Network, Preference]:
         """The start, the reference, and the preference model with its form."""

@@ -19,6 +19,7 @@ from alignjax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES, one_of
 from alignjax.models.likelihood import log_prob, token_log_probs
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, as_chat, pad, single_token, stand_in
+from alignjax.models.transformer import TransformerConfig
 from alignjax.runtime import data, sharding
 from alignjax.stages.experiment import POLICY, REWARD, Context, Program, ids_of
 from alignjax.stages.networks import Adapter, Record, derived, save
@@ -168,6 +169,7 @@ class Pretrained:
     dtype: str = "float32"  # of the parameters; under adapters "bfloat16" halves the frozen base
     compute_dtype: str = "float32"
     remat: str = "none"
+    decode: str = "unrolled"  # or "scanned", of a decoder-only model (TransformerConfig)
     model: ModelConfig | None = None  # what the folder must hold; with it, ``plan`` needs no folder
     content: str = dataclasses.field(init=False)  # what lay in the folder, so that another checkpoint is noticed
 
@@ -187,9 +189,11 @@ class Pretrained:
     def config(self) -> ModelConfig:
         folder = Path(self.path)
         here: dict[str, Any] = {"compute_dtype": self.compute_dtype, "remat": self.remat}
-        if self.model and not self.content:
-            return dataclasses.replace(self.model, **here)
-        found = huggingface.read_config(folder)
+        found = self.model if self.model and not self.content else huggingface.read_config(folder)
+        if isinstance(found, TransformerConfig):
+            here["decode"] = self.decode
+        if found is self.model:
+            return dataclasses.replace(found, **here)
         if weights.SCORE in weights.tensor_files(folder):  # it has no output projection
             found = dataclasses.replace(found, tied=True)
         found = dataclasses.replace(found, **here)
