@@ -40,6 +40,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def content(folder: Path) -> str:
     """A mark of what lies in a folder, empty when there is none: its files' names and sizes, the whole of those below
     64 MiB, and of larger ones a thousand pieces of 4 KiB from end to end, which no retraining leaves as they were."""
+    if folder == Path():  # an empty path is no folder, and not the current one
+        return ""
     mark = hashlib.sha256()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.is_file() and path.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt"):

@@ -146,7 +146,8 @@ class Context:
         record, origin = self.record(name), self.origin(name)
         below = self.policy(record.adapter.base) if record.adapter else None
         tokenizer = self.tokenizer(name) or stand_in(record.config.vocab_size)
-        mark = getattr(origin, "path", f"the tokenizer of {id(origin)}")
+        # Folders of models with as many tokens are taken for one family.
+        mark = f"{record.config.vocab_size} tokens" if hasattr(origin, "path") else f"the tokenizer of {id(origin)}"
         return networks.sketch(name, record, tokenizer, mark, below, self.mesh)
 
     def record(self, name: str) -> networks.Record:
