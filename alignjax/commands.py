@@ -82,6 +82,7 @@ def plan_command_line(commands: Any) -> None:
     )  # fmt: skip
     sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
     sub.add_argument("--only", action="append", default=[], metavar="NAME", help="these stages alone; repeatable")
+    sub.add_argument("--every-bucket", action="store_true", help="not the largest bucket of prompts alone")
     sub.add_argument("--largest", action="store_true", help="show each program's largest arrays too")
     sub.add_argument("--json", metavar="FILE", help="write all that is known as JSON")
     sub.set_defaults(command=plan_command)
@@ -239,7 +240,7 @@ def plan_command(arguments: argparse.Namespace) -> int:
     meshes = [plan.read_mesh(text) for text in arguments.mesh]
     experiment = load_experiment(arguments.file, settings_of(arguments))
     rows = []
-    for row in plan.plan(experiment, arguments.topology, meshes, arguments.only):
+    for row in plan.plan(experiment, arguments.topology, meshes, arguments.only, arguments.every_bucket):
         rows.append(row)
         print(f"{row.topology} {row.mesh} {row.stage}: {row.program} {row.seconds:.0f} s", file=sys.stderr)
     print(plan.table(rows), plan.smallest(rows), sep="\n\n")

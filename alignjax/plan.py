@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -48,10 +49,14 @@ class Row(NamedTuple):
 
 
 def plan(
-    experiment: Any, topologies: Sequence[str], meshes: Sequence[sharding.Mesh], only: Sequence[str] = ()
+    experiment: Any,
+    topologies: Sequence[str],
+    meshes: Sequence[sharding.Mesh],
+    only: Sequence[str] = (),
+    every: bool = False,
 ) -> Iterator[Row]:
-    """A row for every program of the stages on every mesh (none: the experiment's own) over every topology. A kind
-    alone ("v5e") goes through its SHAPES until all programs fit. ``topology.prepare_environment`` must have been
+    """A row for every program of the stages on every mesh (none: the experiment's own) over every topology; of those
+    that differ in the prompts' bucket alone the one of the largest, unless ``every`` is wanted. A kind alone ("v5e") goes through its SHAPES until all programs fit. ``topology.prepare_environment`` must have been
     called. Raises UserError on what is unknown."""
     names = [name for name in stages.order(experiment.stages) if not only or name in only]
     if missing := set(only) - set(names):
@@ -63,8 +68,10 @@ def plan(
         for shape in shapes(where):
             fits = False
             for sizes in meshes or [experiment.mesh]:
-                rows = list(on_mesh(experiment, shape, sizes, planned, impatient=where != shape))
-                yield from rows
+                rows = []
+                for row in on_mesh(experiment, shape, sizes, planned, every, impatient=where != shape):
+                    rows.append(row)
+                    yield row
                 fits = fits or all(row.fits for row in rows)
             if fits:
                 break
@@ -75,7 +82,9 @@ def shapes(where: str) -> list[str]:
     return [where] if ":" in where or where not in SHAPES else [f"{where}:{shape}" for shape in SHAPES[where]]
 
 
-def on_mesh(experiment: Any, where: str, sizes: sharding.Mesh, names: Sequence[str], impatient: bool) -> Iterator[Row]:
+def on_mesh(
+    experiment: Any, where: str, sizes: sharding.Mesh, names: Sequence[str], every: bool, impatient: bool
+) -> Iterator[Row]:
     """The rows of one mesh; the ``impatient`` wants none after the first that does not fit."""
     devices, chip = topology.devices(where), topology.chip(where)
     told = ",".join(f"{axis}={getattr(sizes, axis)}" for axis in sharding.AXES)
@@ -92,6 +101,7 @@ def on_mesh(experiment: Any, where: str, sizes: sharding.Mesh, names: Sequence[s
         context = stages.Context(experiment, Path(), name, mesh, sketched=True)
         try:
             programs = list(experiment.stages[name].programs(context))
+            programs = programs if every else longest(programs)
         except UserError as error:
             yield Row(where, told, len(devices), name, "", 0.0, 0, None, str(error))
             if impatient:
@@ -105,6 +115,16 @@ def on_mesh(experiment: Any, where: str, sizes: sharding.Mesh, names: Sequence[s
             yield row
             if impatient and not row.fits:
                 return
+
+
+def longest(programs: Sequence[Program]) -> list[Program]:
+    """Of programs whose names differ in their last number alone, the one with most tokens."""
+    kept: dict[str, Program] = {}
+    for program in programs:
+        name = re.sub(r" \d+$", "", program.name)
+        if name not in kept or program.tokens > kept[name].tokens:
+            kept[name] = program
+    return list(kept.values())
 
 
 def compiled(

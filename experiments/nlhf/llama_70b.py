@@ -68,7 +68,13 @@ def get_config(
         raise UserError(f"preference={preference!r} is unknown; choose same or 8b")
     lora, same = LORA if adapters else None, preference == "same"
     base = Pretrained(
-        checkpoint, chat=True, dtype="bfloat16", compute_dtype="bfloat16", remat="full", model=FAMILIES[family]
+        checkpoint,
+        chat=True,
+        dtype="bfloat16",
+        compute_dtype="bfloat16",
+        remat="full",
+        decode="scanned",
+        model=FAMILIES[family],
     )
     nash_md = Optimise(
         start="base",

@@ -69,7 +69,9 @@ def get_config(
 ) -> Experiment:
     if labeller not in ("7b", "30b"):
         raise UserError(f"labeller={labeller!r} is unknown; choose 7b or 30b")
-    base = Pretrained(checkpoint, dtype="bfloat16", compute_dtype="bfloat16", remat="full", model=LLAMA_7B)
+    base = Pretrained(
+        checkpoint, dtype="bfloat16", compute_dtype="bfloat16", remat="full", decode="scanned", model=LLAMA_7B
+    )
     writing = Writing(
         max_new_tokens=NEW_TOKENS, buckets=(64, 128, 256, 512), batch=128, sampling=Sampling(top_k=50)
     )  # fmt: skip
