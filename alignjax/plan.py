@@ -56,8 +56,9 @@ def plan(
     every: bool = False,
 ) -> Iterator[Row]:
     """A row for every program of the stages on every mesh (none: the experiment's own) over every topology; of those
-    that differ in the prompts' bucket alone the one of the largest, unless ``every`` is wanted. A kind alone ("v5e") goes through its SHAPES until all programs fit. ``topology.prepare_environment`` must have been
-    called. Raises UserError on what is unknown."""
+    that differ in the prompts' bucket alone the one of the largest, unless ``every`` is wanted. A kind alone ("v5e")
+    goes through its SHAPES until all programs fit. ``topology.prepare_environment`` must have been called. Raises
+    UserError on what is unknown."""
     names = [name for name in stages.order(experiment.stages) if not only or name in only]
     if missing := set(only) - set(names):
         raise UserError(f"unknown stage {min(missing)!r}; this experiment has {', '.join(experiment.stages)}")

@@ -1,5 +1,6 @@
-"""The whole line at a small size: killed in every stage, on one device and on eight, and in the notebook."""
+"""The whole line at a small size: killed in every stage, as two processes of four devices, and in the notebook."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from alignjax.config import load
 from alignjax.runtime.metrics import read_metrics
+from tests.test_hosts import free_port
 from tests.test_notebook import NOTEBOOK, own_cells
 
 FILE = str(Path(__file__).parents[1] / "experiments" / "quickstart.py")
@@ -131,10 +133,22 @@ def same_bits(name, a, b):
         np.testing.assert_array_equal(a[path], b[path], err_msg=f"{name} {path}")
 
 
-MESH = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+RUN_EACH = """if True:
+    import sys
+    from pathlib import Path
+    from alignjax import config, run
+    from alignjax.runtime.hosts import Launch, connect
+    file, workdir, port, me, *sets = sys.argv[1:]
+    hosts = connect(Launch(f"127.0.0.1:{port}", 2, int(me)))
+    settings = dict(text.split("=", 1) for text in sets)
+    for name in STAGES:
+        few = {"base.loop.steps": "24"} if name == "base" else {}
+        experiment = config.load(file, {**settings, **few})
+        run.run(experiment, Path(workdir) / name, only=[name], hosts=hosts)
+"""
 
 
-def test_one_device_and_eight_give_the_same_numbers(whole, environment, tmp_path):
+def test_one_device_and_two_processes_of_four_give_the_same_numbers(whole, environment, tmp_path):
     """A stage of each kind from the very inputs of the undisturbed run, so that a difference is its own.
 
     Pretraining is compared over its warm-up, where a shorter run's learning rates are the longer one's.
@@ -143,19 +157,20 @@ def test_one_device_and_eight_give_the_same_numbers(whole, environment, tmp_path
     for name in stages:
         for source in STAGES[: STAGES.index(name)]:
             shutil.copytree(whole[0] / source, tmp_path / name / source)
-    code = (
-        "import sys; from alignjax.commands import main\n"
-        f"for name in {stages!r}:\n"
-        "    at = sys.argv.index('--workdir') + 1\n"
-        "    argv = [*sys.argv[1:at], sys.argv[at] + '/' + name, *sys.argv[at + 1:]]\n"
-        "    few = ['--set', 'base.loop.steps=24'] if name == 'base' else []\n"
-        "    assert main([*argv, '--only', name, *few]) == 0, name\n"
-    )
-    argv = [sys.executable, "-c", code, *command(tmp_path, **MESH)[3:]]
-    env = environment(8)
-    env["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # as in conftest.py: compiles in half the time
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-2000:]
+    settings = {**SETTINGS, "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"}
+    environment, port = environment(4), free_port()
+    environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # most of this test is compiling
+    code = RUN_EACH.replace("STAGES", repr(stages))
+    words = [sys.executable, "-c", code, FILE, str(tmp_path), str(port)]
+    sets = [f"{name}={value}" for name, value in settings.items()]
+    with contextlib.ExitStack() as ending:
+        pipes = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        running = [subprocess.Popen([*words, str(me), *sets], **pipes) for me in range(2)]
+        for process in running:
+            ending.callback(process.kill)
+        for process in running:
+            _, error = process.communicate(timeout=500)
+            assert process.returncode == 0, error[-2000:]
 
     def logged(name):
         return [read_metrics(workdir / name / "metrics.jsonl") for workdir in (whole[0], tmp_path / name)]
