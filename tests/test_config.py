@@ -63,7 +63,7 @@ def another(value):
         return repr((*value, value[0]))
     choices = {
         "float32": "bfloat16", "none": "dots", "cosine": "constant", "rms": "layer", "silu": "gelu",
-        "rotary": "learned",
+        "rotary": "learned", "unrolled": "scanned",
     }  # fmt: skip
     return "1" if value is None else choices.get(value, f"{value}-other")
 

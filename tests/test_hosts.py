@@ -6,10 +6,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from alignjax.runtime.hosts import Hosts, Launch, missing, resolved
+from alignjax.runtime.metrics import read_metrics
 from alignjax.types import RUN_AGAIN, UserError
+from tests.conftest import ROOT
 
 THREE = Launch("host:1234", 4, 3)
 SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
@@ -194,3 +197,61 @@ def test_a_preemption_of_one_is_known_to_all_at_the_same_step(start):
     processes[1].send_signal(signal.SIGTERM)
     (a, one, _), (b, other, _) = map(ended, processes)
     assert a == b == 0 and one == other and one.startswith("stopped at")
+
+
+FILE = str(ROOT / "experiments" / "quickstart.py")
+FEW = {"small": "True", "base.model.layers": "1", "base.loop.steps": "24", "base.loop.save_every": "6"}
+
+
+@pytest.fixture
+def pretrain(environment):
+    """(workdir, processes, devices of each) -> the processes that pretrain the small quickstart's base."""
+    running = []
+
+    def begin(workdir, processes=1, devices=1, fsdp=-1):
+        port, several = free_port(), []
+        for me in range(processes):
+            if processes > 1:
+                several = ["--coordinator", f"127.0.0.1:{port}", "--processes", str(processes), "--process", str(me)]
+            sets = [f"--set={name}={value}" for name, value in {**FEW, "mesh.data": 1, "mesh.fsdp": fsdp}.items()]
+            words = ["run", FILE, "--workdir", str(workdir), "--only", "base", *sets, *several]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            argv = [sys.executable, "-m", "alignjax", *words]
+            running.append(subprocess.Popen(argv, env=environment(devices), **pipes))
+        return running[-processes:]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_save(workdir, process, step):
+    """Until a save of that step or a later one is whole."""
+    while not any(int(p.name) >= step for p in (workdir / "base" / "checkpoints").glob("*") if p.name.isdigit()):
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.02)
+
+
+def test_a_run_goes_on_with_fewer_processes_and_devices_and_loses_no_step(pretrain, tmp_path):
+    """Two processes of two devices, one of them killed; one process of four, preempted; one of two."""
+    (undisturbed,) = pretrain(tmp_path / "whole")
+    assert ended(undisturbed, 200)[0] == 0
+    first, second = pretrain(tmp_path / "moved", processes=2, devices=2)
+    wait_for_save(tmp_path / "moved", first, 6)
+    second.send_signal(signal.SIGKILL)
+    status, _, lines = ended(first, 60)
+    assert status == RUN_AGAIN and "process 1 of 2 (" in lines[0] and "is gone" in lines[0]
+    (third,) = pretrain(tmp_path / "moved", devices=4)
+    wait_for_save(tmp_path / "moved", third, 12)
+    third.send_signal(signal.SIGTERM)
+    status, _, lines = ended(third, 60)
+    assert status == RUN_AGAIN and "preempted; step" in lines[0] and "is saved" in lines[0]
+    step = int(lines[0].split("step ")[1].split()[0])
+    assert (tmp_path / "moved" / "base" / "checkpoints" / str(step)).is_dir() and step < 24
+    (fourth,) = pretrain(tmp_path / "moved", devices=2)
+    assert ended(fourth, 200)[0] == 0
+    want, got = (read_metrics(tmp_path / name / "base" / "metrics.jsonl") for name in ("whole", "moved"))
+    assert [row["step"] for row in got] == list(range(24))
+    for a, b in zip(want, got, strict=True):
+        np.testing.assert_allclose(b["nll"], a["nll"], rtol=2e-3)

@@ -143,18 +143,15 @@ RUN_EACH = """if True:
     hosts = connect(Launch(f"127.0.0.1:{port}", 2, int(me)))
     settings = dict(text.split("=", 1) for text in sets)
     for name in STAGES:
-        few = {"base.loop.steps": "24"} if name == "base" else {}
-        experiment = config.load(file, {**settings, **few})
+        experiment = config.load(file, settings)
         run.run(experiment, Path(workdir) / name, only=[name], hosts=hosts)
 """
 
 
 def test_one_device_and_two_processes_of_four_give_the_same_numbers(whole, environment, tmp_path):
-    """A stage of each kind from the very inputs of the undisturbed run, so that a difference is its own.
-
-    Pretraining is compared over its warm-up, where a shorter run's learning rates are the longer one's.
-    """
-    stages = ("base", "pairs", "preference", "nash_md", "table")
+    """A stage of each kind from the very inputs of the undisturbed run, so that a difference is its own. (Pretraining:
+    tests/test_hosts.py.)"""
+    stages = ("pairs", "preference", "nash_md", "table")
     for name in stages:
         for source in STAGES[: STAGES.index(name)]:
             shutil.copytree(whole[0] / source, tmp_path / name / source)
@@ -175,9 +172,6 @@ def test_one_device_and_two_processes_of_four_give_the_same_numbers(whole, envir
     def logged(name):
         return [read_metrics(workdir / name / "metrics.jsonl") for workdir in (whole[0], tmp_path / name)]
 
-    one, eight = ([row["nll"] for row in rows[:20]] for rows in logged("base"))
-    assert one[-1] < one[0] - 1
-    np.testing.assert_allclose(eight, one, rtol=1e-3)
     for name in ("preference", "nash_md"):
         for one, eight in zip(*logged(name), strict=True):
             for metric in set(one) - {"gradient_norm"}:
@@ -200,6 +194,7 @@ def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(whole, env
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace('"../runs/notebook"', repr(str(tmp_path)))
+        cell.source = cell.source.replace('"small": "True"', '"small": "True", "base.model.layers": "1"')
     nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     assert "".join(output.get("text", "") for output in first.outputs).count("finished before") == len(made)

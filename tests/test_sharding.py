@@ -1,6 +1,7 @@
 """Meshes and rules: total and live, refused when they cannot hold, and changing no number."""
 
 import dataclasses
+import functools
 from functools import partial
 
 import jax
@@ -9,9 +10,12 @@ import optax
 import pytest
 
 from alignjax import objectives, preference, rollout
+from alignjax.decoding import Sampling
+from alignjax.generation import generator
 from alignjax.models.likelihood import log_prob
+from alignjax.models.tokenizer import Tokenizer, pad
 from alignjax.models.transformer import transformer
-from alignjax.runtime import sharding, train
+from alignjax.runtime import data, sharding, train
 from alignjax.types import UserError
 from tests.conftest import TINY, compilations, ragged
 
@@ -79,6 +83,7 @@ def nash_md_update(params, other_params):
     optimizer = optax.adam(1e-2)
     rows = [[3 + i, 4 + i, *range(5, 5 + i % 3)] for i in range(8)]
 
+    @functools.cache
     def run(sizes, accumulate=1):
         devices = jax.devices()[: max(1, int(np.prod(sizes)))]
         mesh = sharding.make_mesh(sharding.Mesh(*sizes), devices)
@@ -123,3 +128,31 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(nash_md_update):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-3), want, got)
+
+
+def test_prompts_of_every_length_compile_once_a_bucket_and_never_again(model, params):
+    """Through a policy's writing and a training loop's batches, in an order that changes buckets all the time."""
+    mesh, buckets, letters = sharding.make_mesh(sharding.Mesh()), (8, 16, 32), Tokenizer(
+        list, list, lambda ids: "", lambda piece: None, TINY.vocab_size, lambda folder: None
+    )  # fmt: skip
+    prompts = [[3 + i % 20 for i in range(length)] for length in np.random.default_rng(0).permutation(np.arange(1, 33))]
+    with jax.set_mesh(mesh):
+        generate = generator(
+            model, params, letters, stop=((2,),), end="", max_new_tokens=4, buckets=buckets, batch=8,
+            sampling=Sampling(), key=jax.random.key(0), reference=None, mesh=mesh,
+        )  # fmt: skip
+        plan = data.planned([len(row) for row in prompts], buckets, 8, 0)
+        batches = data.batches(plan, lambda p: pad([prompts[i] for i in p.indices], p.length), mesh, 0, 16)
+        score = log_prob(model)
+        update = jax.jit(lambda p, prompt: jax.grad(lambda p: score(p, prompt, prompt).sum())(p))
+        with compilations() as warm:
+            generate(prompts, range(32), 0)
+            shapes = {batch.tokens.shape: update(params, batch) for batch in batches}
+        assert len(shapes) == len(buckets) and warm
+        with compilations() as count:
+            for seed in (1, 2):
+                order = np.random.default_rng(seed).permutation(32)
+                generate([prompts[i] for i in order], range(32), seed)
+            for batch in data.batches(plan, lambda p: pad([prompts[i] for i in p.indices], p.length), mesh, 16, 48):
+                update(params, batch)
+        assert not count, f"compiled again after warm-up: {count}"

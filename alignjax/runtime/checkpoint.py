@@ -48,6 +48,7 @@ class Checkpointer:
 
     def __init__(self, folder: Path, keep: int = 2):
         policy = ocp.training.preservation_policies.LatestN(keep)
+        logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # its threads' tracebacks: ``told`` tells
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.inner = ocp.training.Checkpointer(

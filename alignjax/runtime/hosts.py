@@ -98,6 +98,7 @@ class Hosts:
     client: Any = None
     aborts: Aborts | None = None
     meetings: Iterator[int] = dataclasses.field(default_factory=itertools.count)  # alike in every process
+    steps: Iterator[int] = dataclasses.field(default_factory=itertools.count)  # and these
 
     @property
     def leads(self) -> bool:
@@ -137,8 +138,7 @@ class Hosts:
         """For the block, SIGTERM ends nothing: the function says, alike in every process that asks as often, whether
         one of them got it and the run shall save and end."""
         if self.count > 1:  # JAX's own handler has been there since the processes met
-            numbers = itertools.count()
-            yield lambda: multihost_utils.reached_preemption_sync_point(next(numbers))
+            yield self.preempted
             return
         asked: list[int] = []
         if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
@@ -149,6 +149,10 @@ class Hosts:
             yield lambda: bool(asked)
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def preempted(self) -> bool:
+        """Of several processes, whether one of them got SIGTERM and all have come to the step at which they end."""
+        return self.count > 1 and multihost_utils.reached_preemption_sync_point(next(self.steps))
 
     def end(self, status: int, line: str) -> None:
         """Of several processes, ends this one because of an error, told to the others first: they print the line and

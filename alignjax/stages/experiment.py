@@ -23,7 +23,7 @@ from alignjax.runtime.hosts import Hosts
 from alignjax.stages import networks
 from alignjax.stages.networks import Network
 from alignjax.tasks.task import Task
-from alignjax.types import Key, Params, Tokens, UserError
+from alignjax.types import Key, Params, RunAgain, Tokens, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +132,11 @@ class Context:
         known = getattr(stage, "config", None)
         found = known() if callable(known) else getattr(stage, "model", None)
         return found if isinstance(found, ModelConfig) else None
+
+    def stop_if_preempted(self) -> None:
+        """Raises RunAgain where several processes have been told to end. (One ends at once: see ``__main__``.)"""
+        if self.hosts.preempted():
+            raise RunAgain(f"{self.name}: preempted; what is whole is kept, the same command goes on from there")
 
     def policy(self, name: str) -> Network:
         """A stage's network, on the mesh; of a preference model, its backbone."""

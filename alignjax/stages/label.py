@@ -155,6 +155,7 @@ class Label:
                     file.write(json.dumps(done[-1]) + "\n")
                     file.flush()
                 bar.update(len(numbers))
+                context.stop_if_preempted()
         return self.finish(context, done)
 
     def finish(self, context: Context, chunks: list[dict[str, Any]]) -> dict[str, Any]:

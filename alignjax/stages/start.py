@@ -213,7 +213,8 @@ class Pretrained:
         return Record(self.config(), self.dtype, heads, self.chat, None)
 
     def check(self, context: Context) -> None:
-        weights.tensor_files(Path(self.path))
+        if not self.content:
+            huggingface.read_config(Path(self.path))  # says what is missing, where ``model`` would stand in for it
         folder, config = Path(self.path), self.config()
         weights.check_tensors(folder, config)
         weights.read_reward(folder, config.width)

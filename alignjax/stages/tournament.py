@@ -121,6 +121,7 @@ class Tournament:
                     metrics.write_json(path, dict(zip(COLUMNS, map(list, columns), strict=True)))
                 bar.update()
                 context.hosts.meet(f"the replies of {name}")
+                context.stop_if_preempted()
                 yield name, read_replies(path, len(prompts))
 
     def judge(self, context: Context, source: str) -> Judge:
