@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 from tests import QUICK
@@ -9,6 +11,9 @@ from tests import QUICK
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What one process of this test run has compiled, the others take: empty at its start, gone at its end.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="alignjax-tests-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 import numpy as np
@@ -48,25 +53,25 @@ def prompt():
     return ragged([[5, 6, 7], [8, 9], [3, 4, 5, 6, 7], [10, 11, 12, 13]])
 
 
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ and "alignjax-tests-" in os.environ["JAX_COMPILATION_CACHE_DIR"]:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items):
     """The file that takes longest first, so that two processes end together."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """(devices) -> the environment of a subprocess. All of them share compiled programs, so that a start
-    costs seconds."""
-    base = tmp_path_factory.getbasetemp()
-    cache = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+def environment():
+    """(devices) -> the environment of a subprocess."""
 
     def of(devices=1):
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     return of
