@@ -254,4 +254,6 @@ def plan_command(arguments: argparse.Namespace) -> int:
 def workdir_of(arguments: argparse.Namespace) -> Path:
     if not arguments.workdir:
         raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
+    if "://" in arguments.workdir:
+        raise UserError(f"--workdir {arguments.workdir} is no path; mount the bucket and give the path of the mount")
     return Path(arguments.workdir)

@@ -94,6 +94,7 @@ def test_missing_files_and_workdirs(capfd, tmp_path):
     assert "is not a file" in refused(capfd, "run", str(tmp_path / "none.py"), "--workdir", str(tmp_path))
     assert "--workdir is missing" in refused(capfd, *small)
     assert "--workdir is missing" in refused(capfd, *small, "--workdir", "")
+    assert "gs://b/w is no path; mount the bucket" in refused(capfd, *small, "--workdir", "gs://b/w")
     (tmp_path / "taken").write_text("a file")
     assert "taken" in refused(capfd, *small, "--workdir", str(tmp_path / "taken"))
     assert "alignjax:" in refused(capfd, *small, "--workdir", "/proc/alignjax")

@@ -106,8 +106,8 @@ def test_an_unknown_choice_is_told(file, settings, words):
 
 
 @pytest.mark.parametrize(("file", "words"), [
-    (RLCD, r"checkpoints/llama-7b.*missing"), (TLDR, r"checkpoints/t5-large-sft.*missing"),
-    (LLAMA, r"checkpoints/llama-70b.*missing"),
+    (RLCD, r"checkpoints/llama-7b.*cannot be read"), (TLDR, r"checkpoints/t5-large-sft.*cannot be read"),
+    (LLAMA, r"checkpoints/llama-70b.*cannot be read"),
 ])  # fmt: skip
 def test_a_run_without_a_checkpoint_is_told_before_anything_runs(file, words, tmp_path):
     experiment = config.load(file, {"mesh.tensor": "1"})
