@@ -1,13 +1,14 @@
 # make quickstart : install, then the main job, into runs/quickstart/
 # make test       : install, then every test, format and type check
 # make parity     : torch and PEFT too, then every model family against them, over freshly drawn models
+# make plan       : libtpu too, then what compiles for TPUs that are not here
 # make install    : the environment alone (.venv); PYTHON= picks another interpreter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: install quickstart test parity lock
+.PHONY: install quickstart test parity plan lock
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml requirements.lock
@@ -34,6 +35,13 @@ $(VENV)/parity: $(VENV)/installed
 
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest tests/parity -o addopts=-q
+
+$(VENV)/plan: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[plan]"
+	touch $@
+
+plan: $(VENV)/plan
+	$(BIN)/python -m pytest tests/test_topology.py tests/test_plan.py -k tpu
 
 # One lock for every Python and platform: universal markers, newest versions that each allows.
 lock: install

@@ -1,6 +1,10 @@
 """Plans: a stage's own programs as shapes, what the mesh does to their memory and traffic, and the table."""
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -162,3 +166,17 @@ def test_what_cannot_be_planned_is_one_line(words, said, capsys, monkeypatch):
     monkeypatch.setattr("os.environ", dict(os.environ))  # which it prepares for the compilers
     assert main(["plan", FILE, *words]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: make plan")
+def test_a_stage_is_planned_for_a_tpu_that_is_not_here(environment, tmp_path):
+    sets = [f"--set={name}={value}" for name, value in {**SMALL, "base.model.layers": "1"}.items()]
+    words = ["plan", FILE, "--topology", "v5e:2x2", "--only", "judge", "--mesh", "fsdp=2,tensor=2", *sets]
+    argv = [sys.executable, "-m", "alignjax", *words, "--json", str(tmp_path / "plan.json")]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "| v5e:2x2 | data=1,fsdp=2,tensor=2 | judge: update 80 |" in done.stdout and "Smallest that fits" in done.stdout
+    )
+    (row,) = json.loads((tmp_path / "plan.json").read_text())
+    assert row["fits"] and row["found"]["memory"]["limit"] == CHIP.hbm and row["found"]["cost"]["flops"] > 0

@@ -114,8 +114,13 @@ def devices(topology: str) -> list[jax.Device]:
     kind, sizes = split(topology)
     needs = ("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13") if kind == "h100" else ("libtpu",)
     if not any(map(installed, needs)):
-        what = "JAX's CUDA plugin" if kind == "h100" else "libtpu"
-        raise UserError(f"topology {topology!r} needs {what}, which is not installed; pip install 'alignjax[plan]'")
+        what, words = "libtpu", "'alignjax[plan]'"
+        if kind == "h100":  # without its extra's gigabytes of libraries, which compiling does not need
+            what, words = (
+                "JAX's CUDA plugin",
+                f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}",
+            )
+        raise UserError(f"topology {topology!r} needs {what}, which is not installed; pip install {words}")
     try:
         if kind == "h100":
             hosts, gpus = (1, *sizes)[-2:]
