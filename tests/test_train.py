@@ -168,3 +168,19 @@ def test_a_project_without_the_library_is_told_in_one_line(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"alignjax\[wandb\]"):
         MetricsWriter(tmp_path / "stage", resume_step=0, project="mine")
+
+
+def test_a_save_under_way_keeps_what_the_next_updates_take_over(tmp_path):
+    """A state large enough that the save lasts, whose memory every update is given."""
+    state = train.init({"w": jnp.arange(4e6)}, OPTIMIZER, jax.random.key(3), False)
+    update = jax.jit(train.make_update(objective, OPTIMIZER), donate_argnums=0)
+    want = jax.tree.map(np.array, {**vars(state), "key": 0})
+    saver = Checkpointer(tmp_path / "c")
+    saver.save(state)
+    for batch in data(0, 5):
+        state, _ = update(state, None, batch)
+    jax.block_until_ready(state.params)
+    saver.close()
+    like = train.init({"w": jnp.zeros(4_000_000)}, OPTIMIZER, jax.random.key(3), False)
+    got = Checkpointer(tmp_path / "c").restore(like)
+    jax.tree.map(np.testing.assert_array_equal, {**vars(got), "key": 0}, want)

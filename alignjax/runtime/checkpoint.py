@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from alignjax.types import TrainState, UserError
@@ -59,8 +58,6 @@ class Checkpointer:
         """Begins to save the state after ``state.step`` updates, and returns when its memory may be taken over by the
         next; what a save before this one failed of is told now, the rest by ``close``."""
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
-        if jax.default_backend() == "cpu":  # where Orbax would read the arrays themselves while it writes
-            tree = copied(tree)
         with told(self.folder, "cannot be written", "mend that and run again"):
             self.inner.wait()
             self.inner.save_async(int(state.step), tree, overwrite=True)
@@ -79,11 +76,6 @@ class Checkpointer:
         """Waits for a save under way. Raises UserError when it failed."""
         with told(self.folder, "cannot be written", "mend that and run again"):
             self.inner.close()
-
-
-@jax.jit
-def copied(tree: Any) -> Any:
-    return jax.tree.map(jnp.copy, tree)
 
 
 @contextlib.contextmanager
