@@ -6,6 +6,7 @@ import argparse
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,12 @@ def run_command(arguments: argparse.Namespace) -> int:
         run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
     except (UserError, RunAgain, OSError) as error:
         hosts.end(status_of(error), config.one_line(error))  # goes on where there are no others
+        raise
+    except Exception as error:
+        if hosts.count > 1:
+            traceback.print_exc()
+            hosts.listen()
+            hosts.end(1, f"{type(error).__name__}: {config.one_line(error)}")
         raise
     return 0
 

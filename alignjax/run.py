@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from alignjax import config
 from alignjax.types import UserError
 
 RECORD = "stage.json"
-NOT_SCIENCE = {"log_every", "save_every", "keep"}  # fields that change no result
+NOT_SCIENCE = {"log_every", "save_every", "keep", "gather", "decode", "remat"}  # fields that change no result
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
         if not is_finished(experiment, workdir, context.name):
             stages.check(context)
     hosts.first(lambda: ready(workdir))
-    if not workdir.is_dir():
+    if not appears(workdir):
         raise UserError(f"{workdir} is not there on {socket.gethostname()}; give a --workdir that all hosts share")
     keep_compiled(workdir / "compiled")
     for context in contexts:
@@ -59,6 +60,16 @@ def run(
     if hosts.leads and all(is_finished(experiment, workdir, name) for name in names):
         show_report(experiment, workdir)
     hosts.meet("the end of the run")
+
+
+def appears(folder: Path, seconds: int = 90) -> bool:
+    """Whether what another host has made is seen here, at last: a network file system may remember for a minute that
+    it was not there."""
+    for _ in range(seconds):
+        if folder.is_dir():
+            return True
+        time.sleep(1)
+    return False
 
 
 def ready(workdir: Path) -> None:

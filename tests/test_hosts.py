@@ -155,10 +155,11 @@ def test_an_error_in_one_process_ends_the_others_with_its_words(start):
         here.end(2, "row 7 is bad; mend it")
     time.sleep(60)
     """
-    first, second = start(program)
+    first, second, third = start(program, processes=(0, 1, 2), count=3)
     assert ended(second)[0] == 2
-    status, _, lines = ended(first)
-    assert status == 2 and lines[0].endswith("ended: row 7 is bad; mend it") and "process 1 (" in lines[0]
+    for other in (first, third):
+        status, _, lines = ended(other)
+        assert status == 2 and lines[0].endswith("ended: row 7 is bad; mend it") and "process 1 (" in lines[0]
 
 
 @pytest.mark.parametrize("killed", [0, 1])
@@ -170,6 +171,16 @@ def test_a_killed_process_is_named_by_the_other_within_a_minute(start, killed):
     status, _, lines = ended(processes[1 - killed], within=60)
     assert status == RUN_AGAIN
     assert f"process {killed} of 2 (" in lines[0] and "is gone; start all processes again" in lines[0]
+
+
+def test_of_three_the_others_name_the_killed_one_and_not_process_0(start):
+    processes = start("\n    time.sleep(200)", processes=(0, 1, 2), count=3)
+    for process in processes:
+        assert process.stdout.readline() == "up\n"
+    processes[1].send_signal(signal.SIGKILL)
+    for other in (processes[0], processes[2]):
+        status, _, lines = ended(other, within=60)
+        assert status == RUN_AGAIN and lines[0].startswith("alignjax: process 1 of 3 (") and "is gone" in lines[0]
 
 
 def test_a_process_that_never_comes_is_told_in_time(start):
@@ -200,7 +211,7 @@ def test_a_preemption_of_one_is_known_to_all_at_the_same_step(start):
 
 
 FILE = str(ROOT / "experiments" / "quickstart.py")
-FEW = {"small": "True", "base.model.layers": "1", "base.loop.steps": "24", "base.loop.save_every": "6"}
+FEW = {"small": "True", "base.model.layers": "1", "base.loop.steps": "120", "base.loop.save_every": "10"}
 
 
 @pytest.fixture
@@ -234,24 +245,31 @@ def wait_for_save(workdir, process, step):
 
 
 def test_a_run_goes_on_with_fewer_processes_and_devices_and_loses_no_step(pretrain, tmp_path):
-    """Two processes of two devices, one of them killed; one process of four, preempted; one of two."""
-    (undisturbed,) = pretrain(tmp_path / "whole")
+    """Two processes of two devices, one killed; two again, one of them preempted; one of two, preempted; one of one."""
+    (undisturbed,), moved = pretrain(tmp_path / "whole"), tmp_path / "moved"
     assert ended(undisturbed, 200)[0] == 0
-    first, second = pretrain(tmp_path / "moved", processes=2, devices=2)
-    wait_for_save(tmp_path / "moved", first, 6)
+    first, second = pretrain(moved, processes=2, devices=2)
+    wait_for_save(moved, first, 10)
     second.send_signal(signal.SIGKILL)
     status, _, lines = ended(first, 60)
     assert status == RUN_AGAIN and "process 1 of 2 (" in lines[0] and "is gone" in lines[0]
-    (third,) = pretrain(tmp_path / "moved", devices=4)
-    wait_for_save(tmp_path / "moved", third, 12)
-    third.send_signal(signal.SIGTERM)
-    status, _, lines = ended(third, 60)
+    both = pretrain(moved, processes=2, devices=2)
+    wait_for_save(moved, both[0], 30)
+    both[1].send_signal(signal.SIGTERM)
+    for process in both:
+        assert ended(process, 60)[0] == RUN_AGAIN
+    saved = max(int(p.name) for p in (moved / "base" / "checkpoints").glob("*") if p.name.isdigit())
+    assert 30 <= saved < 120
+    (alone,) = pretrain(moved, devices=2)
+    wait_for_save(moved, alone, saved + 10)
+    alone.send_signal(signal.SIGTERM)
+    status, _, lines = ended(alone, 60)
     assert status == RUN_AGAIN and "preempted; step" in lines[0] and "is saved" in lines[0]
     step = int(lines[0].split("step ")[1].split()[0])
-    assert (tmp_path / "moved" / "base" / "checkpoints" / str(step)).is_dir() and step < 24
-    (fourth,) = pretrain(tmp_path / "moved", devices=2)
-    assert ended(fourth, 200)[0] == 0
-    want, got = (read_metrics(tmp_path / name / "base" / "metrics.jsonl") for name in ("whole", "moved"))
-    assert [row["step"] for row in got] == list(range(24))
+    assert (moved / "base" / "checkpoints" / str(step)).is_dir() and step > saved
+    (last,) = pretrain(moved)
+    assert ended(last, 200)[0] == 0
+    want, got = (read_metrics(folder / "base" / "metrics.jsonl") for folder in (tmp_path / "whole", moved))
+    assert [row["step"] for row in got] == list(range(120))
     for a, b in zip(want, got, strict=True):
         np.testing.assert_allclose(b["nll"], a["nll"], rtol=2e-3)

@@ -35,6 +35,11 @@ def fit(state, start, stop, seen=lambda *_: None, **options):
     return train.fit(state, start, None, data(start, stop), update, seen)
 
 
+def newest(folder, like):
+    saver = Checkpointer(folder)
+    return saver.restore(like, saver.latest())
+
+
 def same(a, b):
     keys = [jax.random.key_data(s.key) for s in (a, b)]
     np.testing.assert_array_equal(*keys)
@@ -47,7 +52,7 @@ def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
     saver = Checkpointer(tmp_path / "c")
     saver.save(half)
     saver.close()
-    again = Checkpointer(tmp_path / "c").restore(fresh(True))
+    again = newest(tmp_path / "c", fresh(True))
     same(again, half)
     same(fit(again, int(again.step), 7, average_decay=0.9), whole)
 
@@ -61,7 +66,7 @@ def test_an_interrupt_waits_for_the_save_under_way(tmp_path):
         saver.save(state)
         ended = True
     assert ended and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    same(Checkpointer(tmp_path / "c").restore(fresh()), state)
+    same(newest(tmp_path / "c", fresh()), state)
 
 
 def test_the_root_key_never_moves_and_each_step_has_its_own():
@@ -114,7 +119,7 @@ def test_a_half_written_save_is_not_taken(tmp_path):
     torn = tmp_path / "c" / "2.orbax-checkpoint-tmp"
     torn.mkdir()
     (torn / "part").write_text("half")
-    same(Checkpointer(tmp_path / "c").restore(fresh()), first)
+    same(newest(tmp_path / "c", fresh()), first)
 
 
 def test_a_damaged_save_is_named(tmp_path):
@@ -125,7 +130,7 @@ def test_a_damaged_save_is_named(tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:5])
     with pytest.raises(UserError, match="is damaged"):
-        Checkpointer(tmp_path / "c").restore(fresh())
+        newest(tmp_path / "c", fresh())
 
 
 def test_trees_round_trip_and_a_missing_one_is_named(tmp_path):
@@ -182,5 +187,5 @@ def test_a_save_under_way_keeps_what_the_next_updates_take_over(tmp_path):
     jax.block_until_ready(state.params)
     saver.close()
     like = train.init({"w": jnp.zeros(4_000_000)}, OPTIMIZER, jax.random.key(3), False)
-    got = Checkpointer(tmp_path / "c").restore(like)
+    got = newest(tmp_path / "c", like)
     jax.tree.map(np.testing.assert_array_equal, {**vars(got), "key": 0}, want)

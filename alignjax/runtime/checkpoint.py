@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from alignjax.types import TrainState, UserError
+from alignjax.types import RunAgain, TrainState, UserError
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -41,18 +41,26 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
         return ocp.load(path.resolve(), abstract)
 
 
+GONE = ("UNAVAILABLE", "coordination service", "Gloo", "Connection closed", "heartbeat")
+"""In an error's text: it is another process that failed."""
+
+
 class Checkpointer:
     """Saves of one stage in progress, the newest ``keep`` of them. Of several processes each writes its own shards, and
     a save counts when all have."""
 
     def __init__(self, folder: Path, keep: int = 2):
         policy = ocp.training.preservation_policies.LatestN(keep)
+        self.level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # its threads' tracebacks: ``told`` tells
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.inner = ocp.training.Checkpointer(
             folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
         )
+        # It would ask JAX at which step a preempted run ends, in a numbering that is not ``Hosts.preempted``'s, and the
+        # two together can lose the answer. There is no option against it.
+        self.inner._manager.reached_preemption = lambda step: False
 
     def save(self, state: TrainState) -> None:
         """Begins to save the state after ``state.step`` updates, and returns when its memory may be taken over by the
@@ -62,20 +70,25 @@ class Checkpointer:
             self.inner.wait()
             self.inner.save_async(int(state.step), tree, overwrite=True)
 
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest whole save, laid out as ``state`` is; ``state`` itself when there is none."""
-        if self.inner.latest is None:
+    def latest(self) -> int | None:
+        """The step of the newest whole save."""
+        return None if self.inner.latest is None else int(self.inner.latest.step)
+
+    def restore(self, state: TrainState, step: int | None) -> TrainState:
+        """The save of that step, laid out as ``state`` is; ``state`` itself when there is none."""
+        if step is None:
             return state
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
         with told(self.folder, "is damaged", "remove it to start the stage again"):
-            found = self.inner.load(self.inner.latest.step, abstract)
+            found = self.inner.load(step, abstract)
         return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})
 
     def close(self) -> None:
         """Waits for a save under way. Raises UserError when it failed."""
         with told(self.folder, "cannot be written", "mend that and run again"):
             self.inner.close()
+        logging.getLogger("absl").setLevel(self.level)
 
 
 @contextlib.contextmanager
@@ -117,6 +130,8 @@ def told(path: Path, what: str, mend: str) -> Iterator[None]:
             yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
+        if jax.process_count() > 1 and any(words in reason for words in GONE):
+            raise RunAgain(f"{path} {what}: another process is gone ({reason[:160]}); start all again") from error
         full = any(words in reason for words in ("No space left", "File too large", "quota"))
         raise UserError(
             f"{path} {what} ({reason[:160]}); {'free some space and run again' if full else mend}"

@@ -111,6 +111,8 @@ class Hosts:
         try:
             self.client.wait_at_barrier(f"{next(self.meetings)} {where}", int(1000 * self.patience))
         except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE" not in str(error):
+                raise RunAgain(f"the processes could not meet at {where}; {MEND}") from None
             raise RunAgain(f"{missing(str(error))} did not come to {where} in {self.patience:g} s; {MEND}") from None
 
     def first(self, call: Callable[[], Any]) -> Any:
@@ -144,15 +146,29 @@ class Hosts:
         if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
             yield lambda: False
             return
+        answered: list[bool] = []
+
+        def answer() -> bool:
+            answered.extend(bool(number) for number in asked)
+            return bool(asked)
+
         before = signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
         try:
-            yield lambda: bool(asked)
+            yield answer
         finally:
             signal.signal(signal.SIGTERM, before)
+            if asked and not answered:  # it came when nobody asked any more
+                signal.raise_signal(signal.SIGTERM)
 
     def preempted(self) -> bool:
         """Of several processes, whether one of them got SIGTERM and all have come to the step at which they end."""
         return self.count > 1 and multihost_utils.reached_preemption_sync_point(next(self.steps))
+
+    def listen(self) -> None:
+        """After an error that another's end may have caused, as a broken connection is: returns only where all others
+        are well."""
+        if self.count > 1:
+            time.sleep(SILENCE + 2 * BEAT)
 
     def end(self, status: int, line: str) -> None:
         """Of several processes, ends this one because of an error, told to the others first: they print the line and
@@ -190,6 +206,7 @@ def connect(launch: Launch, wait: int = 300, silence: float = SILENCE) -> Hosts:
     coordinator, count, index = complete.coordinator, complete.count, complete.index
     aborts = Aborts(f"the {count or 'other'} processes did not all connect to "
                     f"{coordinator or 'their coordinator'} in {wait} s; start all of them")  # fmt: skip
+    terminates = signal.getsignal(signal.SIGTERM)  # JAX puts its own in its place
     try:
         jax.distributed.initialize(coordinator, count, index, initialization_timeout=wait)
     except (ValueError, RuntimeError) as error:
@@ -199,9 +216,12 @@ def connect(launch: Launch, wait: int = 300, silence: float = SILENCE) -> Hosts:
     # The service's client, which JAX has no public name for (Orbax takes it from here too).
     from jax._src.distributed import global_state
 
+    if jax.process_count() == 1:  # a slice of one host: as if nobody had joined anything
+        aborts.withdraw()
+        signal.signal(signal.SIGTERM, terminates)
+        return Hosts()
     hosts = Hosts(jax.process_index(), jax.process_count(), client=global_state.client, aborts=aborts)
-    if hosts.count > 1:
-        watch(hosts, aborts, silence)
+    watch(hosts, aborts, silence)
     return hosts
 
 
@@ -213,6 +233,9 @@ class Aborts:
         self.status, self.line, self.ending = RUN_AGAIN, line, False
         self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(self.status, self.line))
         ctypes.CDLL(None).signal(signal.SIGABRT, self.handler)
+
+    def withdraw(self) -> None:
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)
 
     def says(self, status: int, line: str) -> None:
         """From now on this process is ending by itself."""
@@ -234,7 +257,8 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
     def gone(which: Iterator[str] | list[str]) -> str:
         return ", ".join(f"process {i} of {hosts.count} ({names[i]})" for i in which) + f" is gone; {MEND}"
 
-    aborts.line = gone(["0"])
+    why = "see above" if hosts.leads else f"most often because process 0 of {hosts.count} ({names['0']}) is gone"
+    aborts.line = f"process {me} was aborted, {why}; {MEND}"
     seen: dict[str, tuple[str, float]] = {i: ("", time.monotonic()) for i in names}
 
     def beat() -> None:
@@ -246,17 +270,26 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
                 status, line = what.split(" ", 1)
                 other = name.rsplit("/", 1)[1]
                 if other != str(me):
-                    leave(int(status), f"process {other} ({names[other]}) ended: {line}")
+                    go(int(status), f"process {other} ({names[other]}) ended: {line}")
             for name, value in client.key_value_dir_get("alignjax/alive/"):
                 i = name.rsplit("/", 1)[1]
                 if seen[i][0] != value:
                     seen[i] = (value, time.monotonic())
             if silent := [i for i, (_, when) in seen.items() if time.monotonic() - when > silence]:
-                leave(RUN_AGAIN, gone(silent))
+                go(RUN_AGAIN, gone(silent))
             time.sleep(BEAT)
 
+    def go(status: int, line: str) -> None:
+        if hosts.leads:
+            time.sleep(3 * BEAT)  # the service ends with this process: the others shall see for themselves before
+        leave(status, line)
+
     def forever() -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the service is gone: the abort says so, or we ended
-            beat()
+        failures = 0
+        while failures < silence / BEAT and not aborts.ending:  # then the service is gone, and the abort says so
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                beat()
+            failures += 1
+            time.sleep(BEAT)
 
     threading.Thread(target=forever, daemon=True, name="alignjax-watch").start()

@@ -134,7 +134,8 @@ def gathered(params: Params, rules: Rules, dtype: str) -> Params:
         if not any(set(part if isinstance(part, tuple) else (part,)) & set(AXES[:2]) for part in spec):
             return leaf
         kept = [AXES[2] if AXES[2] in (part if isinstance(part, tuple) else (part,)) else None for part in spec]
-        return jax.lax.with_sharding_constraint(leaf.astype(dtype), PartitionSpec(*kept))
+        narrow = leaf.astype(dtype) if np.dtype(dtype).itemsize < leaf.dtype.itemsize else leaf
+        return jax.lax.with_sharding_constraint(narrow, PartitionSpec(*kept))
 
     return jax.tree_util.tree_map_with_path(one, params)
 

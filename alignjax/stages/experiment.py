@@ -153,6 +153,7 @@ class Context:
         tokenizer = self.tokenizer(name) or stand_in(record.config.vocab_size)
         # Folders of models with as many tokens are taken for one family.
         mark = f"{record.config.vocab_size} tokens" if hasattr(origin, "path") else f"the tokenizer of {id(origin)}"
+        mark += " chat" if record.chat else ""
         return networks.sketch(name, record, tokenizer, mark, below, self.mesh)
 
     def record(self, name: str) -> networks.Record:

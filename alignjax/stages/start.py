@@ -79,8 +79,8 @@ class Pretrain:
         model = build(self.model)
         reading = packed_documents if model.causal else split_documents
         plan, make_batch, counts = reading(ids, self.row, self.loop.batch, context.seed)
-        params = jax.jit(model.init, out_shardings=layout(model, context))(context.key)
-        params = run_loop(context, self.learning(model), params, plan, make_batch)
+        first = jax.jit(model.init, out_shardings=layout(model, context))
+        params = run_loop(context, self.learning(model), first(context.key), plan, make_batch)
         save(context.folder, self.model, params, tokenizer, chat=False, adapter=None)
         return {**counts, "vocabulary": tokenizer.vocab_size, "parameters": size_of(params)}
 

@@ -159,7 +159,9 @@ def run_loop(
         return compiled(state, frozen, before(state, frozen, batch) if before else batch)
 
     saver = Checkpointer(context.folder / "checkpoints", loop.keep)
-    state = saver.restore(first(params, context.key))
+    latest = hosts.first(saver.latest)  # one answer: a listing may be older on another host
+    state = saver.restore(first(params, context.key), latest)
+    del params  # the state has its own
     done = int(state.step)
     writer = metrics.MetricsWriter(context.folder, resume_step=done, project=context.experiment.wandb)
     bar = metrics.progress(loop.steps, done, context.name, "step")
@@ -167,7 +169,7 @@ def run_loop(
 
     def every(state: Any, step: int, values: Metrics) -> None:
         waiting.append((step - 1, values))
-        preempted = asked() and step < loop.steps
+        preempted = asked()
         saves = preempted or (step % loop.save_every == 0 and step < loop.steps)
         if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
             for index, row in waiting:
@@ -187,8 +189,14 @@ def run_loop(
             raise RunAgain(f"{context.name}: preempted; step {step} is saved, the same command goes on from there")
 
     steps = data.batches(plan, make_batch, mesh, done, loop.steps)
-    with contextlib.closing(writer), bar, hosts.preemption() as asked:
-        state = train.fit(state, done, frozen, steps, update, every)
-        jax.block_until_ready(state.params)
+    try:
+        with contextlib.closing(writer), bar, hosts.preemption() as asked:
+            state = train.fit(state, done, frozen, steps, update, every)
+            jax.block_until_ready(state.params)
+    except UserError:
+        if hosts.count == 1:  # a save under way is still made; of several processes the others may not come to it
+            with contextlib.suppress(UserError):
+                saver.close()
+        raise
     saver.close()
     return state.params
