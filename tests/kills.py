@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from tests import QUICK
 from tests.conftest import ROOT
 from tests.test_hosts import free_port
 from tests.test_quickstart import STAGES, command, compare, same_bits
@@ -90,7 +91,7 @@ def environment(folder: Path, devices: int) -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

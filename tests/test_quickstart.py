@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import nbclient
@@ -122,9 +121,11 @@ def parameters(folder):
 
     from alignjax.runtime.sharding import path_name
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the layout is read from the folder is what is wanted
-        tree = ocp.load(folder / "params")
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whichever devices of whose processes saved it
+    shapes = ocp.metadata(folder / "params").metadata
+    tree = ocp.load(
+        folder / "params", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    )
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
