@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,37 +33,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 def one_of(node: Any, name: str, choices: tuple[str, ...]) -> None:
     if getattr(node, name) not in choices:
         raise UserError(f"{name}={getattr(node, name)!r} is unknown; choose one of {', '.join(choices)}")
-
-
-class Cache(NamedTuple):
-    """Keys and values of one layer, [B, K, S, head_dim] each: a step reads them without moving them."""
-
-    k: Array
-    v: Array
-
-    def written(self, k: Array, v: Array, slot: Array) -> Cache:
-        """With the keys and values [B, K, T, head_dim] at ``slot`` and behind."""
-        return Cache(*(lax.dynamic_update_slice_in_dim(old, new, slot, 2) for old, new in ((self.k, k), (self.v, v))))
-
-    def read(self) -> tuple[Array, Array]:
-        return self.k, self.v
-
-
-class Stack(NamedTuple):
-    """The same of all layers, [L, B, K, S, head_dim], as one of them sees it: only what is new is moved."""
-
-    k: Array
-    v: Array
-    layer: Array  # [] int32
-
-    def written(self, k: Array, v: Array, slot: Array) -> Stack:
-        at = (self.layer, 0, 0, slot, 0)
-        k, v = (lax.dynamic_update_slice(old, x[None], at) for old, x in ((self.k, k), (self.v, v)))
-        return Stack(k, v, self.layer)
-
-    def read(self) -> tuple[Array, Array]:
-        k, v = (lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for x in (self.k, self.v))
-        return k, v
 
 
 class Linear(nnx.Module):

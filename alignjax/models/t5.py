@@ -17,12 +17,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from alignjax.models.caches import Cache
 from alignjax.models.functional import Functional, functional
 from alignjax.models.layers import (
     ACTIVATIONS,
     COMPUTE_DTYPES,
     REMAT_POLICIES,
-    Cache,
     Linear,
     Norm,
     attend,

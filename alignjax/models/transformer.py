@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,15 +17,14 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from alignjax.models.caches import Cache, Stack, scanned, unrolled
 from alignjax.models.functional import functional
 from alignjax.models.layers import (
     ACTIVATIONS,
     COMPUTE_DTYPES,
     REMAT_POLICIES,
-    Cache,
     Linear,
     Norm,
-    Stack,
     attend,
     capped,
     causal_mask,
@@ -335,52 +333,6 @@ def transformer(config: TransformerConfig) -> Model:
         return Start(step, carry, unembed(params, first))
 
     return Model(c, init, causal, predict, final, unembed, start, rules(c))
-
-
-def unrolled(blocks: Params, frequency: np.ndarray, windows: np.ndarray):
-    """How a prompt and how a token goes through the layers, one after the other, each with its own cache."""
-    layers = [jax.tree.map(lambda w, i=i: w[i], blocks) for i in range(len(windows))]
-
-    def read_all(read: Callable[..., tuple[Array, Cache]], x: Array) -> tuple[Array, tuple[Cache, ...]]:
-        caches = []
-        for weights, turns, window in zip(layers, frequency, windows, strict=True):
-            x, cache = read(weights, x, turns, window)
-            caches.append(cache)
-        return x, tuple(caches)
-
-    def write_all(write: Callable[..., tuple[Array, Cache]], x: Array, caches: tuple[Cache, ...]):
-        written = []
-        for weights, turns, window, cache in zip(layers, frequency, windows, caches, strict=True):
-            x, cache = write(weights, x, turns, window, cache)
-            written.append(cache)
-        return x, tuple(written)
-
-    return read_all, write_all
-
-
-def scanned(blocks: Params, frequency: np.ndarray, windows: np.ndarray):
-    """The same in loops, over one stack of caches."""
-    numbers = np.arange(len(windows))
-
-    def read_all(read: Callable[..., tuple[Array, Cache]], x: Array) -> tuple[Array, tuple[Array, Array]]:
-        def layer(x: Array, one: tuple) -> tuple[Array, tuple[Array, Array]]:
-            weights, turns, window = one
-            x, cache = read(weights, x, turns, window)
-            return x, cache.read()
-
-        return lax.scan(layer, x, (blocks, frequency, windows))
-
-    def write_all(write: Callable[..., tuple[Array, Stack]], x: Array, caches: tuple[Array, Array]):
-        def layer(state: tuple[Array, Array, Array], one: tuple) -> tuple[tuple[Array, Array, Array], None]:
-            x, k, v = state
-            weights, turns, window, number = one
-            x, stack = write(weights, x, turns, window, Stack(k, v, number))
-            return (x, stack.k, stack.v), None
-
-        (x, k, v), _ = lax.scan(layer, (x, *caches), (blocks, frequency, windows, numbers))
-        return x, (k, v)
-
-    return read_all, write_all
 
 
 def rules(c: TransformerConfig) -> Rules:
