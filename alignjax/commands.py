@@ -217,7 +217,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     except (UserError, RunAgain, OSError) as error:
         hosts.end(status_of(error), config.one_line(error))  # goes on where there are no others
         raise
-    except Exception as error:
+    except Exception as error:  # of any kind: the others would wait for this process for ever
         if hosts.count > 1:
             traceback.print_exc()
             hosts.listen()

@@ -62,7 +62,7 @@ def their_config(folder: Path) -> Any:
     """config.json as transformers reads it. Raises UserError with what it says of a value that cannot be."""
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+    except Exception as error:  # the library raises many kinds
         told = one_line(error)
         raise UserError(f"{folder / 'config.json'} holds a value that cannot be ({told}); mend it") from None
 

@@ -128,7 +128,7 @@ def told(path: Path, what: str, mend: str) -> Iterator[None]:
     try:
         with uninterrupted():
             yield
-    except Exception as error:
+    except Exception as error:  # of many kinds, from threads and tasks
         reason = " ".join(str(error).split()) or type(error).__name__
         if jax.process_count() > 1 and any(words in reason for words in GONE):
             raise RunAgain(f"{path} {what}: another process is gone ({reason[:160]}); start all again") from error

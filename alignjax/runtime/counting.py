@@ -31,7 +31,9 @@ def dot_flops(one: hlo.Instruction, here: hlo.Computation) -> int:
 def convolution_flops(one: hlo.Instruction, here: hlo.Computation) -> int:
     """2 x batch x features out x features in x, per spatial dimension, the pairs of an output and a kernel place whose
     input is an element and not padding or a hole of dilation: a batched dot is a convolution made of such holes."""
-    left, kernel, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes).groups()  # type: ignore[union-attr]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
+    assert labels is not None  # every convolution says which dimension is which
+    left, kernel, out = labels.groups()
     inputs, weights, results = (here[one.operands[0]].shapes[0], here[one.operands[1]].shapes[0], one.shapes[0])
     written = re.search(r"window=\{([^}]*)\}", one.attributes)
     window = dict(re.findall(r"(\w+)=([\w\-]+)", written[1] if written else ""))
