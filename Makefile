@@ -1,6 +1,7 @@
 # make quickstart : install, then the main job, into runs/quickstart/
 # make test       : install, then every test, format and type check
 # make parity     : torch and PEFT too, then every model family against them, over freshly drawn models
+# make bucket     : gcsfs and a store on this machine too, then the line with its work in gs://
 # make plan       : libtpu too, then what compiles for TPUs that are not here
 # make install    : the environment alone (.venv); PYTHON= picks another interpreter
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: install quickstart test parity plan lock
+.PHONY: install quickstart test parity bucket plan lock
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml requirements.lock
@@ -36,6 +37,13 @@ $(VENV)/parity: $(VENV)/installed
 parity: $(VENV)/parity
 	$(BIN)/python -m pytest tests/parity -o addopts=-q
 
+$(VENV)/bucket: $(VENV)/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock gcp-storage-emulator --editable ".[gs]"
+	touch $@
+
+bucket: $(VENV)/bucket
+	$(BIN)/python -m pytest tests/bucket -o addopts=-q
+
 $(VENV)/plan: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[plan]"
 	touch $@
@@ -45,5 +53,5 @@ plan: $(VENV)/plan
 
 # One lock for every Python and platform: universal markers, newest versions that each allows.
 lock: install
-	$(BIN)/uv pip compile --universal --python-version 3.11 --extra test --extra stories --extra notebooks \
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra test --extra stories --extra notebooks --extra gs \
 		--no-emit-index-url --no-header --upgrade --quiet --output-file requirements.lock setup.cfg

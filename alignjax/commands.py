@@ -13,6 +13,7 @@ from typing import Any
 
 import alignjax
 from alignjax import config, run
+from alignjax.runtime import files
 from alignjax.types import RUN_AGAIN, RunAgain, UserError
 
 
@@ -126,14 +127,14 @@ def sampling_options(sub: argparse.ArgumentParser) -> None:
 def export_command(arguments: argparse.Namespace) -> int:
     from alignjax import export
 
-    print(export.export(Path(arguments.stage), Path(arguments.folder), arguments.merge))
+    print(export.export(files.at(arguments.stage), Path(arguments.folder), arguments.merge))
     return 0
 
 
 def sample_command(arguments: argparse.Namespace) -> int:
     from alignjax import sample
 
-    network = sample.opened(Path(arguments.folder), arguments.chat)
+    network = sample.opened(files.at(arguments.folder), arguments.chat)
     sample.stream(network, arguments.prompt, *how(arguments))
     return 0
 
@@ -142,7 +143,7 @@ def compare_command(arguments: argparse.Namespace) -> int:
     from alignjax import sample
 
     prompts = sample.read_prompts(Path(arguments.prompts))[: arguments.count]
-    networks = [sample.opened(Path(folder), arguments.chat) for folder in arguments.folders]
+    networks = [sample.opened(files.at(folder), arguments.chat) for folder in arguments.folders]
     sample.compare(networks, prompts, *how(arguments))
     return 0
 
@@ -208,14 +209,17 @@ def run_command(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     if arguments.help:
         return show_leaves(arguments.file, settings)
-    from alignjax.runtime.hosts import Launch, connect
+    from alignjax.runtime.hosts import Launch, connect, leave
 
     workdir = workdir_of(arguments)
     hosts = connect(Launch(arguments.coordinator, arguments.processes, arguments.process))
     try:
-        run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
+        with files.reached(workdir):
+            run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
     except (UserError, RunAgain, OSError) as error:
         hosts.end(status_of(error), config.one_line(error))  # goes on where there are no others
+        if files.is_bucket(workdir):  # a tidy exit would wait for threads that go on trying to reach it
+            leave(status_of(error), config.one_line(error))
         raise
     except Exception as error:  # of any kind: the others would wait for this process for ever
         if hosts.count > 1:
@@ -261,6 +265,4 @@ def plan_command(arguments: argparse.Namespace) -> int:
 def workdir_of(arguments: argparse.Namespace) -> Path:
     if not arguments.workdir:
         raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
-    if "://" in arguments.workdir:
-        raise UserError(f"--workdir {arguments.workdir} is no path; mount the bucket and give the path of the mount")
-    return Path(arguments.workdir)
+    return files.at(arguments.workdir)

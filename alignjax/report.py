@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignjax.runtime.metrics import read_json, read_metrics, write_atomic
+from alignjax.runtime.metrics import read_json, read_metrics, write_atomic, write_picture
 
 CURVES = {  # metric -> what a panel shows
     "nll": "nats a token of text",
@@ -109,7 +109,7 @@ def heat_map(path: Path, table: Mapping[str, Any]) -> None:
         for j, value in enumerate(row):
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", color="w" if abs(value - 0.5) > 0.3 else "k")
     figure.colorbar(image, shrink=0.8)
-    figure.savefig(path, dpi=110)
+    write_picture(path, figure)
 
 
 def curves(path: Path, workdir: Path, names: list[str]) -> bool:
@@ -132,7 +132,7 @@ def curves(path: Path, workdir: Path, names: list[str]) -> bool:
                 axis.plot([row["step"] for row in rows], [row[metric] for row in rows], label=name, linewidth=1)
         axis.set(title=metric, xlabel="step")
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    write_picture(path, figure)
     return True
 
 

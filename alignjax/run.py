@@ -8,8 +8,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from typing import Any
 
 import alignjax
 from alignjax import config
+from alignjax.runtime import files
 from alignjax.types import UserError
 
 RECORD = "stage.json"
@@ -50,7 +49,7 @@ def run(
     for context in contexts:
         if not is_finished(experiment, workdir, context.name):
             stages.check(context)
-    hosts.first(lambda: ready(workdir))
+    hosts.first(lambda: files.try_writing(workdir))
     if not appears(workdir):
         raise UserError(f"{workdir} is not there on {socket.gethostname()}; give a --workdir that all hosts share")
     keep_compiled(workdir / "compiled")
@@ -64,18 +63,14 @@ def run(
 
 def appears(folder: Path, seconds: int = 90) -> bool:
     """Whether what another host has made is seen here, at last: a network file system may remember for a minute that
-    it was not there."""
+    it was not there. (In a bucket there are no folders, and all hosts see the same.)"""
+    if files.is_bucket(folder):
+        return True
     for _ in range(seconds):
         if folder.is_dir():
             return True
         time.sleep(1)
     return False
-
-
-def ready(workdir: Path) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK):
-        raise UserError(f"{workdir} cannot be written; choose another --workdir")
 
 
 def run_stage(context: Any, redo: bool) -> None:
@@ -118,8 +113,8 @@ def finish(folder: Path, record: dict[str, Any], seconds: float) -> None:
     """Writes the record of a finished stage; what only a resumed run would use goes."""
     spent = read_record(folder).get("seconds", 0.0) + seconds
     write_record(folder, {**record, "seconds": spent})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    shutil.rmtree(aside(folder), ignore_errors=True)
+    files.remove_tree(folder / "checkpoints")
+    remove(aside(folder))
 
 
 def say(context: Any, words: str) -> None:
@@ -129,7 +124,10 @@ def say(context: Any, words: str) -> None:
 
 @contextlib.contextmanager
 def locked(workdir: Path, name: str) -> Iterator[None]:
-    """One process at a time works on a stage; the lock of a killed one is gone with it."""
+    """One process at a time works on a stage; the lock of a killed one is gone with it. (A bucket has no locks.)"""
+    if files.is_bucket(workdir):
+        yield
+        return
     with (workdir / f".{name}.lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,8 +151,10 @@ def keep_compiled(folder: Path) -> None:
     import jax
 
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None:
-        jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+        jax.config.update("jax_compilation_cache_dir", str(files.absolute(folder)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        if files.is_bucket(folder):  # XLA's own part of the cache knows none
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
         # A disk too full for it is told by what matters: the results.
         warnings.filterwarnings("ignore", "Error (writing|reading) persistent compilation cache")
 
@@ -202,12 +202,12 @@ def prepare(folder: Path, record: dict[str, Any], redo: bool) -> bool:
                 "use another --workdir, or --redo to make it again"
             )
         if found.get("finished"):
-            shutil.rmtree(aside(folder), ignore_errors=True)
-            folder.rename(aside(folder))
+            remove(aside(folder))
+            move(folder, aside(folder))
         else:
             remove(folder)
     if not folder.exists() and read_record(aside(folder)).get("fingerprint") == record["fingerprint"]:
-        aside(folder).rename(folder)
+        move(aside(folder), folder)
     found = read_record(folder)
     if not found:
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,16 +228,30 @@ def withdraw(folder: Path, refused: bool = False) -> None:
     if not has_work(folder) or (refused and waits):
         remove(folder)
         if waits:
-            aside(folder).rename(folder)
+            move(aside(folder), folder)
 
 
 def remove(folder: Path) -> None:
-    """All at once, as others see it: a kill leaves no half of it to be resumed."""
+    """All at once, as others see it: a kill leaves no half of it to be resumed. In a bucket its record goes last, and
+    says until then what the rest is."""
+    if files.is_bucket(folder):
+        files.remove_tree(folder, last=RECORD)
+        return
     gone = folder.with_name(f".{folder.name}.gone")
-    shutil.rmtree(gone, ignore_errors=True)
+    files.remove_tree(gone)
     if folder.exists():
         folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        files.remove_tree(gone)
+
+
+def move(folder: Path, new: Path) -> None:
+    """Gives the folder another name; in a bucket, file by file, neither of the two is ever half of a finished stage."""
+    if not files.is_bucket(folder):
+        folder.rename(new)
+        return
+    files.copy(folder, new, last=RECORD)
+    write_record(folder, {**read_record(folder), "finished": False})
+    remove(folder)
 
 
 def has_work(folder: Path) -> bool:
@@ -245,8 +259,8 @@ def has_work(folder: Path) -> bool:
     if read_record(folder).get("finished"):
         return True
     told = (RECORD, "metrics.jsonl", "tensorboard", "wandb")
-    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]
-    return any(path.relative_to(folder).parts[0] not in told for path in files)
+    left = (path for path in files.contents(folder) if not files.is_empty(path))
+    return any(path.relative_to(folder).parts[0] not in told for path in left)
 
 
 def difference(found: dict[str, Any], record: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from alignjax.generation import Generate, generator
 from alignjax.models import huggingface, weights
 from alignjax.models.build import build
 from alignjax.models.tokenizer import Tokenizer, as_chat, decode_continuation, pad, stop_sequences
-from alignjax.runtime import sharding
+from alignjax.runtime import files, sharding
 from alignjax.stages import networks
 from alignjax.stages.networks import Network
 from alignjax.tasks.task import one_message
@@ -40,6 +40,8 @@ def opened(folder: Path, chat: bool) -> Network:
         found = networks.load(folder.parent, folder.name, mesh, {}, None)
         tokenizer = as_chat(found.tokenizer, one_message) if chat else found.tokenizer
         return Network(found.name, found.model, found.params, tokenizer, found.fingerprint)
+    if files.is_bucket(folder):
+        raise UserError(f"{folder} is no finished stage's; a Hugging Face folder must lie on this machine: copy it")
     config = huggingface.read_config(folder)
     model, tokenizer = build(config), huggingface.read_tokenizer(folder)
     shapes = jax.eval_shape(model.init, jax.random.key(0))

@@ -80,8 +80,7 @@ def progressed(workdir, name):
     if (folder / "stage.json").exists() and json.loads((folder / "stage.json").read_text())["finished"]:
         return True
     saves = [p for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
-    lines = (folder / "chunks.jsonl").exists() and "\n" in (folder / "chunks.jsonl").read_text()
-    return bool(saves or lines or list(folder.glob("replies-*.json")))
+    return bool(saves or list(folder.glob("chunks/*.json")) or list(folder.glob("replies-*.json")))
 
 
 def finished(workdir, name):
@@ -109,10 +108,14 @@ def compare(a, b, equal):
     for name in TRAINED:
         equal(name, parameters(a / name), parameters(b / name))
     for name in ("pairs", "annotated", "truth"):
-        assert (a / name / "chunks.jsonl").read_text() == (b / name / "chunks.jsonl").read_text()
+        assert chunks(a / name) == chunks(b / name) != []
     assert (a / "table" / "win_rates.json").read_text() == (b / "table" / "win_rates.json").read_text()
     for name in TRAINED:
         assert (a / name / "metrics.jsonl").read_text() == (b / name / "metrics.jsonl").read_text()
+
+
+def chunks(folder):
+    return [path.read_text() for path in sorted(folder.glob("chunks/*.json"))]
 
 
 def parameters(folder):
@@ -177,7 +180,7 @@ def test_one_device_and_two_processes_of_four_give_the_same_numbers(whole, envir
     for one, eight in zip(*logged("nash_md"), strict=True):
         for metric in set(one) - {"gradient_norm"}:
             np.testing.assert_allclose(eight[metric], one[metric], rtol=0.02, atol=0.02, err_msg=metric)
-    texts = [(workdir / "pairs" / "chunks.jsonl").read_text() for workdir in (whole[0], tmp_path / "pairs")]
+    texts = [chunks(workdir / "pairs") for workdir in (whole[0], tmp_path / "pairs")]
     assert texts[0] == texts[1]
     one, eight = (json.loads((w / "table" / "win_rates.json").read_text()) for w in (whole[0], tmp_path / "table"))
     for a, b in zip(one, eight, strict=True):

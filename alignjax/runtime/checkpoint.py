@@ -1,6 +1,7 @@
 """Saving and restoring trees of arrays. The only file that imports Orbax.
 
-A save is written beside its final name and renamed when whole, so that a half-written one is never taken.
+A save is written beside its final name and renamed when whole, or in a bucket marked as whole when it is, so that a
+half-written one is never taken.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from alignjax.runtime import files
 from alignjax.types import RunAgain, TrainState, UserError
 
 
@@ -26,7 +28,7 @@ def save_tree(path: Path, tree: Any) -> None:
     Raises UserError when it cannot be written.
     """
     with told(path, "cannot be written", "mend that and run again"):
-        ocp.save(path.resolve(), tree, overwrite=True)
+        ocp.save(files.absolute(path), tree, overwrite=True)
 
 
 def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
@@ -38,7 +40,7 @@ def restore_tree(path: Path, shapes: Any, shardings: Any) -> Any:
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, shardings
     )
     with told(path, "cannot be restored", "remove its stage folder to make it again"):
-        return ocp.load(path.resolve(), abstract)
+        return ocp.load(files.absolute(path), abstract)
 
 
 GONE = ("UNAVAILABLE", "coordination service", "Gloo", "Connection closed", "heartbeat")
@@ -56,7 +58,7 @@ class Checkpointer:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.inner = ocp.training.Checkpointer(
-            folder.resolve(), preservation_policy=policy, cleanup_tmp_directories=True
+            files.absolute(folder), preservation_policy=policy, cleanup_tmp_directories=True
         )
         # It would ask JAX at which step a preempted run ends, in a numbering that is not ``Hosts.preempted``'s, and the
         # two together can lose the answer. There is no option against it.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from alignjax.runtime import sharding
+from alignjax.runtime import files, sharding
 from alignjax.types import Batch, UserError
 
 PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "float"}
@@ -110,10 +109,10 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
                 for index, row in enumerate(rows):
                     yield index, {name: row[name] for name in PAIR_FEATURES}
 
-    shutil.rmtree(folder / "pairs", ignore_errors=True)  # TFDS would keep what is there
     tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it announces a download that never happens
-        Pairs(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    with files.delivered(folder) as here, contextlib.redirect_stdout(io.StringIO()):  # it announces a download
+        files.remove_tree(here / "pairs")  # it would keep what is there
+        Pairs(data_dir=str(here), file_format="array_record").download_and_prepare()
 
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
@@ -123,8 +122,9 @@ def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
     try:
-        source = tfds.data_source("pairs", split=split, data_dir=str(folder))
-        rows = [source[i] for i in range(len(source))]
+        with files.fetched(folder) as here:
+            source = tfds.data_source("pairs", split=split, data_dir=str(here))
+            rows = [source[i] for i in range(len(source))]
         return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]
     except Exception as error:  # TFDS and array_record raise many kinds; the user hears which folder
         reason = " ".join(str(error).split())[:160]

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import tqdm
 
+from alignjax.runtime import files
 from alignjax.types import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class MetricsWriter:
@@ -30,13 +36,15 @@ class MetricsWriter:
             return
         import tensorboardX  # here, for it takes seconds where torch is there: it imports that
 
-        self.wandb = start_wandb(project, folder) if project else None
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_metrics(self.path) if r["step"] < resume_step]
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step)
+        kept = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] < resume_step]
+        self.folder = folder
+        self.here = Path(tempfile.mkdtemp()) if files.is_bucket(folder) else folder
+        self.wandb = start_wandb(project, folder, self.here) if project else None
+        self.here.mkdir(parents=True, exist_ok=True)
+        path = self.here / "metrics.jsonl"
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = path.open("a", encoding="utf-8")
+        self.board = tensorboardX.SummaryWriter(str(self.here / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         if not self.leads:
@@ -49,6 +57,13 @@ class MetricsWriter:
         if self.wandb:
             self.wandb.log(row, step=step)
 
+    def keep(self) -> None:
+        """Before a save: what was written until now shall not be lost. In a bucket, where nothing can be appended to,
+        it is there from now on."""
+        if self.leads and self.here != self.folder:
+            self.board.flush()
+            files.copy(self.here, self.folder)
+
     def close(self) -> None:
         if not self.leads:
             return
@@ -56,12 +71,16 @@ class MetricsWriter:
         self.board.close()
         if self.wandb:
             self.wandb.finish()
+        if self.here != self.folder:
+            files.copy(self.here, self.folder)
+            files.remove_tree(self.here)
 
 
-def start_wandb(project: str, folder: Path) -> Any:
-    """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own."""
+def start_wandb(project: str, folder: Path, here: Path) -> Any:
+    """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own. Its files
+    lie ``here``."""
     name = f"{folder.parent.name}-{folder.name}"
-    return import_wandb().init(project=project, id=name, name=name, dir=str(folder), resume="allow")
+    return import_wandb().init(project=project, id=name, name=name, dir=str(here), resume="allow")
 
 
 def import_wandb() -> Any:
@@ -97,12 +116,24 @@ def write_atomic(path: Path, text: str) -> None:
     first alone writes, and the others must ``meet`` it before they read."""
     if jax.process_index():
         return
+    if files.is_bucket(path):  # where a file appears whole
+        path.write_bytes(text.encode())
+        return
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    """A PNG. Of several processes the first alone writes."""
+    if jax.process_index():
+        return
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    path.write_bytes(buffer.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:

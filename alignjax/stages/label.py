@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
@@ -25,6 +24,7 @@ from alignjax.tasks.task import EOS, Task
 from alignjax.types import TINY, UserError, in_range
 
 PAIR_DATA = "data"
+CHUNKS = "chunks"  # a folder of the pairs of so many prompts each, in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,21 +139,19 @@ class Label:
         task, policy = context.task, context.policy(self.generator)
         prompts = task.source.prompts(self.split, self.prompts, context.seed)
         generate = self.writing.generator(context, policy)
-        context.folder.mkdir(parents=True, exist_ok=True)
-        chunks = context.folder / "chunks.jsonl"
-        done = metrics.read_metrics(chunks)
-        context.hosts.meet(f"the first chunk of {context.name}")  # all have read what the first now writes
-        metrics.write_atomic(chunks, "".join(json.dumps(row) + "\n" for row in done))  # a torn line goes
+        folder = context.folder / CHUNKS
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = context.hosts.first(lambda: len(list(folder.glob("*.json"))))
+        done = [metrics.read_json(chunk_file(folder, i)) for i in range(whole)]
         size = 4 * self.writing.batch  # prompts a chunk: retries are few, and fill their batches
-        writes = contextlib.nullcontext() if jax.process_index() else chunks.open("a")
-        with writes as file, metrics.progress(len(prompts), len(done) * size, context.name, "prompt") as bar:
-            for at in range(len(done) * size, len(prompts), size):
+        with metrics.progress(len(prompts), whole * size, context.name, "prompt") as bar:
+            for at in range(whole * size, len(prompts), size):
                 numbers = range(at, min(at + size, len(prompts)))
                 pairs, tries = self.method(generate, task, [prompts[i] for i in numbers], numbers, context.seed)
-                done.append({"step": at, "tries": tries, "asked": len(numbers), "pairs": pairs})
-                if file:
-                    file.write(json.dumps(done[-1]) + "\n")
-                    file.flush()
+                metrics.write_json(
+                    chunk_file(folder, len(done)), row := {"tries": tries, "asked": len(numbers), "pairs": pairs}
+                )
+                done.append(row)
                 bar.update(len(numbers))
                 context.stop_if_preempted()
         return self.finish(context, done)
@@ -178,6 +176,10 @@ class Label:
         source = {"method": config.describe(self.method), "generator": self.generator, "seed": context.seed}
         data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": task.name, **figures})
         return figures
+
+
+def chunk_file(folder: Path, index: int) -> Path:
+    return folder / f"{index:06d}.json"
 
 
 def agreement(task: Task, pairs: Sequence[labeling.Labeled]) -> dict[str, float | None]:

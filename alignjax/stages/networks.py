@@ -23,7 +23,7 @@ from alignjax.models.lora import Lora
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, as_chat
 from alignjax.preference import Preference
-from alignjax.runtime import metrics, sharding, train
+from alignjax.runtime import files, metrics, sharding, train
 from alignjax.runtime.checkpoint import restore_tree, save_tree
 from alignjax.tasks.task import Task, one_message
 from alignjax.types import Params, Rules, UserError
@@ -86,7 +86,8 @@ def save(
     if jax.tree.leaves(params):
         save_tree(folder / "params", params)
     if jax.process_index() == 0:
-        tokenizer.save(folder / "tokenizer")
+        with files.delivered(folder / "tokenizer") as here:
+            tokenizer.save(here)
     own = jax.tree.leaves({name: part for name, part in params.items() if name in backbone})
     record = {
         "config": to_json(config),
@@ -112,10 +113,11 @@ def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Ne
         return loaded[name]
     folder = workdir / name
     record = read_record(folder)
-    model, tokenizer = build(record.config), huggingface.read_tokenizer(folder / "tokenizer")
+    with files.fetched(folder / "tokenizer") as here:
+        model, tokenizer = build(record.config), huggingface.read_tokenizer(here)
+        mark = str(zlib.crc32((here / "tokenizer.json").read_bytes()))
     if record.chat:
         tokenizer = as_chat(tokenizer, task.messages if task else one_message)
-    mark = str(zlib.crc32((folder / "tokenizer" / "tokenizer.json").read_bytes()))
     if record.chat and tokenizer.render:
         mark += f" chat {tokenizer.render(one_message('a'))!r}"
     below = None

@@ -39,8 +39,7 @@ class Study:
         shown = [finding.text]
         for name, picture in finding.pictures.items():
             file = f"{context.name}-{name}.png"
-            if context.hosts.leads:
-                picture.savefig(context.workdir / file, dpi=110)
+            metrics.write_picture(context.workdir / file, picture)
             shown.append(f"![{name}]({file})\n")
         metrics.write_json(context.folder / "numbers.json", finding.numbers)
         metrics.write_atomic(context.folder / "section.md", "\n".join(shown))

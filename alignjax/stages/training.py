@@ -183,6 +183,7 @@ def run_loop(
             bar.set_postfix({k: f"{float(values[k]):.3f}" for k in SHOWN if k in values}, refresh=False)
         bar.update()
         if saves:
+            writer.keep()
             saver.save(state)
         if preempted:
             saver.close()
