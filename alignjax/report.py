@@ -30,6 +30,7 @@ MEANINGS = {  # figure -> what it says
     "held out accuracy": "share of held-out labels that the preference model agrees with",
     "held out calibration error": "mean gap between its probabilities and the labels, ten bins",
     "held out cross entropy": "nats a pair",
+    "best step": "whose save is the result",
     "held out n": "held-out pairs",
 }
 

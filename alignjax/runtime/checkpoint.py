@@ -48,11 +48,15 @@ GONE = ("UNAVAILABLE", "coordination service", "Gloo", "Connection closed", "hea
 
 
 class Checkpointer:
-    """Saves of one stage in progress, the newest ``keep`` of them. Of several processes each writes its own shards, and
-    a save counts when all have."""
+    """Saves of one stage in progress, the newest ``keep`` of them and, of those that were given a value, the one with
+    the highest. Of several processes each writes its own shards, and a save counts when all have."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        policy = ocp.training.preservation_policies.LatestN(keep)
+        policies = ocp.training.preservation_policies
+        highest = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["value"], n=1, keep_checkpoints_without_metrics=False
+        )
+        policy = policies.AnyPreservationPolicy([policies.LatestN(keep), highest])
         self.level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # its threads' tracebacks: ``told`` tells
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,24 +68,36 @@ class Checkpointer:
         # two together can lose the answer. There is no option against it.
         self.inner._manager.reached_preemption = lambda step: False
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, value: float | None = None) -> None:
         """Begins to save the state after ``state.step`` updates, and returns when its memory may be taken over by the
-        next; what a save before this one failed of is told now, the rest by ``close``."""
+        next; what a save before this one failed of is told now, the rest by ``close``. With a ``value`` it is one of
+        those that ``best`` chooses from."""
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
         with told(self.folder, "cannot be written", "mend that and run again"):
             self.inner.wait()
-            self.inner.save_async(int(state.step), tree, overwrite=True)
+            metrics = None if value is None else {"value": value}
+            self.inner.save_async(int(state.step), tree, overwrite=True, metrics=metrics)
 
     def latest(self) -> int | None:
         """The step of the newest whole save."""
         return None if self.inner.latest is None else int(self.inner.latest.step)
 
-    def restore(self, state: TrainState, step: int | None) -> TrainState:
-        """The save of that step, laid out as ``state`` is; ``state`` itself when there is none."""
+    def best(self) -> tuple[int, float] | None:
+        """(step, value) of the whole save with the highest value, of equal ones the last, as Orbax keeps it."""
+        with told(self.folder, "cannot be written", "mend that and run again"):
+            self.inner.wait()
+        found = [(save.step, save.metrics["value"]) for save in self.inner.checkpoints if save.metrics]
+        return max(found, key=lambda one: (one[1], one[0]), default=None)
+
+    def restore(self, state: TrainState, step: int | None, instead: bool = False) -> TrainState:
+        """The save of that step, laid out as ``state`` is; ``state`` itself when there is none. ``instead`` of it, as
+        where there is no room for both: then ``state`` is gone."""
         if step is None:
             return state
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+        for leaf in jax.tree.leaves(vars(state)) if instead else ():
+            leaf.delete()
         with told(self.folder, "is damaged", "remove it to start the stage again"):
             found = self.inner.load(step, abstract)
         return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})

@@ -13,12 +13,13 @@ from alignjax.stages.optimise import Optimise
 from alignjax.stages.start import Adapted, Pretrain, Pretrained, pack
 from alignjax.stages.study import Finding, Study
 from alignjax.stages.tournament import Tournament
-from alignjax.stages.training import Adam, Loop, run_loop
+from alignjax.stages.training import Adam, Best, Loop, run_loop
 
 __all__ = [
     "Adam",
     "Adapted",
     "Adapter",
+    "Best",
     "Context",
     "Experiment",
     "Finding",

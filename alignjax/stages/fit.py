@@ -98,12 +98,12 @@ class FitPreference:
             )  # fmt: skip
 
         trained = trainable(start, self.lora, context.key, built)
-        params = run_loop(
+        params, found = run_loop(
             context, self.learning(trained, built), trained.params, plan, make_batch, trained.frozen
         )  # fmt: skip
         context.save(start, params, trained.adapter)
         describe_form(context, self.form)
-        figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped}
+        figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped, **found}
         if self.truth:
             figures["held_out"] = self.measure(context, start, built, trained.whole(params, trained.frozen))
         return figures

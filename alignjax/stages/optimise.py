@@ -145,9 +145,9 @@ class Optimise:
 
         frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
         learning = self.learning(task, start, trained, built, shares)
-        params = run_loop(context, learning, trained.params, plan, make_batch, frozen, before)
+        params, found = run_loop(context, learning, trained.params, plan, make_batch, frozen, before)
         context.save(start, params, trained.adapter)
-        return {"prompts": len(kept), "too_long": len(ids) - len(kept)}
+        return {"prompts": len(kept), "too_long": len(ids) - len(kept), **found}
 
 
 def rehearse(context: Context, opponent: Callable[..., Any], objective: Callable[..., Any]) -> None:

@@ -80,9 +80,9 @@ class Pretrain:
         reading = packed_documents if model.causal else split_documents
         plan, make_batch, counts = reading(ids, self.row, self.loop.batch, context.seed)
         first = jax.jit(model.init, out_shardings=layout(model, context))
-        params = run_loop(context, self.learning(model), first(context.key), plan, make_batch)
+        params, found = run_loop(context, self.learning(model), first(context.key), plan, make_batch)
         save(context.folder, self.model, params, tokenizer, chat=False, adapter=None)
-        return {**counts, "vocabulary": tokenizer.vocab_size, "parameters": size_of(params)}
+        return {**counts, **found, "vocabulary": tokenizer.vocab_size, "parameters": size_of(params)}
 
 
 def size_of(params: Params) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,25 @@ class Adam:
 
 
 @dataclasses.dataclass(frozen=True)
+class Best:
+    """A stage's result is not its last state but the save with the best mean of a metric over the ``every`` steps
+    before it. A step measures before it learns: on replies drawn for it, or, in the first epoch, on examples that are
+    new to it. In later ones a metric chooses what knows them by heart."""
+
+    metric: str  # one that the stage logs
+    every: int  # steps from one save to the next, in place of Loop.save_every; the last step makes one too
+    lowest: bool = False  # is the best, as of a loss
+
+    def __post_init__(self) -> None:
+        in_range(self, 1, math.inf, "every")
+
+    def value(self, measured: Sequence[float]) -> float:
+        """What a save after these steps is worth: the higher, the better; nothing where the mean is no number."""
+        mean = statistics.fmean(measured) * (-1 if self.lowest else 1)
+        return mean if math.isfinite(mean) else -math.inf
+
+
+@dataclasses.dataclass(frozen=True)
 class Loop:
     """How long a training stage goes on and how often it looks up."""
 
@@ -77,6 +97,7 @@ class Loop:
     log_every: int = 10
     save_every: int = 100
     keep: int = 2  # saves, the newest, while the stage goes on
+    best: Best | None = None  # None: the last state is the result
 
     def __post_init__(self) -> None:
         in_range(self, 1, math.inf, "steps", "batch", "accumulate", "log_every", "save_every", "keep")
@@ -144,12 +165,13 @@ def run_loop(
     make_batch: Callable[[data.Plan], Batch],
     frozen: Any = None,
     before: Callable[[TrainState, Any, Batch], Batch] | None = None,
-) -> Params:
-    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters. What
-    ``before`` makes of a batch, outside the compiled update, is what the update is given.
+) -> tuple[Params, dict[str, Any]]:
+    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters, or with
+    ``loop.best`` the best, and figures that say of which step. What ``before`` makes of a batch, outside the compiled
+    update, is what the update is given.
 
-    Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite, and
-    RunAgain after a save when the run is preempted.
+    Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite, or where
+    no such metric is logged as ``loop.best`` names, and RunAgain after a save when the run is preempted.
     """
     loop, mesh, hosts = learning.loop, context.mesh, context.hosts
     loop.check(context)
@@ -166,11 +188,15 @@ def run_loop(
     writer = metrics.MetricsWriter(context.folder, resume_step=done, project=context.experiment.wandb)
     bar = metrics.progress(loop.steps, done, context.name, "step")
     waiting: list[tuple[int, Metrics]] = []
+    best, save_every = loop.best, loop.best.every if loop.best else loop.save_every
+    logged = metrics.read_metrics(context.folder / "metrics.jsonl") if best else []
+    measured = [row for row in logged if done - done % save_every <= row["step"] < done]  # since the last due save
 
     def every(state: Any, step: int, values: Metrics) -> None:
         waiting.append((step - 1, values))
         preempted = asked()
-        saves = preempted or (step % loop.save_every == 0 and step < loop.steps)
+        due = step % save_every == 0 or step == loop.steps
+        saves = preempted or (due and (step < loop.steps or best is not None))
         if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
             for index, row in waiting:
                 if not math.isfinite(norm := float(row["gradient_norm"])):
@@ -178,13 +204,19 @@ def run_loop(
                         f"{context.name}: the gradient of step {index} is {norm}; lower {context.name}.adam.lr "
                         f"(now {learning.adam.lr:g}), or mend the objective"
                     )
+                if best and best.metric not in row:
+                    raise UserError(f"{context.name}.loop.best.metric={best.metric!r} is not logged; choose one of "
+                                    f"{', '.join(sorted(row))}")  # fmt: skip
                 writer.write(index, row)
+                measured.extend([row] if best else ())
             waiting.clear()
             bar.set_postfix({k: f"{float(values[k]):.3f}" for k in SHOWN if k in values}, refresh=False)
         bar.update()
         if saves:
             writer.keep()
-            saver.save(state)
+            saver.save(state, best.value([float(row[best.metric]) for row in measured]) if best and due else None)
+        if due:
+            measured.clear()
         if preempted:
             saver.close()
             raise RunAgain(f"{context.name}: preempted; step {step} is saved, the same command goes on from there")
@@ -199,5 +231,11 @@ def run_loop(
             with contextlib.suppress(UserError):
                 saver.close()
         raise
+    figures: dict[str, Any] = {}
+    if best:
+        mine = saver.best()  # all wait for their part of the last save
+        chosen, value = hosts.first(lambda: mine)
+        state = saver.restore(state, chosen, instead=True)
+        figures = {"best_step": chosen, f"best_{best.metric}": -value if best.lowest else value}
     saver.close()
-    return state.params
+    return state.params, figures
