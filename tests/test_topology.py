@@ -243,6 +243,45 @@ def test_programs_as_a_tpu_compiler_writes_them():
     assert str(cost.largest(module, 1)[0]) == "1 x bf16[4,16,32] 0.0 MiB p['w']"
 
 
+PART = """
+%partN (shardN: SS, roomN: WW, xN: XX) -> (XX, SS, WW) {
+  %shardN = SS parameter(0)
+  %roomN = WW parameter(1)
+  %xN = XX parameter(2)
+  %sineN = XX sine(%xN)
+  %gatherN = WW all-gather(%shardN), channel_id=7, replica_groups=[1,4]<=[4], dimensions={0}, \
+backend_config={"async_collective_fusion_config":{"flag_start":"N"}}
+  ROOT %partsN = (XX, SS, WW) tuple(%sineN, %shardN, %gatherN)
+}
+"""
+SPREAD = f"""HloModule step, is_scheduled=true, num_partitions=4
+{PART.replace("N", "1")}{PART.replace("N", "2")}
+ENTRY %main (shard: SS, room: WW, x: XX) -> WW {{
+  %shard = SS parameter(0)
+  %room = WW parameter(1)
+  %x = XX parameter(2)
+  %first = (XX, SS, WW) fusion(%shard, %room, %x), kind=kLoop, calls=%part1
+  %y = XX get-tuple-element(%first), index=0
+  %same = SS get-tuple-element(%first), index=1
+  %half = WW get-tuple-element(%first), index=2
+  %second = (XX, SS, WW) fusion(%same, %half, %y), kind=kLoop, calls=%part2
+  ROOT %all = WW get-tuple-element(%second), index=2
+}}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once():
+    """Each part is handed the whole collective's arrays and hands them on; what it computes beside is its own."""
+    shapes = {"SS": "bf16[8,128]", "WW": "bf16[32,128]", "XX": "bf16[16,128]"}
+    text = SPREAD
+    for short, shape in shapes.items():
+        text = text.replace(short, shape + "{1,0:T(8,128)(2,1)}")
+    found = cost.cost(hlo.parse(text))
+    shard, gathered, x = 2 * 8 * 128, 2 * 32 * 128, 2 * 16 * 128
+    assert found.collectives == {"all-gather": cost.Collective(1, 3 * shard, 0)}
+    assert found.bytes == shard + gathered + 2 * (x + x)
+
+
 def test_the_roofline_divides_by_the_chip():
     moved = {"all-gather": cost.Collective(1, 900, 0), "all-reduce": cost.Collective(2, 300, 200)}
     chip = topology.Chip("test", 10**9, flops=1000.0, bandwidth=100.0, link=10.0, network=1.0)

@@ -12,8 +12,6 @@ import numpy as np
 from alignjax.runtime import counting, hlo
 from alignjax.runtime.topology import GIB, Chip
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
 
 class Held(NamedTuple):
     """Arrays that a program keeps in HBM, of one shape and origin. Not all of them are alive at one time."""
@@ -148,14 +146,13 @@ def cost(module: hlo.Module, hosts: np.ndarray | None = None) -> Cost:
         ):
             kernels[found[1]] += times
         kind = one.op.removesuffix("-start")
-        if kind in COLLECTIVES:
-            # A TPU spreads a collective over several fusions: its parts share a channel.
-            part = (
-                re.search(r"channel_id=(\d+)", one.attributes) if "async_collective_fusion" in one.attributes else None
-            )
+        if kind in counting.COLLECTIVES:
+            part = re.search(r"channel_id=(\d+)", one.attributes) if counting.is_part(one) else None
             if part and part[1] in seen:
                 continue
-            seen |= {part[1]} if part else set()
+            if part:
+                seen.add(part[1])
+                moved += times * counting.whole(one, module.computations[where])
             kind = "reduce-scatter" if fused and "all-reduce-scatter" in where else kind
             sent, network = sends(module, kind, one, where, hosts)
             old = sums.get(kind, Collective(0, 0, 0))

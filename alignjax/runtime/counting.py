@@ -9,6 +9,7 @@ import numpy as np
 
 from alignjax.runtime import hlo
 
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # What neither reads nor writes: names for memory, and starts whose work is counted where they are done.
 FREE = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|while|call|conditional|after-all|opt-barrier|add-dependency|"
@@ -98,7 +99,8 @@ def result_bytes(one: hlo.Instruction, here: hlo.Computation) -> list[int]:
 
 
 def read(module: hlo.Module, where: str, index: int) -> int:
-    """Bytes that a fusion reads of its operand: all of it, unless all that happens to it is slicing."""
+    """Bytes that a fusion reads of its operand: all of it, unless all that happens to it is slicing. What is handed on
+    as it is is not read, and what a collective of several parts moves is counted once for all, see ``whole``."""
     here = module.computations[where]
     given = next(one for one in here.values() if one.op == "parameter" and int(one.text) == index)
     total, names = 0, [given.name]
@@ -110,7 +112,7 @@ def read(module: hlo.Module, where: str, index: int) -> int:
                     names.append(one.name)
                 elif one.op == "fusion":
                     total += read(module, one.called("calls")[0], place)
-                else:
+                elif not (one.op == "tuple" or is_part(one)):
                     total += operand_bytes(one, place, given.shapes)
     return total
 
@@ -120,12 +122,26 @@ def written(module: hlo.Module, where: str, root: hlo.Instruction) -> list[int]:
     here = module.computations[where]
     if root.op == "tuple":
         return [n for name in root.operands for n in written(module, where, here[name])]
+    if is_part(root) or root.op == "parameter":  # which is handed on to the next part where it lies
+        return [0] * len(root.shapes)
     if root.op == "bitcast":
         return written(module, where, here[root.operands[0]])
     if root.op == "fusion":
         (inside,) = root.called("calls")
         return written(module, inside, module.root(inside))
     return result_bytes(root, here)
+
+
+def is_part(one: hlo.Instruction) -> bool:
+    """Whether this is one of several fusions' part of a collective, as a TPU spreads it over them; the parts share a
+    channel."""
+    return one.op in COLLECTIVES and "async_collective_fusion" in one.attributes
+
+
+def whole(one: hlo.Instruction, here: hlo.Computation) -> int:
+    """Bytes of HBM that a collective of several parts reads and writes, all together."""
+    sides = [here[name].shapes for name in one.operands] + [one.shapes]
+    return sum(shape.padded for side in sides for shape in side if shape.dims and shape.space == 0)
 
 
 def groups(one: hlo.Instruction, partitions: int) -> np.ndarray:
