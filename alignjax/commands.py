@@ -218,7 +218,8 @@ def run_command(arguments: argparse.Namespace) -> int:
             run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
     except (UserError, RunAgain, OSError) as error:
         hosts.end(status_of(error), config.one_line(error))  # goes on where there are no others
-        if files.is_bucket(workdir):  # a tidy exit would wait for threads that go on trying to reach it
+        if files.is_bucket(workdir) and not isinstance(error, BrokenPipeError):
+            # A tidy exit would wait for threads that go on trying to reach the bucket.
             leave(status_of(error), config.one_line(error))
         raise
     except Exception as error:  # of any kind: the others would wait for this process for ever

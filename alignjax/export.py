@@ -13,7 +13,7 @@ import safetensors.numpy
 from alignjax.config import one_line
 from alignjax.models import huggingface, peft
 from alignjax.models.t5 import T5Config
-from alignjax.runtime import sharding
+from alignjax.runtime import files, sharding
 from alignjax.stages import networks
 from alignjax.stages.networks import Network
 from alignjax.types import UserError
@@ -61,7 +61,8 @@ def read_form(stage: Path) -> dict | None:
     """How a preference model is asked; None for a policy."""
     path = stage / PREFERENCE
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        text = files.read(path)
+        return None if text is None else json.loads(text)
     except ValueError as error:
         raise UserError(f"{path} is damaged ({one_line(error)}); remove {stage} to make the stage again") from None
 

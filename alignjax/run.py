@@ -206,11 +206,13 @@ def prepare(folder: Path, record: dict[str, Any], redo: bool) -> bool:
             move(folder, aside(folder))
         else:
             remove(folder)
-    if not folder.exists() and read_record(aside(folder)).get("fingerprint") == record["fingerprint"]:
+    if not is_there(folder) and read_record(aside(folder)).get("fingerprint") == record["fingerprint"]:
         move(aside(folder), folder)
     found = read_record(folder)
     if not found:
-        folder.mkdir(parents=True, exist_ok=True)
+        if files.is_bucket(folder):  # what a kill left of one that came or went
+            remove(folder)
+        files.make_folder(folder)
         write_record(folder, {**record, "finished": False})
     return bool(found.get("finished"))
 
@@ -224,7 +226,7 @@ def withdraw(folder: Path, refused: bool = False) -> None:
     """After a failure: a stage that left no work is as if never begun, and what was put aside for it comes back. So it
     does for one that was begun in this run and ``refused``: it would be refused again. One that was resumed keeps its
     work, and the mend may be elsewhere."""
-    waits = aside(folder).exists()
+    waits = is_there(aside(folder))
     if not has_work(folder) or (refused and waits):
         remove(folder)
         if waits:
@@ -232,10 +234,10 @@ def withdraw(folder: Path, refused: bool = False) -> None:
 
 
 def remove(folder: Path) -> None:
-    """All at once, as others see it: a kill leaves no half of it to be resumed. In a bucket its record goes last, and
-    says until then what the rest is."""
+    """All at once, as others see it: a kill leaves no half of it to be resumed. In a bucket its record goes first, and
+    what has none is no stage."""
     if files.is_bucket(folder):
-        files.remove_tree(folder, last=RECORD)
+        files.remove_tree(folder, first=RECORD)
         return
     gone = folder.with_name(f".{folder.name}.gone")
     files.remove_tree(gone)
@@ -245,13 +247,17 @@ def remove(folder: Path) -> None:
 
 
 def move(folder: Path, new: Path) -> None:
-    """Gives the folder another name; in a bucket, file by file, neither of the two is ever half of a finished stage."""
+    """Gives the folder another name; in a bucket file by file, and whichever of the two has a record is whole."""
     if not files.is_bucket(folder):
         folder.rename(new)
         return
+    remove(new)
     files.copy(folder, new, last=RECORD)
-    write_record(folder, {**read_record(folder), "finished": False})
     remove(folder)
+
+
+def is_there(folder: Path) -> bool:
+    return bool(read_record(folder)) if files.is_bucket(folder) else folder.exists()
 
 
 def has_work(folder: Path) -> bool:
@@ -259,8 +265,8 @@ def has_work(folder: Path) -> bool:
     if read_record(folder).get("finished"):
         return True
     told = (RECORD, "metrics.jsonl", "tensorboard", "wandb")
-    left = (path for path in files.contents(folder) if not files.is_empty(path))
-    return any(path.relative_to(folder).parts[0] not in told for path in left)
+    left = (path for path in files.contents(folder) if path.parts[len(folder.parts)] not in told)
+    return not all(map(files.is_empty, left))
 
 
 def difference(found: dict[str, Any], record: dict[str, Any]) -> str:
@@ -277,9 +283,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     from alignjax.runtime import metrics
 
     path = folder / RECORD
-    if not path.exists():
+    text = files.read(path)
+    if text is None:
         return {}
-    record = metrics.read_json(path)
+    record = metrics.from_json(text, path)
     if not isinstance(record, dict):
         raise UserError(f"{path} is damaged; remove {folder} to make the stage again")
     return record

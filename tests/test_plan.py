@@ -16,7 +16,7 @@ from alignjax.commands import main
 from alignjax.decoding import Sampling
 from alignjax.generation import writer
 from alignjax.models.transformer import transformer
-from alignjax.runtime import cost, hlo, sharding, topology
+from alignjax.runtime import cost, counting, hlo, sharding, topology
 from alignjax.stages.experiment import ids_of, shape
 from alignjax.stages.networks import gathering
 from alignjax.types import UserError
@@ -111,7 +111,7 @@ def test_gathered_weights_leave_the_decoding_loop_nothing_to_gather():
             drawn[name] = [np.asarray(x) for x in jax.tree.leaves(write(*arguments))]
             module = hlo.parse(write.lower(*arguments).compile().as_text())
             loops = [one for one in hlo.executed(module) if one.times > 1]
-            traffic[name] = sum(one.instruction.op.startswith(cost.COLLECTIVES) for one in loops)
+            traffic[name] = sum(one.instruction.op.startswith(counting.COLLECTIVES) for one in loops)
     for a, b in zip(*drawn.values(), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert traffic["gathered"] < traffic["lying"]

@@ -59,7 +59,7 @@ class Checkpointer:
         policy = policies.AnyPreservationPolicy([policies.LatestN(keep), highest])
         self.level = logging.getLogger("absl").level
         logging.getLogger("absl").setLevel(logging.CRITICAL + 1)  # its threads' tracebacks: ``told`` tells
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         self.folder = folder
         self.inner = ocp.training.Checkpointer(
             files.absolute(folder), preservation_policy=policy, cleanup_tmp_directories=True
@@ -148,6 +148,8 @@ def told(path: Path, what: str, mend: str) -> Iterator[None]:
             yield
     except Exception as error:  # of many kinds, from threads and tasks
         reason = " ".join(str(error).split()) or type(error).__name__
+        if files.is_bucket(path) and files.out_of_reach(error):
+            raise RunAgain(f"{path} {what} ({reason[:160]}); the same command goes on from the last save") from error
         if jax.process_count() > 1 and any(words in reason for words in GONE):
             raise RunAgain(f"{path} {what}: another process is gone ({reason[:160]}); start all again") from error
         full = any(words in reason for words in ("No space left", "File too large", "quota"))

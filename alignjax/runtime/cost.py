@@ -147,7 +147,7 @@ def cost(module: hlo.Module, hosts: np.ndarray | None = None) -> Cost:
             kernels[found[1]] += times
         kind = one.op.removesuffix("-start")
         if kind in counting.COLLECTIVES:
-            part = re.search(r"channel_id=(\d+)", one.attributes) if counting.is_part(one) else None
+            part = re.search(r"channel_id=(\d+)", one.attributes) if fused and counting.is_part(one) else None
             if part and part[1] in seen:
                 continue
             if part:

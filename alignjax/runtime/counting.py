@@ -121,8 +121,9 @@ def written(module: hlo.Module, where: str, root: hlo.Instruction) -> list[int]:
     """Bytes that a fusion writes, result by result; an update in place writes the update."""
     here = module.computations[where]
     if root.op == "tuple":
-        return [n for name in root.operands for n in written(module, where, here[name])]
-    if is_part(root) or root.op == "parameter":  # which is handed on to the next part where it lies
+        made = [here[name] for name in root.operands]  # a parameter is handed on where it lies
+        return [n for one in made for n in ([0] if one.op == "parameter" else written(module, where, one))]
+    if is_part(root):
         return [0] * len(root.shapes)
     if root.op == "bitcast":
         return written(module, where, here[root.operands[0]])
@@ -135,7 +136,7 @@ def written(module: hlo.Module, where: str, root: hlo.Instruction) -> list[int]:
 def is_part(one: hlo.Instruction) -> bool:
     """Whether this is one of several fusions' part of a collective, as a TPU spreads it over them; the parts share a
     channel."""
-    return one.op in COLLECTIVES and "async_collective_fusion" in one.attributes
+    return one.op.removesuffix("-start") in COLLECTIVES and "async_collective_fusion" in one.attributes
 
 
 def whole(one: hlo.Instruction, here: hlo.Computation) -> int:

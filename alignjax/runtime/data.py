@@ -119,13 +119,14 @@ def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
     """Rows of a split as text and floats. Raises UserError when the dataset is missing or damaged."""
     import tensorflow_datasets as tfds
 
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
-    try:
-        with files.fetched(folder) as here:
+    with files.fetched(folder) as here:
+        if not here.is_dir():
+            raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
+        try:
             source = tfds.data_source("pairs", split=split, data_dir=str(here))
             rows = [source[i] for i in range(len(source))]
-        return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]
-    except Exception as error:  # TFDS and array_record raise many kinds; the user hears which folder
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder} holds no readable split {split!r} of pairs ({reason}); label again") from error
+            return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]
+        except Exception as error:  # TFDS and array_record raise many kinds; the user hears which folder
+            raise UserError(
+                f"{folder} holds no readable split {split!r} of pairs ({files.reason(error)}); label again"
+            ) from error

@@ -43,36 +43,84 @@ def absolute(path: Path) -> Path:
     return path if is_bucket(path) else path.resolve()
 
 
+def make_folder(folder: Path) -> None:
+    """In a bucket there are none to be made: a file's name is all of its path."""
+    if not is_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def try_writing(folder: Path) -> None:
     """Makes the folder. Raises UserError when nothing can be written in it."""
     probe = folder / ".probe"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe.write_text("probe")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except Exception as error:  # of a bucket, whatever its libraries raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{folder} cannot be written ({reason}); mend that, or choose another --workdir") from None
+        raise UserError(
+            f"{folder} cannot be written ({reason(error)}); mend that, or choose another --workdir"
+        ) from None
+
+
+def reason(error: BaseException) -> str:
+    """The error in a line of at most 160 characters."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+LIBRARIES = ("gcsfs", "fsspec", "aiohttp", "google", "requests")
+OUTAGE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "annot connect", "onnect call failed", "timed out", "Timeout")
+
+
+def out_of_reach(error: BaseException) -> bool:
+    """Whether a bucket's libraries have given up for now, and not because of what they were asked for."""
+    code = getattr(error, "code", None)  # HTTP's
+    if isinstance(code, int | str) and str(code).isdigit():
+        return int(code) >= 500 or int(code) in (408, 429)
+    theirs = type(error).__module__.partition(".")[0] in LIBRARIES and not isinstance(error, FileNotFoundError)
+    return theirs or any(word in str(error) for word in OUTAGE)
 
 
 @contextlib.contextmanager
 def reached(folder: Path) -> Iterator[None]:
-    """Turns what a bucket's libraries raise, after some minutes of trying again, into RunAgain with one line."""
+    """Turns what a bucket's libraries raise, after some minutes of trying again, into one line: RunAgain when they may
+    reach it later, UserError when it does not let them."""
     if not is_bucket(folder):
         yield
         return
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL + 1)  # the tracebacks of what it will try again
     try:
         yield
+    except (UserError, RunAgain):
+        raise
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("gcsfs", "aiohttp", "google", "requests"):
-            raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise RunAgain(f"{folder} is out of reach ({reason}); the same command goes on from the last save") from error
+        if out_of_reach(error):
+            raise RunAgain(
+                f"{folder} is out of reach ({reason(error)}); the same command goes on from the last save"
+            ) from error
+        if type(error).__module__.partition(".")[0] in LIBRARIES:
+            raise UserError(f"{folder} cannot be used ({reason(error)}); mend that and run again") from error
+        raise
+
+
+def read(path: Path) -> str | None:
+    """The text of a file, None where there is none. (``exists`` of a path in a bucket is false, too, where the bucket
+    cannot be reached.)"""
+    try:
+        return path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return None
 
 
 def contents(folder: Path) -> Iterator[Path]:
     """Every file below the folder."""
+    if is_bucket(folder):
+        import fsspec
+
+        store, name = fsspec.core.url_to_fs(str(folder))
+        for found in store.find(name):
+            if not found.endswith("/"):  # which other programs write, to have folders
+                yield folder / found[len(name) :].lstrip("/")
+        return
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.is_dir():
             yield from contents(path)
@@ -86,12 +134,13 @@ def is_empty(path: Path) -> bool:
     return not (found.length if is_bucket(path) else found.st_size)
 
 
-def remove_tree(folder: Path, last: str = "") -> None:
-    """Removes a folder and all in it, if it is there; of its own files the one called ``last`` after all others."""
+def remove_tree(folder: Path, first: str = "") -> None:
+    """Removes a folder and all in it, if it is there; in a bucket, of its own files the one called ``first`` before all
+    others."""
     if not is_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    for path in sorted(contents(folder), key=lambda path: path == folder / last):
+    for path in sorted(contents(folder), key=lambda path: path != folder / first):
         path.unlink(missing_ok=True)
 
 
@@ -99,9 +148,12 @@ def copy(source: Path, target: Path, last: str = "") -> None:
     """Copies every file below one folder to another, of which either may lie in a bucket; of its own files the one
     called ``last`` after all others."""
     for path in sorted(contents(source), key=lambda path: path == source / last):
-        there = target.joinpath(*path.parts[len(source.parts) :])
-        there.parent.mkdir(parents=True, exist_ok=True)
-        there.write_bytes(path.read_bytes())
+        there: Any = target.joinpath(*path.parts[len(source.parts) :])
+        make_folder(there.parent)
+        if is_bucket(path) and is_bucket(there):  # without coming by here
+            cast(Any, path).copy(there, overwrite=True)
+        else:
+            there.write_bytes(path.read_bytes())
 
 
 @contextlib.contextmanager

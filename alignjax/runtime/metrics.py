@@ -39,7 +39,7 @@ class MetricsWriter:
         kept = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] < resume_step]
         self.folder = folder
         self.here = Path(tempfile.mkdtemp()) if files.is_bucket(folder) else folder
-        self.wandb = start_wandb(project, folder, self.here) if project else None
+        self.wandb = start_wandb(project, folder) if project else None
         self.here.mkdir(parents=True, exist_ok=True)
         path = self.here / "metrics.jsonl"
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -58,9 +58,12 @@ class MetricsWriter:
             self.wandb.log(row, step=step)
 
     def keep(self) -> None:
-        """Before a save: what was written until now shall not be lost. In a bucket, where nothing can be appended to,
-        it is there from now on."""
-        if self.leads and self.here != self.folder:
+        """Before a save: what was written until now is not lost any more. A bucket, where nothing can be appended to,
+        has it from now on."""
+        if not self.leads:
+            return
+        os.fsync(self.file.fileno())
+        if self.here != self.folder:
             self.board.flush()
             files.copy(self.here, self.folder)
 
@@ -76,11 +79,11 @@ class MetricsWriter:
             files.remove_tree(self.here)
 
 
-def start_wandb(project: str, folder: Path, here: Path) -> Any:
-    """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own. Its files
-    lie ``here``."""
+def start_wandb(project: str, folder: Path) -> Any:
+    """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own."""
     name = f"{folder.parent.name}-{folder.name}"
-    return import_wandb().init(project=project, id=name, name=name, dir=str(here), resume="allow")
+    here = tempfile.mkdtemp() if files.is_bucket(folder) else str(folder)
+    return import_wandb().init(project=project, id=name, name=name, dir=here, resume="allow")
 
 
 def import_wandb() -> Any:
@@ -94,7 +97,7 @@ def import_wandb() -> Any:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file; a torn last line, which a kill can leave, is dropped."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in (files.read(path) or "").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -142,7 +145,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """What write_json wrote. Raises UserError when the file is missing or damaged."""
+    return from_json(files.read(path) or "", path)
+
+
+def from_json(text: str, path: Path) -> Any:
+    """What the file's text says. Raises UserError when it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(text)
+    except ValueError:
         raise UserError(f"{path} is missing or damaged; remove {path.parent} to make the stage again") from None

@@ -17,7 +17,7 @@ from alignjax.generation import Generate, generator, writer
 from alignjax.models.likelihood import log_prob
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
-from alignjax.runtime import data, metrics, sharding
+from alignjax.runtime import data, files, metrics, sharding
 from alignjax.stages.experiment import PAIRS, POLICY, Context, Program, ids_of, shape
 from alignjax.stages.networks import Network, gathering
 from alignjax.tasks.task import EOS, Task
@@ -140,8 +140,8 @@ class Label:
         prompts = task.source.prompts(self.split, self.prompts, context.seed)
         generate = self.writing.generator(context, policy)
         folder = context.folder / CHUNKS
-        folder.mkdir(parents=True, exist_ok=True)
-        whole = context.hosts.first(lambda: len(list(folder.glob("*.json"))))
+        files.make_folder(folder)
+        whole = context.hosts.first(lambda: sum(path.suffix == ".json" for path in files.contents(folder)))
         done = [metrics.read_json(chunk_file(folder, i)) for i in range(whole)]
         size = 4 * self.writing.batch  # prompts a chunk: retries are few, and fill their batches
         with metrics.progress(len(prompts), whole * size, context.name, "prompt") as bar:

@@ -74,7 +74,7 @@ def read_record(folder: Path) -> Record:
             spec = adapter["lora"] and Lora(**{**adapter["lora"], "targets": tuple(adapter["lora"]["targets"])})
             adapter = Adapter(adapter["base"], spec, adapter["mark"])
         return Record(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), adapter)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no model ({one_line(error)}); run its stage first") from None
 
 
@@ -104,7 +104,8 @@ def save(
 def stage_mark(folder: Path) -> str:
     """The fingerprint of the stage that made a folder; empty where none says so."""
     path = folder / "stage.json"
-    return str(metrics.read_json(path).get("fingerprint", "")) if path.exists() else ""
+    text = files.read(path)
+    return "" if text is None else str(metrics.from_json(text, path).get("fingerprint", ""))
 
 
 def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Network], task: Task | None) -> Network:

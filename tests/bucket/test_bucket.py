@@ -13,6 +13,7 @@ import pytest
 
 from alignjax import run
 from alignjax.runtime import files
+from alignjax.types import RunAgain, UserError
 from tests.conftest import ROOT
 from tests.test_hosts import free_port
 from tests.test_quickstart import STAGES, command, compare, same_bits
@@ -108,6 +109,46 @@ def test_another_configuration_takes_a_stage_s_place_and_gives_it_back(store, wh
     assert "judge: finished before, and taken back" in back.communicate(timeout=300)[1] and back.returncode == 0
     assert {path: path.read_bytes() for path in files.contents(workdir / "judge")} == before
     assert not list(files.contents(workdir / ".judge.before"))
+
+
+def test_what_a_kill_left_of_a_stage_that_came_or_went_is_not_taken(store):
+    """Half of one without its record, of whatever configuration, is cleared away; what was put aside comes whole."""
+    folder = files.at("gs://bucket/runs/five/pairs")
+    ours, other = ({"stage": "pairs", "fingerprint": mark, "finished": mark == "a"} for mark in "ab")
+    (folder / "chunks" / "000000.json").write_text("[]")
+    assert not run.prepare(folder, other, redo=False) and not run.has_work(folder)
+    assert [path.name for path in files.contents(folder)] == ["stage.json"]
+    run.remove(folder)
+    assert not list(files.contents(folder))
+
+    whole = run.aside(folder)
+    run.write_record(whole, ours)
+    (whole / "chunks" / "000000.json").write_text("[1]")
+    (folder / "chunks" / "000001.json").write_text("[2]")
+    assert run.prepare(folder, ours, redo=False) and not list(files.contents(whole))
+    assert sorted(path.name for path in files.contents(folder)) == ["000000.json", "stage.json"]
+    assert run.has_work(folder) and files.read(folder / "chunks" / "000000.json") == "[1]"
+
+
+def test_what_a_retry_may_mend_ends_with_run_again(store):
+    from aiohttp import ClientConnectionError  # here: gcsfs reads the environment when it is imported
+    from fsspec.exceptions import FSTimeoutError
+    from gcsfs.retry import HttpError
+
+    for error, told in (
+        (HttpError({"code": 503, "message": "busy"}), RunAgain),
+        (HttpError({"code": 429, "message": "slow down"}), RunAgain),
+        (HttpError({"code": 401, "message": "who are you"}), UserError),
+        (ClientConnectionError("lost"), RunAgain),
+        (FSTimeoutError(), RunAgain),
+        (RuntimeError("UNAVAILABLE: All retry attempts failed"), RunAgain),
+        (FileNotFoundError("gone"), FileNotFoundError),
+        (ZeroDivisionError("ours"), ZeroDivisionError),
+    ):
+        with pytest.raises(told), files.reached(files.at("gs://bucket/runs")):
+            raise error
+        with pytest.raises(type(error)), files.reached(files.at("runs")):
+            raise error
 
 
 def test_two_processes_write_one_checkpoint_there(store, environment, tmp_path):
