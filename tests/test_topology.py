@@ -200,7 +200,8 @@ dim_labels=0bf_0io->0bf, metadata={op_name="jit(step)/dot_general"}
   %sum = bf16[1,8,32]TT fusion(%product), kind=kCustom, calls=%all-reduce-scatter
   %one = II constant(1)
   %next = II add(%i, %one)
-  ROOT %out = (II, XX, WW) tuple(%next, %x, %w)
+  %again = II copy(%next)
+  ROOT %out = (II, XX, WW) tuple(%again, %x, %w)
 }
 
 %condition (state.1: (s32[], bf16[4,8,16], bf16[4,16,32])) -> pred[] {

@@ -14,6 +14,7 @@ from typing import NamedTuple
 NAME = r"[\w.\-]+"
 SHAPE = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
 LINE = re.compile(rf"^\s+(ROOT )?%?({NAME}) = (.*)$")
+SAME = ("bitcast", "copy", "convert")  # operations that leave a number what it is
 HEADER = re.compile(rf"^(ENTRY )?%?({NAME}) \(.*\{{$")
 
 
@@ -197,7 +198,7 @@ def limits(
 
     def follow(name: str) -> Instruction:
         one = here[name]
-        while one.op in ("bitcast", "copy", "convert"):
+        while one.op in SAME:
             one = here[one.operands[0]]
         return names[one.name] if names and one.name in names else one
 
@@ -228,6 +229,8 @@ def increment(module: Module, where: str, name: str | None) -> int | None:
     """The constant that an addition adds, be it within a fusion."""
     here = module.computations[where]
     one, index = here.get(name or ""), 0
+    while one is not None and one.op in SAME:
+        one = here.get(one.operands[0])
     if one is not None and one.op == "get-tuple-element":
         index, one = integers(one.attributes)[0], here.get(one.operands[0])
     if one is None or one.op not in ("add", "fusion"):
@@ -252,6 +255,6 @@ def element(here: Computation, name: str, index: int) -> str | None:
 
 def number(here: Computation, name: str | None) -> int | None:
     one = here.get(name or "")
-    while one is not None and one.op in ("bitcast", "copy", "convert"):
+    while one is not None and one.op in SAME:
         one = here[one.operands[0]]
     return int(one.text) if one is not None and one.op == "constant" and re.fullmatch(r"-?\d+", one.text) else None
