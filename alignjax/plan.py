@@ -167,7 +167,7 @@ HEAD = ("topology", "mesh", "stage: program", "arguments", "temporaries", "peak"
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: GiB a device, floating-point operations and bytes sent by collectives a device, and the roofline's
-    least time of one call."""
+    least time of one call; with ">" where a loop of unknown length counts once, or a kernel's arithmetic not at all."""
     lines = ["| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
     for row in rows:
         start = [row.topology, row.mesh, f"{row.stage}: {row.program}"]
@@ -177,10 +177,11 @@ def table(rows: Sequence[Row]) -> str:
             memory, spent = row.found.memory, row.found.cost
             best = cost.roofline(spent, topology.chip(row.topology))
             sent = sum(kind.bytes for kind in spent.collectives.values())
+            more = "> " if "unknown" in spent.loops.values() or spent.uncounted else ""
             cells = [
                 *start, gib(memory.arguments), gib(memory.temporaries), gib(memory.needed), gib(memory.limit),
-                "yes" if memory.fits else f"no, {gib(-memory.free)} too much", f"{spent.flops / 1e15:.3g}",
-                f"{sent / 1e9:.3g}", f"{best.floor:.3g} s", best.bound, f"{row.seconds:.0f} s",
+                "yes" if memory.fits else f"no, {gib(-memory.free)} too much", f"{more}{spent.flops / 1e15:.3g}",
+                f"{more}{sent / 1e9:.3g}", f"{more}{best.floor:.3g} s", best.bound, f"{row.seconds:.0f} s",
             ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

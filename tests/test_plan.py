@@ -125,9 +125,11 @@ def test_the_table_says_what_fits_and_what_does_not():
     )
     small = fits._replace(topology="v5e:2x2", devices=4, found=fits.found._replace(memory=memory._replace(peak=2**35)))
     none = fits._replace(topology="v5e:1x1", devices=1, found=None, refused="its arguments alone are too much")
-    shown = plan.table([none, small, fits]).splitlines()
+    once = fits._replace(found=fits.found._replace(cost=spent._replace(loops={"while": "unknown"})))
+    shown = plan.table([none, small, fits, once]).splitlines()
     assert "no: its arguments alone" in shown[2] and "no, 16.25 too much" in shown[3] and "| yes |" in shown[4]
-    assert "5.08 s | compute" in shown[4]  # 1e15 / 197e12
+    assert "| 1 | 2 | 5.08 s | compute" in shown[4]  # 1e15 / 197e12
+    assert "| > 1 | > 2 | > 5.08 s | compute" in shown[5]
     assert plan.smallest([none, small, fits]) == "Smallest that fits: v5e:4x4 with data=1,fsdp=16,tensor=1."
     assert "Nothing" in plan.smallest([none, small])
 
