@@ -127,14 +127,16 @@ def sampling_options(sub: argparse.ArgumentParser) -> None:
 def export_command(arguments: argparse.Namespace) -> int:
     from alignjax import export
 
-    print(export.export(files.at(arguments.stage), Path(arguments.folder), arguments.merge))
+    stage = files.at(arguments.stage)
+    with files.reached(stage):
+        print(export.export(stage, Path(arguments.folder), arguments.merge))
     return 0
 
 
 def sample_command(arguments: argparse.Namespace) -> int:
     from alignjax import sample
 
-    network = sample.opened(files.at(arguments.folder), arguments.chat)
+    network = opened(arguments.folder, arguments.chat)
     sample.stream(network, arguments.prompt, *how(arguments))
     return 0
 
@@ -143,9 +145,17 @@ def compare_command(arguments: argparse.Namespace) -> int:
     from alignjax import sample
 
     prompts = sample.read_prompts(Path(arguments.prompts))[: arguments.count]
-    networks = [sample.opened(files.at(folder), arguments.chat) for folder in arguments.folders]
+    networks = [opened(folder, arguments.chat) for folder in arguments.folders]
     sample.compare(networks, prompts, *how(arguments))
     return 0
+
+
+def opened(folder: str, chat: bool) -> Any:
+    from alignjax import sample
+
+    path = files.at(folder)
+    with files.reached(path):
+        return sample.opened(path, chat)
 
 
 def how(arguments: argparse.Namespace) -> tuple[Any, ...]:
@@ -239,8 +249,9 @@ def table_command(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     if arguments.help:
         return show_leaves(arguments.file, settings)
-    experiment = load_experiment(arguments.file, settings)
-    run.show_report(experiment, workdir_of(arguments))
+    experiment, workdir = load_experiment(arguments.file, settings), workdir_of(arguments)
+    with files.reached(workdir):
+        run.show_report(experiment, workdir)
     return 0
 
 
