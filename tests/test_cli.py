@@ -89,13 +89,16 @@ def test_a_value_that_cannot_work_is_named(capfd, tmp_path, change, told):
     assert not (tmp_path / "base" / "params").exists()
 
 
-def test_missing_files_and_workdirs(capfd, tmp_path):
+def test_missing_files_and_workdirs(capfd, tmp_path, monkeypatch):
     small = ["run", QUICKSTART, *settings("small=True")]
     assert "is not a file" in refused(capfd, "run", str(tmp_path / "none.py"), "--workdir", str(tmp_path))
     assert "--workdir is missing" in refused(capfd, *small)
     assert "--workdir is missing" in refused(capfd, *small, "--workdir", "")
     assert "s3://b/w is neither a path nor gs://BUCKET/FOLDER" in refused(capfd, *small, "--workdir", "s3://b/w")
     assert "gs:// is neither" in refused(capfd, *small, "--workdir", "gs://")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        assert "gs://b/w needs gcsfs; pip install 'alignjax[gs]'" in refused(capfd, *small, "--workdir", "gs://b/w")
     (tmp_path / "taken").write_text("a file")
     assert "taken" in refused(capfd, *small, "--workdir", str(tmp_path / "taken"))
     assert "alignjax:" in refused(capfd, *small, "--workdir", "/proc/alignjax")
