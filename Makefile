@@ -38,7 +38,7 @@ parity: $(VENV)/parity
 	$(BIN)/python -m pytest tests/parity -o addopts=-q
 
 $(VENV)/bucket: $(VENV)/installed
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock gcp-storage-emulator --editable ".[gs]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.lock gcp-storage-emulator==2026.7.19 --editable ".[gs]"
 	touch $@
 
 bucket: $(VENV)/bucket

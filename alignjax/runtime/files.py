@@ -92,7 +92,7 @@ def reached(folder: Path) -> Iterator[None]:
         yield
     except (UserError, RunAgain):
         raise
-    except Exception as error:
+    except Exception as error:  # of many kinds; ours go on
         if out_of_reach(error):
             raise RunAgain(
                 f"{folder} is out of reach ({reason(error)}); the same command goes on from the last save"

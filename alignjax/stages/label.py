@@ -179,6 +179,7 @@ class Label:
 
 
 def chunk_file(folder: Path, index: int) -> Path:
+    """{"tries", "asked", "pairs"} of the index-th so many prompts."""
     return folder / f"{index:06d}.json"
 
 

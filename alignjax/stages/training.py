@@ -157,6 +157,19 @@ class Learning(NamedTuple):
         return Program(name, update, (state, frozen, batch), tokens)
 
 
+def check_row(name: str, learning: Learning, step: int, row: Metrics) -> None:
+    """Raises UserError where the gradient of a step is not finite, or the step lacks the metric that ``best`` names."""
+    if not math.isfinite(norm := float(row["gradient_norm"])):
+        raise UserError(
+            f"{name}: the gradient of step {step} is {norm}; lower {name}.adam.lr (now {learning.adam.lr:g}), "
+            "or mend the objective"
+        )
+    if (best := learning.loop.best) and best.metric not in row:
+        raise UserError(
+            f"{name}.loop.best.metric={best.metric!r} is not logged; choose one of {', '.join(sorted(row))}"
+        )
+
+
 def run_loop(
     context: Context,
     learning: Learning,
@@ -199,14 +212,7 @@ def run_loop(
         saves = preempted or (due and (step < loop.steps or best is not None))
         if saves or step % loop.log_every == 0 or step in (loop.steps, 1):
             for index, row in waiting:
-                if not math.isfinite(norm := float(row["gradient_norm"])):
-                    raise UserError(
-                        f"{context.name}: the gradient of step {index} is {norm}; lower {context.name}.adam.lr "
-                        f"(now {learning.adam.lr:g}), or mend the objective"
-                    )
-                if best and best.metric not in row:
-                    raise UserError(f"{context.name}.loop.best.metric={best.metric!r} is not logged; choose one of "
-                                    f"{', '.join(sorted(row))}")  # fmt: skip
+                check_row(context.name, learning, index, row)
                 writer.write(index, row)
                 measured.extend([row] if best else ())
             waiting.clear()
