@@ -74,7 +74,7 @@ def regularised(params: Params, rollout: Rollout, gain: Array, log_prob: LogProb
     """Policy gradient of a gain [B] minus tau times the KL to the reference, sampled and reward-to-go."""
     mask = rollout.y.mask
     logp = log_prob(params, rollout.prompt, rollout.y)
-    ratio = jnp.where(mask, lax.stop_gradient(logp) - rollout.ref_logp, 0.0)
+    ratio = jnp.where(mask, logp - rollout.ref_logp, 0.0)
     advantage = gain[:, None] - tau * reward_to_go(ratio)
     loss = -jnp.mean(sequence_sum(logp * lax.stop_gradient(advantage), mask))
     return loss, {
