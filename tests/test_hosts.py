@@ -82,7 +82,7 @@ PREPARATION = """if True:
     import sys, time
     from alignjax.runtime import hosts
     from alignjax.types import RunAgain, UserError
-    me, count, port, wait = map(int, sys.argv[1:])
+    (me, count, port, wait), hosts.BEAT = map(int, sys.argv[1:5]), float(sys.argv[5])
     here = hosts.connect(hosts.Launch(f"127.0.0.1:{port}", count, me), wait, silence=8)
     print("up", flush=True)
 """
@@ -93,9 +93,9 @@ def start(environment):
     """(program, which of how many) -> those processes, each running the program as one of several."""
     running = []
 
-    def begin(program, processes=(0, 1), count=2, wait=60):
+    def begin(program, processes=(0, 1), count=2, wait=60, beat=2.0):
         port, code = free_port(), PREPARATION + program
-        words = [[sys.executable, "-c", code, str(i), str(count), str(port), str(wait)] for i in processes]
+        words = [[sys.executable, "-c", code, str(i), str(count), str(port), str(wait), str(beat)] for i in processes]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.extend(subprocess.Popen(line, env=environment(2), **pipes) for line in words)
         return running[-len(words) :]
@@ -208,6 +208,11 @@ def test_a_preemption_of_one_is_known_to_all_at_the_same_step(start):
     processes[1].send_signal(signal.SIGTERM)
     (a, one, _), (b, other, _) = map(ended, processes)
     assert a == b == 0 and one == other and one.startswith("stopped at")
+
+
+def test_no_thread_is_taken_down_inside_xla_at_the_exit(start):
+    for process in start("", processes=(0, 1, 2, 3), count=4, beat=1e-5):  # it is hardly ever elsewhere
+        assert ended(process)[0] == 0
 
 
 FILE = str(ROOT / "experiments" / "quickstart.py")

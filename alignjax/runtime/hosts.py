@@ -6,6 +6,7 @@ writes what is not sharded, and what only one may decide it decides for all.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -230,7 +231,7 @@ class Aborts:
     do not come together. Nothing else hears of it: it happens in a thread of its own, behind Python's back."""
 
     def __init__(self, line: str):
-        self.status, self.line, self.ending = RUN_AGAIN, line, False
+        self.status, self.line, self.ending = RUN_AGAIN, line, threading.Event()
         self.handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: leave(self.status, self.line))
         ctypes.CDLL(None).signal(signal.SIGABRT, self.handler)
 
@@ -239,7 +240,8 @@ class Aborts:
 
     def says(self, status: int, line: str) -> None:
         """From now on this process is ending by itself."""
-        self.status, self.line, self.ending = status, line, True
+        self.status, self.line = status, line
+        self.ending.set()
 
 
 def leave(status: int, line: str) -> None:
@@ -263,8 +265,6 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
 
     def beat() -> None:
         for number in itertools.count():
-            if aborts.ending:
-                return
             client.key_value_set(f"alignjax/alive/{me}", str(number), allow_overwrite=True)
             for name, what in client.key_value_dir_get("alignjax/ended/"):
                 status, line = what.split(" ", 1)
@@ -277,7 +277,8 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
                     seen[i] = (value, time.monotonic())
             if silent := [i for i, (_, when) in seen.items() if time.monotonic() - when > silence]:
                 go(RUN_AGAIN, gone(silent))
-            time.sleep(BEAT)
+            if aborts.ending.wait(BEAT):
+                return
 
     def go(status: int, line: str) -> None:
         if hosts.leads:
@@ -286,10 +287,20 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
 
     def forever() -> None:
         failures = 0
-        while failures < silence / BEAT and not aborts.ending:  # then the service is gone, and the abort says so
+        while failures < silence / BEAT and not aborts.ending.wait(BEAT if failures else 0):
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 beat()
-            failures += 1
-            time.sleep(BEAT)
+            failures += 1  # as many: the service is gone, and the abort says so
 
-    threading.Thread(target=forever, daemon=True, name="alignjax-watch").start()
+    def part() -> None:
+        """At a tidy exit, all at one time. Python takes threads down where they stand, and one that stands in XLA
+        aborts the process: this one is ended before."""
+        with contextlib.suppress(RunAgain):
+            hosts.meet("the exit")
+        aborts.ending.set()
+        thread.join()
+        aborts.withdraw()
+
+    thread = threading.Thread(target=forever, daemon=True, name="alignjax-watch")
+    thread.start()
+    atexit.register(part)
