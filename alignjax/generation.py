@@ -47,21 +47,17 @@ def generator(
     """Builds a Generate; compiled at most twice a bucket, for whole batches and for the small ones that
     retries leave. ``end`` is the task's end marker, which stands in a text for the tokenizer's own. Without
     ``reference``, or where sampling is not plain, every kl is NaN."""
-    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)  # every host reads all replies
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     small = max(batch // 8 // parts, 1) * parts
 
     run = writer(model, stop=stop, max_new_tokens=max_new_tokens, sampling=sampling, mesh=mesh)
-
-    @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere)
-    def log_ratio(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array):
-        return (logp - reference[0](params, prompt, completion)).sum(-1) if reference else logp[:, 0]
+    # Filtered or tempered samples are not the policy's: their log-ratio estimates no KL.
+    ratio = scorer(reference[0], mesh) if reference and sampling == Sampling() else None
 
     def score(prompt: Prompt, completion: Completion, logp: jax.Array) -> np.ndarray:
-        # Filtered or tempered samples are not the policy's: their log-ratio estimates no KL.
-        if reference is None or sampling != Sampling():
+        if reference is None or ratio is None:
             return np.full(len(logp), np.nan)
-        return np.asarray(log_ratio(reference[1], prompt, completion, logp))
+        return np.asarray(ratio(reference[1], prompt, completion, logp))
 
     def generate(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[Reply | None]:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
@@ -87,13 +83,27 @@ def writer(model: Model, *, stop: Stop, max_new_tokens: int, sampling: Sampling,
     jitted."""
     rows = sharding.rows(mesh)
 
-    @partial(jax.jit, in_shardings=(None, rows, rows, None), out_shardings=(rows, sharding.replicated(mesh), rows))
+    @partial(
+        jax.jit, in_shardings=(None, rows, rows, None), out_shardings=(rows, sharding.replicated(mesh), rows),
+        keep_unused=True,
+    )  # fmt: skip
     def write(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
         return drawn.completion, drawn.completion, drawn.logp
 
     return write
+
+
+def scorer(log_prob: LogProb, mesh: jax.sharding.Mesh):
+    """(params of mu, prompt, completion, log pi [B, T]) -> log pi(y) - log mu(y) [B], on every host; jitted."""
+    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
+
+    @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)
+    def log_ratio(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array):
+        return (logp - log_prob(params, prompt, completion)).sum(-1)
+
+    return log_ratio
 
 
 def cut(members: list[int], batch: int, small: int) -> list[tuple[list[int], int]]:

@@ -33,8 +33,7 @@ def model_judge(
 ) -> Judge:
     """A preference model as a judge of texts. It was fitted on replies alone: an empty text, which stands for
     a reply that failed the task's filter, loses to any other, and two of them tie."""
-    rows = sharding.rows(mesh)
-    run = jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=sharding.replicated(mesh))
+    run = asker(logit, mesh)
 
     def encode(text: str) -> list[int]:
         return encode_continuation(tokenizer, reply_text(reply_format, text))
@@ -52,6 +51,12 @@ def model_judge(
         return np.where(here * there > 0, probability(logits), 0.5 + 0.5 * (here - there))
 
     return judge
+
+
+def asker(logit: PreferenceLogit, mesh: jax.sharding.Mesh):
+    """(params, prompt, y, y') -> logits [B], on every host; jitted."""
+    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
+    return jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)
 
 
 def reply_text(reply_format: Format, reply: str) -> str:

@@ -131,8 +131,9 @@ def longest(programs: Sequence[Program]) -> list[Program]:
 def compiled(
     program: Program, mesh: jax.sharding.Mesh, chip: topology.Chip, seen: dict[str, tuple[cost.Analysis | None, str]]
 ) -> tuple[cost.Analysis | None, str]:
-    """(what it costs, or None and why not). Programs that are the same text are compiled once."""
-    if (held := held_by(program.arguments)) > chip.hbm:
+    """(what it costs, with what lives beside it among its arguments, or None and why not). Programs that are the same
+    text are compiled once."""
+    if (held := held_by((program.arguments, program.beside))) > chip.hbm:
         return None, f"its arguments alone are {held / topology.GIB:.2f} of {chip.hbm / topology.GIB:.2f} GiB a device"
     with jax.set_mesh(mesh):
         try:
@@ -146,11 +147,14 @@ def compiled(
             except jax.errors.JaxRuntimeError as error:
                 reason = cost.refusal(error) or f"the compiler failed: {' '.join(str(error).split())[:200]}"
                 seen[text] = None, str(reason)
-    return seen[text]
+    found, refused = seen[text]
+    if found:
+        found = found._replace(memory=found.memory.beside(held - held_by(program.arguments)))
+    return found, refused
 
 
 def held_by(arguments: Any) -> int:
-    """Bytes of the arguments on one device."""
+    """Bytes of the arguments on one device. A shape that stands in several places is one array."""
 
     def one(leaf: Any) -> int:
         where = getattr(leaf, "sharding", None)
@@ -158,7 +162,7 @@ def held_by(arguments: Any) -> int:
         size = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 4
         return math.prod(shape) * size
 
-    return sum(map(one, jax.tree.leaves(arguments)))
+    return sum(map(one, {id(leaf): leaf for leaf in jax.tree.leaves(arguments)}.values()))
 
 
 HEAD = ("topology", "mesh", "stage: program", "arguments", "temporaries", "peak", "of", "fits", "PFLOP", "sends GB",

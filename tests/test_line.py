@@ -3,16 +3,18 @@
 import dataclasses
 import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from alignjax import labeling, objectives, preference, rollout
+from alignjax import labeling, objectives, preference, rollout, stages
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
 from alignjax.models.transformer import TransformerConfig
 from alignjax.run import run
+from alignjax.runtime import sharding
 from alignjax.runtime.metrics import read_metrics
 from alignjax.stages import (
     Adam,
@@ -66,6 +68,7 @@ def experiment():
         "reader": dataclasses.replace(base, model=DECODER, tokenizer_documents=50),
         "pairs": Label(generator="base", method=oracle, split="train", prompts=24, writing=WRITING),
         "other": dataclasses.replace(fit, start="reader", form=preference.bradley_terry, lora=LORA),
+        "fitted": fit,
         "asked": ZeroShot("base"),
         "full": policy,
         "adapted": dataclasses.replace(policy, preference="other", lora=LORA),
@@ -77,10 +80,45 @@ def experiment():
 
 
 @pytest.fixture(scope="module")
-def workdir(experiment, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("line")
-    run(experiment, folder)
-    return folder
+def line(experiment, tmp_path_factory):
+    """The folder of a whole run; and stage -> the most bytes of float32 arrays that lived when it placed a batch."""
+    folder, held = tmp_path_factory.mktemp("line"), {}
+    place, timed, now = sharding.place, stages.timed, []
+    others = {id(x): x for x in jax.live_arrays()}
+
+    def placed(*arguments):
+        alive = [x.nbytes for x in jax.live_arrays() if x.dtype == np.float32 and id(x) not in others]
+        held[now[-1]] = max(held.get(now[-1], 0), sum(alive))
+        return place(*arguments)
+
+    def named(stage, context):
+        now.append(context.name)
+        return timed(stage, context)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "place", placed)
+        patch.setattr(stages, "timed", named)
+        run(experiment, folder)
+    return folder, held
+
+
+@pytest.fixture(scope="module")
+def workdir(line):
+    return line[0]
+
+
+def size(program):
+    leaves = {id(x): x for x in jax.tree.leaves((program.arguments, program.beside)) if x.dtype == np.float32}
+    return sum(4 * x.size for x in leaves.values())
+
+
+def test_what_lives_while_a_stage_works_is_what_is_planned(line, experiment):
+    mesh = sharding.make_mesh(experiment.mesh)
+    for name, held in line[1].items():
+        context = stages.Context(experiment, Path("nowhere"), name, mesh, sketched=True)
+        planned = max(size(program) for program in experiment.stages[name].programs(context))
+        assert planned <= held <= planned + 1000, name  # a batch's own log-probs are among what lived
+    assert line[1].keys() == experiment.stages.keys() - {"asked"}
 
 
 def test_a_policy_is_its_reference_before_its_first_step(workdir):

@@ -67,7 +67,7 @@ def test_what_it_compiles_is_known_from_shapes_and_divides_over_a_mesh(file, set
     for name, count in updates.items():
         stage = experiment.stages[name]
         programs = list(stage.programs(Context(experiment, Path("nowhere"), name, mesh, sketched=True)))
-        assert [program.name.split()[0] for program in programs] == ["update"] * count
+        assert sum(program.name.startswith("update ") for program in programs) == count
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         assert stage.loop.batch % (rows * stage.loop.accumulate) == 0
 

@@ -19,6 +19,7 @@ from alignjax.models.transformer import transformer
 from alignjax.runtime import cost, counting, hlo, sharding, topology
 from alignjax.stages.experiment import ids_of, shape
 from alignjax.stages.networks import gathering
+from alignjax.stages.start import layout
 from alignjax.types import UserError
 from tests.conftest import ROOT, TINY, ragged
 
@@ -32,10 +33,10 @@ def mesh_of(data, fsdp, tensor):
 
 
 def compiled(name, mesh, **settings):
-    """A stage's last program on that mesh, and its analysis."""
+    """A stage's last update on that mesh, and its analysis."""
     experiment = config.load(FILE, {**SMALL, **{k.replace("__", "."): str(v) for k, v in settings.items()}})
     context = stages.Context(experiment, Path("nowhere"), name, mesh, sketched=True)
-    program = list(experiment.stages[name].programs(context))[-1]
+    program = [one for one in experiment.stages[name].programs(context) if one.name.startswith("update")][-1]
     found, refused = plan.compiled(program, mesh, CHIP, {})
     assert not refused
     return program, found
@@ -52,8 +53,9 @@ def test_every_stage_of_the_quickstart_says_what_it_compiles_before_anything_has
         context = stages.Context(experiment, Path("nowhere"), name, mesh, sketched=True)
         names[name] = [program.name for program in stage.programs(context)]
     assert names["base"] == ["update"] and names["pairs"] == ["write 32", "write 104"]
-    assert names["preference"] == ["update 24", "update 80"] and names["nash_md"] == ["update 24"]
+    assert names["preference"] == ["update 24", "update 80", "measure"] and names["nash_md"] == ["update 24"]
     assert names["table"][:2] == ["base writes 24", "base writes 80"]
+    assert names["table"][-3:] == ["the reference scores 24", "the reference scores 80", "held-out judges"]
 
 
 def test_the_state_of_a_sketch_is_the_state_of_the_run():
@@ -66,8 +68,9 @@ def test_the_state_of_a_sketch_is_the_state_of_the_run():
     from alignjax.models.build import build
 
     model = build(stage.model)
-    first, _, _ = stage.learning(model).compiled(model.init(context.key), context.key, mesh)
-    state = first(model.init(context.key), context.key)
+    params = jax.jit(model.init, out_shardings=layout(model, context))(context.key)
+    first, _, _ = stage.learning(model).compiled(params, context.key, mesh)
+    state = first(params, context.key)
     for planned, made in zip(jax.tree.leaves(program.arguments[0]), jax.tree.leaves(state), strict=True):
         assert planned.shape == made.shape and planned.dtype == made.dtype
         assert planned.sharding.is_equivalent_to(made.sharding, made.ndim)
@@ -143,7 +146,19 @@ def test_of_buckets_the_largest_is_kept():
 def test_what_lies_on_a_device_is_counted_by_its_shard():
     where = sharding.rows(mesh_of(2, 4, 1))
     tree = {"a": jax.ShapeDtypeStruct((16, 8), "float32", sharding=where), "b": shape("bfloat16", 5), "c": ids_of(2, 3)}
-    assert plan.held_by(tree) == 16 * 8 * 4 // 8 + 10 + 24 + 6
+    assert plan.held_by(tree) == plan.held_by([tree, tree["a"]]) == 16 * 8 * 4 // 8 + 10 + 24 + 6
+
+
+def test_what_lives_beside_a_program_is_counted_once():
+    mesh = mesh_of(1, 8, 1)
+    where = sharding.rows(mesh)
+    x, y = (jax.ShapeDtypeStruct((n, 1024), "float32", sharding=where) for n in (8, 32))
+    program = stages.experiment.Program("add", jax.jit(lambda x: x + 1, out_shardings=where), (x,), 1)
+    alone, beside, again = (
+        plan.compiled(program._replace(beside=trees), mesh, CHIP, {})[0].memory for trees in ((), (x, y), (x, y, y))
+    )
+    assert beside.arguments - alone.arguments == beside.peak - alone.peak == 32 * 1024 * 4 // 8
+    assert beside.needed == again.needed
 
 
 @pytest.mark.parametrize("text", ["fsdp", "fsdp=a", "depth=2", "fsdp=1,2"])

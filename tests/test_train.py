@@ -69,6 +69,25 @@ def test_an_interrupt_waits_for_the_save_under_way(tmp_path):
     same(newest(tmp_path / "c", fresh()), state)
 
 
+def test_an_array_in_several_places_is_one_argument():
+    x, y = jnp.arange(3.0), jnp.ones(2)
+    tree = {"base": {"w": x}, "reference": {"w": x, "b": y}, "none": None}
+    once = train.Once(tree)
+    assert len(jax.tree.leaves(once)) == 2
+    jax.tree.map(np.testing.assert_array_equal, once.tree(), tree)
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda once: once.tree())(once), tree)
+
+
+def test_a_restored_state_takes_the_place_of_the_first(tmp_path):
+    saver = Checkpointer(tmp_path / "c")
+    saver.save(fit(fresh(True), 0, 1))
+    saver.close()
+    like = fresh(True)
+    assert newest(tmp_path / "c", like).step == 1
+    assert like.params["w"].is_deleted() and like.average["w"].is_deleted()
+    assert newest(tmp_path / "d", state := fresh()) is state and not state.params["w"].is_deleted()
+
+
 def test_the_root_key_never_moves_and_each_step_has_its_own():
     seen = []
     state = fit(fresh(), 0, 3, lambda s, step, m: seen.append((int(s.step), step)))

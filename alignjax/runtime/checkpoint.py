@@ -89,14 +89,14 @@ class Checkpointer:
         found = [(save.step, save.metrics["value"]) for save in self.inner.checkpoints if save.metrics]
         return max(found, key=lambda one: (one[1], one[0]), default=None)
 
-    def restore(self, state: TrainState, step: int | None, instead: bool = False) -> TrainState:
-        """The save of that step, laid out as ``state`` is; ``state`` itself when there is none. ``instead`` of it, as
-        where there is no room for both: then ``state`` is gone."""
+    def restore(self, state: TrainState, step: int | None) -> TrainState:
+        """The save of that step, laid out as ``state`` is and in its memory, for there may be no room for both; without
+        a step ``state`` itself."""
         if step is None:
             return state
         tree = {**vars(state), "key": jax.random.key_data(state.key)}
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-        for leaf in jax.tree.leaves(vars(state)) if instead else ():
+        for leaf in jax.tree.leaves(vars(state)):
             leaf.delete()
         with told(self.folder, "is damaged", "remove it to start the stage again"):
             found = self.inner.load(step, abstract)

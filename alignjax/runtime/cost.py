@@ -42,6 +42,11 @@ class Memory(NamedTuple):
     def needed(self) -> int:
         return self.peak + self.code
 
+    def beside(self, more: int) -> Memory:
+        """With so many bytes that live beside the program, counted among its arguments."""
+        stated = self.stated and self.stated + more
+        return self._replace(arguments=self.arguments + more, peak=self.peak + more, stated=stated)
+
     @property
     def free(self) -> int:
         """What is left; negative by how much it does not fit."""

@@ -34,6 +34,30 @@ def init(params: Params, optimizer: optax.GradientTransformation, key: Key, aver
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key)
 
 
+@jax.tree_util.register_pytree_node_class
+class Once:
+    """A tree as an argument of a compiled function. A leaf that stands in it several times, as a base does under some
+    adapters, is given once: the compiler cannot know that two arguments are one array, and finds room for both."""
+
+    def __init__(self, tree: Any):
+        leaves, self.form = jax.tree.flatten(tree)
+        unique = {id(leaf): leaf for leaf in leaves}
+        place = {name: i for i, name in enumerate(unique)}
+        self.leaves, self.where = list(unique.values()), tuple(place[id(leaf)] for leaf in leaves)
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.form, [self.leaves[i] for i in self.where])
+
+    def tree_flatten(self) -> tuple[list[Any], Any]:
+        return self.leaves, (self.form, self.where)
+
+    @classmethod
+    def tree_unflatten(cls, how: Any, leaves: Iterable[Any]) -> Once:
+        self = object.__new__(cls)
+        self.leaves, (self.form, self.where) = list(leaves), how
+        return self
+
+
 def make_update(
     objective: Objective,
     optimizer: optax.GradientTransformation,

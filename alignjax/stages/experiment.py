@@ -169,6 +169,12 @@ class Context:
         built = self.experiment.stages[name].build(self.task, found.model, found.tokenizer)
         return dataclasses.replace(found, params={**found.params, **found.heads}), built
 
+    def released(self, network: Network) -> Network:
+        """The network without its arrays, which go where nobody else holds them: a stage that trains wants the
+        memory."""
+        self.loaded.clear()
+        return dataclasses.replace(network, params={}, heads={}, small={}, base={})
+
     def save(self, start: Network, params: Params, adapter: networks.Adapter | None) -> None:
         """Writes what was trained from ``start``: its parameters, or the small tree of an adapter."""
         networks.save(self.folder, start.model.config, params, start.tokenizer, start.chat, adapter)
@@ -187,6 +193,7 @@ class Program(NamedTuple):
     function: Any  # jitted
     arguments: tuple[Any, ...]
     tokens: int  # that it reads or writes in one call
+    beside: Any = ()  # what lives at the time and is no argument
 
 
 def shape(dtype: str, *sizes: int) -> Any:

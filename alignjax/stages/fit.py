@@ -78,10 +78,14 @@ class FitPreference:
         trained = trainable(start, self.lora, context.key, built)
         response, p = ids_of(batch, self.response), shape("float32", batch)
         for length in self.buckets:
-            yield self.learning(trained, built).program(
+            update = self.learning(trained, built).program(
                 f"update {length}", trained.params, trained.frozen, Pair(ids_of(batch, length), response, response, p),
                 context, batch * 2 * (length + 2 * self.response),
             )  # fmt: skip
+            yield update
+        if self.truth:
+            whole = trained.whole(update.arguments[0].params, trained.frozen)
+            yield judging("measure", context, built, whole, batch, max(self.buckets), self.response)
 
     def run(self, context: Context) -> dict[str, Any]:
         task, start = context.task, context.policy(self.start)
@@ -98,6 +102,7 @@ class FitPreference:
             )  # fmt: skip
 
         trained = trainable(start, self.lora, context.key, built)
+        start = context.released(start)
         params, found = run_loop(
             context, self.learning(trained, built), trained.params, plan, make_batch, trained.frozen
         )  # fmt: skip
@@ -120,6 +125,15 @@ class FitPreference:
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
         return judges.calibration(p, np.array([row["p"] for row in rows]))
+
+
+def judging(
+    name: str, context: Context, built: preference.Preference, params: Params, batch: int, prompt: int, reply: int
+) -> Program:
+    """What a model_judge compiles for texts of at most so many tokens."""
+    prompt, reply = judges.ceil_to(prompt, 32), judges.ceil_to(reply, 32)
+    arguments = params, ids_of(batch, prompt), ids_of(batch, reply), ids_of(batch, reply)
+    return Program(name, judges.asker(built.logit, context.mesh), arguments, batch * 2 * (prompt + 2 * reply))
 
 
 @dataclasses.dataclass(frozen=True)

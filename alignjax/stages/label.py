@@ -13,7 +13,7 @@ import numpy as np
 
 from alignjax import config, labeling
 from alignjax.decoding import Sampling, Stop
-from alignjax.generation import Generate, generator, writer
+from alignjax.generation import Generate, generator, scorer, writer
 from alignjax.models.likelihood import log_prob
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
@@ -47,8 +47,8 @@ class Writing:
         context.task.source.prompts(split, 1, context.seed)
         check_stop(context, *sources)
 
-    def programs(self, context: Context, name: str, policy: Network) -> Iterator[Program]:
-        """What its generator compiles, a bucket each."""
+    def programs(self, context: Context, name: str, policy: Network, beside: Any = ()) -> Iterator[Program]:
+        """What its generator compiles, a bucket each; ``beside`` are the arrays that live meanwhile."""
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
         stop = stop_tokens(context.task, policy.tokenizer)
         write = writer(
@@ -57,7 +57,16 @@ class Writing:
         numbers = shape("int32", self.batch)
         for length in self.buckets:
             arguments = policy.params, ids_of(self.batch, length), numbers, jax.eval_shape(lambda: context.key)
-            yield Program(f"{name} {length}", write, arguments, self.batch * (length + self.max_new_tokens))
+            yield Program(f"{name} {length}", write, arguments, self.batch * (length + self.max_new_tokens), beside)
+
+    def scoring(self, context: Context, name: str, reference: Network, beside: Any) -> Iterator[Program]:
+        """And where replies are scored by a reference."""
+        if self.sampling == Sampling():
+            reply, logp = ids_of(self.batch, self.max_new_tokens), shape("float32", self.batch, self.max_new_tokens)
+            score = scorer(log_prob(reference.model), context.mesh)
+            for length in self.buckets:
+                arguments = reference.params, ids_of(self.batch, length), reply, logp
+                yield Program(f"{name} {length}", score, arguments, self.batch * (length + self.max_new_tokens), beside)
 
     def model(self, policy: Network) -> Model:
         return gathering(policy.model) if self.gather else policy.model

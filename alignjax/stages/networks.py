@@ -186,7 +186,7 @@ def assembled(
 class Trainable:
     """What a stage trains, and how it makes a model's parameters."""
 
-    params: Params
+    params: Params  # arrays of its own, whose memory the training takes over
     frozen: dict[str, Params]  # {"base": ...} under adapters, else empty
     whole: train.Whole
     adapter: Adapter | None
@@ -208,7 +208,7 @@ def trainable(start: Network, spec: Lora | None, key: jax.Array, form: Preferenc
             raise UserError(
                 f"stage {start.name!r} has adapters {start.adapter.lora}, not {spec}; use the same, or None"
             )
-        small = {part: start.small[part] for part in small}
+        small = in_float32({part: start.small[part] for part in small})
 
     def whole(params: Params, frozen: Any) -> Params:
         return lora.overlay(frozen["base"], params, spec.scale)
@@ -222,7 +222,7 @@ def heads(start: Network, backbone: Params, key: jax.Array, form: Preference | N
     if form is None:
         return {}
     fresh = {name: part for name, part in form.extend(backbone, key).items() if name not in backbone}
-    return {**fresh, **{name: start.heads[name] for name in fresh.keys() & start.heads.keys()}}
+    return {**fresh, **in_float32({name: start.heads[name] for name in fresh.keys() & start.heads.keys()})}
 
 
 def gathering(model: Model) -> Model:
@@ -239,7 +239,7 @@ def in_full(network: Network) -> Params:
 
 
 def in_float32(params: Params) -> Params:
-    """Wide enough for steps of Adam: in bfloat16 most would round to nothing."""
+    """A copy, wide enough for steps of Adam: in bfloat16 most would round to nothing."""
     return made(lambda p: jax.tree.map(lambda x: x.astype("float32"), p), params)
 
 

@@ -16,7 +16,7 @@ from alignjax.models.likelihood import log_prob
 from alignjax.models.lora import Lora
 from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_continuation, pad
 from alignjax.preference import Preference
-from alignjax.runtime import data, sharding
+from alignjax.runtime import data, sharding, train
 from alignjax.stages.experiment import POLICY, PREFERENCE, Context, Program, ids_of, shape
 from alignjax.stages.label import check_stop, stop_tokens, unseen_stops
 from alignjax.stages.networks import Network, Record, Trainable, derived, gathering, trainable
@@ -106,7 +106,7 @@ class Optimise:
         return start, reference, *context.preference(self.preference)
 
     def programs(self, context: Context) -> Iterator[Program]:
-        """The update a bucket. (Where text lies between, the drawing half is not among them.)"""
+        """The update a bucket, and the drawing where text lies between."""
         start, reference, fitted, built = self.networks(context)
         trained, shares = trainable(start, self.lora, context.key), shares_tokens(context.task, start, fitted)
         learning = self.learning(context.task, start, trained, built, shares)
@@ -121,7 +121,11 @@ class Optimise:
                 shown = rollout.Seen(ids_of(size, judges.ceil_to(length, 32)), seen, seen, (finished, finished))
                 batch = (rollout.Drawn(prompt, drawn, drawn), shown)
             tokens = size * (length + 2 * new)
-            yield learning.program(f"update {length}", trained.params, frozen, batch, context, tokens)
+            update = learning.program(f"update {length}", trained.params, frozen, batch, context, tokens)
+            if not shares:
+                draw = drawer(context, self.responder(context.task, start), trained)
+                yield Program(f"draw {length}", draw, (*update.arguments[:2], prompt), tokens)
+            yield update
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task
@@ -145,6 +149,7 @@ class Optimise:
 
         frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
         learning = self.learning(task, start, trained, built, shares)
+        start = context.released(start)
         params, found = run_loop(context, learning, trained.params, plan, make_batch, frozen, before)
         context.save(start, params, trained.adapter)
         return {"prompts": len(kept), "too_long": len(ids) - len(kept), **found}
@@ -181,20 +186,14 @@ def translator(
     prompts: Sequence[str],
     stop: Stop,
     longest: int,
-) -> Callable[[TrainState, Any, Tokens], tuple[rollout.Drawn, rollout.Seen]]:
+) -> Callable[[TrainState, train.Once, Tokens], tuple[rollout.Drawn, rollout.Seen]]:
     """What run_loop does ``before`` an update where text lies between policy and preference model: answers are drawn,
     read as text, filtered as the task does, and written in the preference model's tokens. A reply that the filter
     refuses is empty, and one longer than ``longest`` tokens is cut there."""
-    task, rows = context.task, sharding.rows(context.mesh)
+    task, draw = context.task, drawer(context, respond, trained)
     known = {tuple(mine.encode(prompt)): theirs.encode(prompt) for prompt in prompts}
     room = judges.ceil_to(max(map(len, known.values())), 32)
 
-    def draw(state: TrainState, frozen: Any, prompt: Tokens) -> rollout.Drawn:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
-        average = trained.whole(state.average, frozen) if state.average else state.average
-        return respond(trained.whole(state.params, frozen), average, frozen, prompt, key)
-
-    drawn_by = jax.jit(draw, in_shardings=(None, None, rows), out_shardings=rows)
     everywhere = jax.jit(lambda tokens: tokens, out_shardings=sharding.replicated(context.mesh))
 
     def rows_of(tokens: Tokens) -> list[list[int]]:
@@ -208,11 +207,24 @@ def translator(
         ids = [encode_continuation(theirs, judges.reply_text(task.format, reply))[:longest] for reply in replies]
         return pad(ids, longest), np.array([bool(reply) for reply in replies])
 
-    def before(state: TrainState, frozen: Any, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
-        drawn = drawn_by(state, frozen, prompt)
+    def before(state: TrainState, frozen: train.Once, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
+        drawn = draw(state, frozen, prompt)
         shown = [known[tuple(row)] for row in rows_of(prompt)]
         (y, answered), (other, other_answered) = translated(drawn.y), translated(drawn.opponent)
         seen = rollout.Seen(pad(shown, room), y, other, (answered, other_answered))
         return drawn, sharding.place(context.mesh, seen)
 
     return before
+
+
+def drawer(context: Context, respond: rollout.Respond, trained: Trainable):
+    """(state, frozen trees as train.Once, prompt) -> what the update would draw; jitted."""
+    rows = sharding.rows(context.mesh)
+
+    def draw(state: TrainState, once: train.Once, prompt: Tokens) -> rollout.Drawn:
+        frozen = once.tree()
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
+        average = trained.whole(state.average, frozen) if state.average else state.average
+        return respond(trained.whole(state.params, frozen), average, frozen, prompt, key)
+
+    return jax.jit(draw, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True)

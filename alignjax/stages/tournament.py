@@ -16,8 +16,11 @@ from alignjax import config, judges, tournament
 from alignjax.judges import Judge
 from alignjax.runtime import metrics
 from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, Program, ancestors
+from alignjax.stages.fit import judging
 from alignjax.stages.label import Writing
+from alignjax.stages.networks import Network
 from alignjax.stages.optimise import Optimise
+from alignjax.stages.start import size_of
 from alignjax.tasks.task import Task
 from alignjax.types import UserError, in_range
 
@@ -70,17 +73,28 @@ class Tournament:
         self.check_held_out(context)
 
     def programs(self, context: Context) -> Iterator[Program]:
-        for name, stage in self.policies.items():
-            yield from self.writing.programs(context, f"{name} writes", context.policy(stage))
+        """(A judge is asked in as many tokens as the policies', though its tokenizer may need others.)"""
+        reference = context.policy(self.reference)
+        policies = {name: context.policy(stage) for name, stage in self.policies.items()}
+        for name, policy in policies.items():
+            yield from self.writing.programs(context, f"{name} writes", policy, beside=reference.params)
+        largest = max((policy.params for policy in policies.values()), key=size_of)
+        yield from self.writing.scoring(context, "the reference scores", reference, beside=largest)
+        longest = max(self.writing.buckets), self.writing.max_new_tokens
+        for name, source in self.model_judges().items():
+            judge, built = context.preference(source)
+            yield judging(f"{name} judges", context, built, judge.params, self.writing.batch, *longest)
 
     def run(self, context: Context) -> dict[str, Any]:
         task = context.task
         prompts, too_long = self.fitting(context, task.source.prompts(self.split, self.prompts, context.seed))
         written = dict(self.write(context, prompts))
+        context.loaded.clear()
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
         tables = []
         for name, source in self.judges.items():
             rates = tournament.win_rates(self.judge(context, source), prompts, replies)
+            context.loaded.clear()  # one judge at a time
             tables.append({
                 "judge": name,
                 "policies": list(self.policies),
@@ -113,16 +127,22 @@ class Tournament:
             for name, stage in self.policies.items():
                 path = context.folder / f"replies-{name}.json"
                 if not context.hosts.first(path.exists):
-                    generate = self.writing.generator(context, context.policy(stage), reference)
-                    drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
+                    drawn = self.replies(context, context.policy(stage), reference, name, prompts)
                     if stage != self.reference:
                         context.loaded.pop(stage, None)  # one policy at a time, beside the reference
-                    columns = zip(*(reply for reply in drawn if reply), strict=True)
-                    metrics.write_json(path, dict(zip(COLUMNS, map(list, columns), strict=True)))
+                    metrics.write_json(path, dict(zip(COLUMNS, map(list, drawn), strict=True)))
                 bar.update()
                 context.hosts.meet(f"the replies of {name}")
                 context.stop_if_preempted()
                 yield name, read_replies(path, len(prompts))
+
+    def replies(
+        self, context: Context, policy: Network, reference: Network, name: str, prompts: Sequence[str]
+    ) -> Iterator[tuple]:
+        """COLUMNS."""
+        generate = self.writing.generator(context, policy, reference)
+        drawn = generate(prompts, range(len(prompts)), zlib.crc32(name.encode()) % 2**31)
+        return zip(*(reply for reply in drawn if reply), strict=True)
 
     def judge(self, context: Context, source: str) -> Judge:
         task = context.task

@@ -127,8 +127,9 @@ class Learning(NamedTuple):
     average_decay: float | None = None
 
     def compiled(self, params: Params, key: Key, mesh: jax.sharding.Mesh):
-        """(params, key) -> the first TrainState; (state, frozen trees, batch) -> (state, metrics), which takes over the
-        state's memory; and where the state lies. Both are jitted; ``params`` may be shapes."""
+        """(params, key) -> the first TrainState; (state, frozen trees as train.Once, batch) -> (state, metrics); and
+        where the state lies. Both are jitted and take over the memory of their first argument; ``params`` may be
+        shapes."""
         optimizer = self.adam.build(self.loop.steps)
 
         def first(params: Params, key: Key) -> TrainState:
@@ -136,15 +137,17 @@ class Learning(NamedTuple):
 
         shapes = jax.eval_shape(first, params, key)
         layout = sharding.shardings(shapes, sharding.live(self.rules, shapes.params), mesh, strict=False)
+        step = train.make_update(
+            self.objective, optimizer, self.collect, self.loop.accumulate, self.average_decay, self.whole
+        )
         update = jax.jit(
-            train.make_update(
-                self.objective, optimizer, self.collect, self.loop.accumulate, self.average_decay, self.whole
-            ),
+            lambda state, frozen, batch: step(state, frozen.tree(), batch),
             in_shardings=(layout, None, sharding.rows(mesh)),
             out_shardings=(layout, sharding.replicated(mesh)),
             donate_argnums=0,
+            keep_unused=True,  # it lives all the same, and is planned for
         )
-        return jax.jit(first, out_shardings=layout), update, layout
+        return jax.jit(first, out_shardings=layout, donate_argnums=0), update, layout
 
     def program(self, name: str, params: Params, frozen: Any, batch: Batch, context: Context, tokens: int) -> Program:
         """The update for arguments of these shapes. Raises UserError when the batch does not divide."""
@@ -154,7 +157,7 @@ class Learning(NamedTuple):
             lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
             jax.eval_shape(first, params, context.key), layout,
         )  # fmt: skip
-        return Program(name, update, (state, frozen, batch), tokens)
+        return Program(name, update, (state, train.Once(frozen), batch), tokens)
 
 
 def check_row(name: str, learning: Learning, step: int, row: Metrics) -> None:
@@ -177,11 +180,11 @@ def run_loop(
     plan: Callable[[int], data.Plan],
     make_batch: Callable[[data.Plan], Batch],
     frozen: Any = None,
-    before: Callable[[TrainState, Any, Batch], Batch] | None = None,
+    before: Callable[[TrainState, train.Once, Batch], Batch] | None = None,
 ) -> tuple[Params, dict[str, Any]]:
-    """Trains from ``params``, or from the newest save of an interrupted run; returns the last parameters, or with
-    ``loop.best`` the best, and figures that say of which step. What ``before`` makes of a batch, outside the compiled
-    update, is what the update is given.
+    """Trains from ``params``, whose memory it takes over, or from the newest save of an interrupted run; returns the
+    last parameters, or with ``loop.best`` the best, and figures that say of which step. What ``before`` makes of a
+    batch, outside the compiled update, is what the update is given.
 
     Raises UserError at the first step, of those looked at since the last time, whose gradient is not finite, or where
     no such metric is logged as ``loop.best`` names, and RunAgain after a save when the run is preempted.
@@ -189,14 +192,14 @@ def run_loop(
     loop, mesh, hosts = learning.loop, context.mesh, context.hosts
     loop.check(context)
     first, compiled, _ = learning.compiled(params, context.key, mesh)
+    frozen = train.Once(frozen)
 
-    def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, frozen: train.Once, batch: Batch) -> tuple[TrainState, Metrics]:
         return compiled(state, frozen, before(state, frozen, batch) if before else batch)
 
     saver = Checkpointer(context.folder / "checkpoints", loop.keep)
     latest = hosts.first(saver.latest)  # one answer: a listing may be older on another host
     state = saver.restore(first(params, context.key), latest)
-    del params  # the state has its own
     done = int(state.step)
     writer = metrics.MetricsWriter(context.folder, resume_step=done, project=context.experiment.wandb)
     bar = metrics.progress(loop.steps, done, context.name, "step")
@@ -241,7 +244,7 @@ def run_loop(
     if best:
         mine = saver.best()  # all wait for their part of the last save
         chosen, value = hosts.first(lambda: mine)
-        state = saver.restore(state, chosen, instead=True)
+        state = saver.restore(state, chosen)
         figures = {"best_step": chosen, f"best_{best.metric}": -value if best.lowest else value}
     saver.close()
     return state.params, figures
