@@ -140,14 +140,18 @@ class Learning(NamedTuple):
         step = train.make_update(
             self.objective, optimizer, self.collect, self.loop.accumulate, self.average_decay, self.whole
         )
-        update = jax.jit(
-            lambda state, frozen, batch: step(state, frozen.tree(), batch),
+
+        def update(state: TrainState, frozen: train.Once, batch: Batch) -> tuple[TrainState, Metrics]:
+            return step(state, frozen.tree(), batch)
+
+        compiled = jax.jit(
+            update,
             in_shardings=(layout, None, sharding.rows(mesh)),
             out_shardings=(layout, sharding.replicated(mesh)),
             donate_argnums=0,
             keep_unused=True,  # it lives all the same, and is planned for
         )
-        return jax.jit(first, out_shardings=layout, donate_argnums=0), update, layout
+        return jax.jit(first, out_shardings=layout, donate_argnums=0), compiled, layout
 
     def program(self, name: str, params: Params, frozen: Any, batch: Batch, context: Context, tokens: int) -> Program:
         """The update for arguments of these shapes. Raises UserError when the batch does not divide."""
