@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -133,7 +132,7 @@ def compiled(
 ) -> tuple[cost.Analysis | None, str]:
     """(what it costs, with what lives beside it among its arguments, or None and why not). Programs that are the same
     text are compiled once."""
-    if (held := held_by((program.arguments, program.beside))) > chip.hbm:
+    if (held := sharding.held_by((program.arguments, program.beside))) > chip.hbm:
         return None, f"its arguments alone are {held / topology.GIB:.2f} of {chip.hbm / topology.GIB:.2f} GiB a device"
     with jax.set_mesh(mesh):
         try:
@@ -149,20 +148,8 @@ def compiled(
                 seen[text] = None, str(reason)
     found, refused = seen[text]
     if found:
-        found = found._replace(memory=found.memory.beside(held - held_by(program.arguments)))
+        found = found._replace(memory=found.memory.beside(held - sharding.held_by(program.arguments)))
     return found, refused
-
-
-def held_by(arguments: Any) -> int:
-    """Bytes of the arguments on one device. A shape that stands in several places is one array."""
-
-    def one(leaf: Any) -> int:
-        where = getattr(leaf, "sharding", None)
-        shape = where.shard_shape(leaf.shape) if where is not None else leaf.shape
-        size = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 4
-        return math.prod(shape) * size
-
-    return sum(map(one, {id(leaf): leaf for leaf in jax.tree.leaves(arguments)}.values()))
 
 
 HEAD = ("topology", "mesh", "stage: program", "arguments", "temporaries", "peak", "of", "fits", "PFLOP", "sends GB",

@@ -24,7 +24,7 @@ def objective(params, batch, key):
     return (w - 3) ** 2 + 0 * batch.sum(), {"near": -((w - 1) ** 2), "far": (w - 1) ** 2, "nothing": w * jnp.nan}
 
 
-def train(folder, best, steps=STEPS):
+def train(folder, best, steps=STEPS, params=None, frozen=None):
     """(parameters, figures), at a constant rate: a step does not depend on how many follow."""
     experiment = stages.Experiment(task=None, stages={"walk": None})
     context = stages.Context(experiment, folder, "walk", sharding.make_mesh(sharding.Mesh()))
@@ -32,7 +32,7 @@ def train(folder, best, steps=STEPS):
     learning = Learning(loop, Adam(lr=0.2, warmup=0, schedule="constant"), (("w$", PartitionSpec()),), objective)
     plan = data.planned([1] * 8, [1], 8, 0)
     make_batch = lambda chosen: np.ones(len(chosen.indices), np.float32)  # noqa: E731
-    return run_loop(context, learning, {"w": jnp.zeros(3)}, plan, make_batch)
+    return run_loop(context, learning, params or {"w": jnp.zeros(3)}, plan, make_batch, frozen)
 
 
 def windows(folder, metric, every):
@@ -52,6 +52,14 @@ def test_the_result_is_the_save_with_the_best_mean_since_the_one_before(tmp_path
     shorter, nothing = train(tmp_path / "shorter", None, steps=chosen)
     np.testing.assert_array_equal(params["w"], shorter["w"])
     assert nothing == {}
+
+
+def test_what_is_trained_is_taken_over_unless_it_is_frozen_too(tmp_path):
+    w, kept = jnp.zeros(3), jnp.zeros(3)
+    ended, _ = train(tmp_path / "a", None, params={"w": w})
+    also, _ = train(tmp_path / "b", None, params={"w": kept}, frozen={"reference": {"w": kept}})
+    np.testing.assert_array_equal(ended["w"], also["w"])
+    assert w.is_deleted() and np.all(kept == 0) and np.all(also["w"] != 0)
 
 
 def test_the_last_step_makes_a_save_too(tmp_path):

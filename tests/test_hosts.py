@@ -183,6 +183,17 @@ def test_of_three_the_others_name_the_killed_one_and_not_process_0(start):
         assert status == RUN_AGAIN and lines[0].startswith("alignjax: process 1 of 3 (") and "is gone" in lines[0]
 
 
+def test_who_does_not_come_to_the_end_is_named(start):
+    early, late = start("""
+    hosts.PARTING = 3
+    time.sleep(200 * (1 - me))
+    """, processes=(1, 0))  # fmt: skip
+    status, _, lines = ended(early, within=30)
+    assert status == RUN_AGAIN and lines[0].startswith("alignjax: process 0 did not come to the end in 3 s")
+    status, _, lines = ended(late, within=60)
+    assert status == RUN_AGAIN and "process 1 of 2 (" in lines[0] and "is gone" in lines[0]
+
+
 def test_a_process_that_never_comes_is_told_in_time(start):
     (alone,) = start("", processes=(0,), wait=3)
     begun = time.monotonic()

@@ -116,8 +116,11 @@ def test_what_lives_while_a_stage_works_is_what_is_planned(line, experiment):
     mesh = sharding.make_mesh(experiment.mesh)
     for name, held in line[1].items():
         context = stages.Context(experiment, Path("nowhere"), name, mesh, sketched=True)
-        planned = max(size(program) for program in experiment.stages[name].programs(context))
-        assert planned <= held <= planned + 1000, name  # a batch's own log-probs are among what lived
+        planned = {program.name: size(program) for program in experiment.stages[name].programs(context)}
+        most = max(planned.values())
+        assert most <= held <= most + 1000, name  # a batch's own log-probs are among what lived
+    logp = WRITING.batch * WRITING.max_new_tokens * 4
+    assert planned["the reference scores 32"] == planned["full writes 32"] + logp  # the largest policy beside it
     assert line[1].keys() == experiment.stages.keys() - {"asked"}
 
 

@@ -146,7 +146,7 @@ def test_of_buckets_the_largest_is_kept():
 def test_what_lies_on_a_device_is_counted_by_its_shard():
     where = sharding.rows(mesh_of(2, 4, 1))
     tree = {"a": jax.ShapeDtypeStruct((16, 8), "float32", sharding=where), "b": shape("bfloat16", 5), "c": ids_of(2, 3)}
-    assert plan.held_by(tree) == plan.held_by([tree, tree["a"]]) == 16 * 8 * 4 // 8 + 10 + 24 + 6
+    assert sharding.held_by(tree) == sharding.held_by([tree, tree["a"]]) == 16 * 8 * 4 // 8 + 10 + 24 + 6
 
 
 def test_what_lives_beside_a_program_is_counted_once():

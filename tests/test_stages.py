@@ -59,6 +59,7 @@ def test_held_out_pairs_of_the_same_stage_can_be_the_truth(experiment, monkeypat
     monkeypatch.setattr(fit.data, "read_pairs", lambda folder, split: read.append((folder, split)) or [])
     monkeypatch.setattr(fit.judges, "model_judge", lambda *_, **__: lambda *_: np.zeros(0))
     monkeypatch.setattr(fit.judges, "calibration", lambda p, label: {})
+    monkeypatch.setattr(fit, "encode_pairs", lambda rows, *_: ([], rows))
     for truth in ("pairs", "truth"):
         stage = dataclasses.replace(experiment.stages["preference"], truth=truth)
         context = stages.Context(experiment, Path("w"), "preference", sharding.make_mesh(experiment.mesh))
@@ -67,6 +68,22 @@ def test_held_out_pairs_of_the_same_stage_can_be_the_truth(experiment, monkeypat
     held = dataclasses.replace(experiment.stages["pairs"], held_out=0.25)
     stages.check(dataclasses.replace(context, experiment=experiment.with_stages(
         pairs=held, preference=dataclasses.replace(stage, truth="pairs"))))  # fmt: skip
+
+
+def test_pairs_too_long_to_train_on_are_not_measured_either(experiment, monkeypatch):
+    def row(prompt, first, second):
+        return {"prompt": "w " * prompt, "first": "w " * first, "second": "w " * second, "p": 1.0}
+
+    rows, asked = [row(3, 1, 1), row(9, 1, 1), row(3, 1, 9), row(2, 1, 2)], []
+    monkeypatch.setattr(fit.data, "read_pairs", lambda folder, split: rows)
+    monkeypatch.setattr(fit, "encode_continuation", lambda tokenizer, text: text.split())
+    judge = lambda *texts: asked.append(texts) or np.full(len(texts[0]), 0.9)  # noqa: E731
+    monkeypatch.setattr(fit.judges, "model_judge", lambda *_, **__: judge)
+    stage = dataclasses.replace(experiment.stages["preference"], truth="truth", buckets=(2, 4), response=4)
+    context = stages.Context(experiment, Path("w"), "preference", sharding.make_mesh(experiment.mesh))
+    found = stage.measure(context, SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split)),
+                          SimpleNamespace(logit=None), {})  # fmt: skip
+    assert asked[0][0] == [rows[0]["prompt"], rows[3]["prompt"]] and found["n"] == 2 and found["too_long"] == 2
 
 
 def test_a_stage_of_ones_own_needs_no_check_and_is_trusted(experiment):

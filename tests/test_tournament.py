@@ -9,12 +9,14 @@ from scipy import stats
 from alignjax import judges, report
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
 from alignjax.runtime import sharding
+from alignjax.runtime.hosts import Hosts
 from alignjax.stages import Tournament, Writing
 from alignjax.stages.tournament import read_replies
 from alignjax.tasks.task import Format, oracle_from_score
 from alignjax.tournament import clopper_pearson, win_rates
 from alignjax.types import UserError
 
+WRITING = Writing(max_new_tokens=2, buckets=(8,), batch=2)
 PROMPTS = [f"x{i}" for i in range(24)]
 
 
@@ -53,6 +55,36 @@ def test_an_interval_covers_the_truth_at_least_so_often_as_it_says(n):
     for p in np.linspace(0.01, 0.99, 45):
         covered = (bounds[:, 0] <= p) & (p <= bounds[:, 1])
         assert stats.binom.pmf(np.arange(n + 1), n, p)[covered].sum() >= 0.95
+
+
+def test_one_policy_at_a_time_lives_beside_the_reference(tmp_path, monkeypatch):
+    """And what it lies over; else as many models as a table has rows would."""
+    under = {"low": "base", "other": "full", "mine": "start"}
+    seen = {}
+
+    class Line:
+        folder, name, hosts, loaded = tmp_path, "table", Hosts(), {}
+
+        def policy(self, stage):
+            self.loaded |= {stage: stage} | ({under[stage]: under[stage]} if stage in under else {})
+            return stage
+
+        def stop_if_preempted(self):
+            pass
+
+    def replies(self, context, policy, reference, name, prompts):
+        seen[name] = set(context.loaded)
+        return [["text"], [1], [0.0]]
+
+    monkeypatch.setattr(Tournament, "replies", replies)
+    policies = {name: name for name in ("start", "low", "other", "full", "mine")}
+    table = Tournament(policies=policies, reference="mine", judges={"o": "oracle:o"}, prompts=1, writing=WRITING)
+    assert len(dict(table.write(Line(), ["x"]))) == 5
+    mine = {"mine", "start"}
+    assert seen == {
+        "start": mine, "low": mine | {"low", "base"}, "other": mine | {"other", "full"}, "full": mine | {"full"},
+        "mine": mine,
+    }  # fmt: skip
 
 
 def test_win_rates_count_votes_and_half_of_ties(replies):

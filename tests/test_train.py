@@ -74,6 +74,8 @@ def test_an_array_in_several_places_is_one_argument():
     tree = {"base": {"w": x}, "reference": {"w": x, "b": y}, "none": None}
     once = train.Once(tree)
     assert len(jax.tree.leaves(once)) == 2
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path({"frozen": once})]
+    assert names == ["['frozen'].base.w", "['frozen'].reference.b"]
     jax.tree.map(np.testing.assert_array_equal, once.tree(), tree)
     jax.tree.map(np.testing.assert_array_equal, jax.jit(lambda once: once.tree())(once), tree)
 

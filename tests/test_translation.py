@@ -23,7 +23,6 @@ from alignjax.models.tokenizer import (
     stop_sequences,
 )
 from alignjax.runtime import sharding
-from alignjax.runtime.train import Once
 from alignjax.stages import Trainable, stop_tokens, unseen_stops
 from alignjax.stages.optimise import shares_tokens, translator
 from alignjax.tasks import sandbox
@@ -229,7 +228,7 @@ def test_the_preference_model_reads_the_replies_as_text_in_its_own_tokens(reader
     state = TrainState(np.int32(3), {"w": np.zeros(1)}, {}, {}, jax.random.key(0))
     stop = stop_tokens(task, mine)
     before = translator(context, lambda *_: rollout.Drawn(prompt, y, other), trained, mine, theirs, PROMPTS, stop, 12)
-    drawn, seen = before(state, Once(None), prompt)
+    drawn, seen = before(state, None, prompt)
     for i, text in enumerate(PROMPTS):
         assert seen.prompt.tokens[i][seen.prompt.mask[i]].tolist() == theirs.encode(text)
     for i, reply in enumerate(("Sing on, my dear.", "Well.")):

@@ -29,6 +29,7 @@ from alignjax.types import RUN_AGAIN, RunAgain, UserError
 
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 20.0  # seconds without one after which a process is taken for gone
+PARTING = 300  # seconds that one waits at its end for the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,22 +264,19 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
     aborts.line = f"process {me} was aborted, {why}; {MEND}"
     seen: dict[str, tuple[str, float]] = {i: ("", time.monotonic()) for i in names}
 
-    def beat() -> None:
-        for number in itertools.count():
-            client.key_value_set(f"alignjax/alive/{me}", str(number), allow_overwrite=True)
-            for name, what in client.key_value_dir_get("alignjax/ended/"):
-                status, line = what.split(" ", 1)
-                other = name.rsplit("/", 1)[1]
-                if other != str(me):
-                    go(int(status), f"process {other} ({names[other]}) ended: {line}")
-            for name, value in client.key_value_dir_get("alignjax/alive/"):
-                i = name.rsplit("/", 1)[1]
-                if seen[i][0] != value:
-                    seen[i] = (value, time.monotonic())
-            if silent := [i for i, (_, when) in seen.items() if time.monotonic() - when > silence]:
-                go(RUN_AGAIN, gone(silent))
-            if aborts.ending.wait(BEAT):
-                return
+    def beat(number: int) -> None:
+        client.key_value_set(f"alignjax/alive/{me}", str(number), allow_overwrite=True)
+        for name, what in client.key_value_dir_get("alignjax/ended/"):
+            status, line = what.split(" ", 1)
+            other = name.rsplit("/", 1)[1]
+            if other != str(me):
+                go(int(status), f"process {other} ({names[other]}) ended: {line}")
+        for name, value in client.key_value_dir_get("alignjax/alive/"):
+            i = name.rsplit("/", 1)[1]
+            if seen[i][0] != value:
+                seen[i] = (value, time.monotonic())
+        if silent := [i for i, (_, when) in seen.items() if time.monotonic() - when > silence]:
+            go(RUN_AGAIN, gone(silent))
 
     def go(status: int, line: str) -> None:
         if hosts.leads:
@@ -287,16 +285,23 @@ def watch(hosts: Hosts, aborts: Aborts, silence: float) -> None:
 
     def forever() -> None:
         failures = 0
-        while failures < silence / BEAT and not aborts.ending.wait(BEAT if failures else 0):
-            with contextlib.suppress(jax.errors.JaxRuntimeError):
-                beat()
-            failures += 1  # as many: the service is gone, and the abort says so
+        for number in itertools.count():
+            try:
+                beat(number)
+                failures = 0
+            except jax.errors.JaxRuntimeError:
+                failures += 1
+            # So many failures: the service is gone, and the abort says so.
+            if failures > silence / BEAT or aborts.ending.wait(BEAT):
+                return
 
     def part() -> None:
         """At a tidy exit, all at one time. Python takes threads down where they stand, and one that stands in XLA
         aborts the process: this one is ended before."""
-        with contextlib.suppress(RunAgain):
-            hosts.meet("the exit")
+        try:
+            client.wait_at_barrier("alignjax/exit", 1000 * PARTING)
+        except jax.errors.JaxRuntimeError as error:
+            leave(RUN_AGAIN, f"{missing(str(error))} did not come to the end in {PARTING} s; {MEND}")
         aborts.ending.set()
         thread.join()
         aborts.withdraw()

@@ -164,6 +164,19 @@ def place(mesh: jax.sharding.Mesh, batch: Any, own: np.ndarray | None = None, si
     return jax.tree.map(one, batch)
 
 
+def held_by(tree: Any) -> int:
+    """Bytes of a tree of arrays, or shapes with their places, on one device. A leaf that stands in several places is
+    one array."""
+
+    def one(leaf: Any) -> int:
+        where = getattr(leaf, "sharding", None)
+        shape = where.shard_shape(leaf.shape) if where is not None else leaf.shape
+        size = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 4
+        return math.prod(shape) * size
+
+    return sum(map(one, {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()))
+
+
 def check_batch(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:

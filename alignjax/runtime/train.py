@@ -34,27 +34,30 @@ def init(params: Params, optimizer: optax.GradientTransformation, key: Key, aver
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key)
 
 
-@jax.tree_util.register_pytree_node_class
+@jax.tree_util.register_pytree_with_keys_class
 class Once:
     """A tree as an argument of a compiled function. A leaf that stands in it several times, as a base does under some
     adapters, is given once: the compiler cannot know that two arguments are one array, and finds room for both."""
 
     def __init__(self, tree: Any):
-        leaves, self.form = jax.tree.flatten(tree)
-        unique = {id(leaf): leaf for leaf in leaves}
-        place = {name: i for i, name in enumerate(unique)}
-        self.leaves, self.where = list(unique.values()), tuple(place[id(leaf)] for leaf in leaves)
+        found, self.form = jax.tree_util.tree_flatten_with_path(tree)
+        unique: dict[int, tuple[int, Any, str]] = {}  # the leaf's number, itself, and the first of its names
+        for path, leaf in found:
+            unique.setdefault(id(leaf), (len(unique), leaf, jax.tree_util.keystr(path, simple=True, separator=".")))
+        self.where = tuple(unique[id(leaf)][0] for _, leaf in found)
+        self.leaves, self.names = ([one[i] for one in unique.values()] for i in (1, 2))
 
     def tree(self) -> Any:
         return jax.tree.unflatten(self.form, [self.leaves[i] for i in self.where])
 
-    def tree_flatten(self) -> tuple[list[Any], Any]:
-        return self.leaves, (self.form, self.where)
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
+        keys = map(jax.tree_util.GetAttrKey, self.names)
+        return list(zip(keys, self.leaves, strict=True)), (self.form, self.where, tuple(self.names))
 
     @classmethod
     def tree_unflatten(cls, how: Any, leaves: Iterable[Any]) -> Once:
         self = object.__new__(cls)
-        self.leaves, (self.form, self.where) = list(leaves), how
+        self.leaves, (self.form, self.where, self.names) = list(leaves), how
         return self
 
 

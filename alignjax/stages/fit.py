@@ -91,7 +91,7 @@ class FitPreference:
         task, start = context.task, context.policy(self.start)
         built = self.build(task, start.model, start.tokenizer)
         rows = data.read_pairs(context.workdir / self.pairs / PAIR_DATA, "train")
-        encoded, dropped = encode_pairs(rows, start.tokenizer, task, max(self.buckets), self.response)
+        encoded, fit = encode_pairs(rows, start.tokenizer, task, max(self.buckets), self.response)
         plan = data.planned([len(row[0]) for row in encoded], self.buckets, self.loop.batch, context.seed)
 
         def make_batch(chosen: data.Plan) -> Pair:
@@ -108,7 +108,7 @@ class FitPreference:
         )  # fmt: skip
         context.save(start, params, trained.adapter)
         describe_form(context, self.form)
-        figures: dict[str, Any] = {"pairs": len(encoded), "too_long": dropped, **found}
+        figures: dict[str, Any] = {"pairs": len(fit), "too_long": len(rows) - len(fit), **found}
         if self.truth:
             figures["held_out"] = self.measure(context, start, built, trained.whole(params, trained.frozen))
         return figures
@@ -116,15 +116,18 @@ class FitPreference:
     def measure(
         self, context: Context, start: Network, built: preference.Preference, params: Params
     ) -> dict[str, float]:
-        """Accuracy and calibration on the pairs of ``truth``."""
-        split = "held_out" if self.truth == self.pairs else "train"
-        rows = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
+        """Accuracy and calibration on the pairs of ``truth``. As in training, none is longer than buckets and response
+        allow: the longest would decide what is compiled."""
+        task, split = context.task, "held_out" if self.truth == self.pairs else "train"
+        found = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
+        _, rows = encode_pairs(found, start.tokenizer, task, max(self.buckets), self.response)
         judge = judges.model_judge(
-            built.logit, params, start.tokenizer, context.task.format,
+            built.logit, params, start.tokenizer, task.format,
             batch=self.loop.batch, mesh=context.mesh,
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
-        return judges.calibration(p, np.array([row["p"] for row in rows]))
+        calibration = judges.calibration(p, np.array([row["p"] for row in rows]))
+        return {**calibration, "too_long": len(found) - len(rows)}
 
 
 def judging(
@@ -196,8 +199,8 @@ def describe_form(context: Context, form: Callable[..., preference.Preference]) 
 
 
 def encode_pairs(rows, tokenizer: Tokenizer, task: Task, longest_prompt: int, longest: int):
-    """Rows of text -> (prompt, first, second) ids and p; what is too long is dropped and counted."""
-    encoded = []
+    """Rows of text -> (prompt, first, second) ids and p of those that are not too long; and these rows."""
+    encoded, fit = [], []
     for row in rows:
         prompt = tokenizer.encode(row["prompt"])
         sides = [
@@ -205,6 +208,7 @@ def encode_pairs(rows, tokenizer: Tokenizer, task: Task, longest_prompt: int, lo
         ]
         if len(prompt) <= longest_prompt and max(map(len, sides)) <= longest:
             encoded.append((prompt, *sides, row["p"]))
+            fit.append(row)
     if not encoded:
         raise UserError(f"none of {len(rows)} pairs fits prompts of {longest_prompt} and responses of {longest} tokens")
-    return encoded, len(rows) - len(encoded)
+    return encoded, fit

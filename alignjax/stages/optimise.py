@@ -186,7 +186,7 @@ def translator(
     prompts: Sequence[str],
     stop: Stop,
     longest: int,
-) -> Callable[[TrainState, train.Once, Tokens], tuple[rollout.Drawn, rollout.Seen]]:
+) -> Callable[[TrainState, Any, Tokens], tuple[rollout.Drawn, rollout.Seen]]:
     """What run_loop does ``before`` an update where text lies between policy and preference model: answers are drawn,
     read as text, filtered as the task does, and written in the preference model's tokens. A reply that the filter
     refuses is empty, and one longer than ``longest`` tokens is cut there."""
@@ -207,8 +207,8 @@ def translator(
         ids = [encode_continuation(theirs, judges.reply_text(task.format, reply))[:longest] for reply in replies]
         return pad(ids, longest), np.array([bool(reply) for reply in replies])
 
-    def before(state: TrainState, frozen: train.Once, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
-        drawn = draw(state, frozen, prompt)
+    def before(state: TrainState, frozen: Any, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
+        drawn = draw(state, train.Once(frozen), prompt)
         shown = [known[tuple(row)] for row in rows_of(prompt)]
         (y, answered), (other, other_answered) = translated(drawn.y), translated(drawn.opponent)
         seen = rollout.Seen(pad(shown, room), y, other, (answered, other_answered))

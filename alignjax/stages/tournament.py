@@ -14,13 +14,12 @@ import numpy as np
 
 from alignjax import config, judges, tournament
 from alignjax.judges import Judge
-from alignjax.runtime import metrics
+from alignjax.runtime import metrics, sharding
 from alignjax.stages.experiment import POLICY, PREFERENCE, TABLES, Context, Program, ancestors
 from alignjax.stages.fit import judging
 from alignjax.stages.label import Writing
 from alignjax.stages.networks import Network
 from alignjax.stages.optimise import Optimise
-from alignjax.stages.start import size_of
 from alignjax.tasks.task import Task
 from alignjax.types import UserError, in_range
 
@@ -78,8 +77,8 @@ class Tournament:
         policies = {name: context.policy(stage) for name, stage in self.policies.items()}
         for name, policy in policies.items():
             yield from self.writing.programs(context, f"{name} writes", policy, beside=reference.params)
-        largest = max((policy.params for policy in policies.values()), key=size_of)
-        yield from self.writing.scoring(context, "the reference scores", reference, beside=largest)
+        most = max(policies.values(), key=lambda policy: sharding.held_by((policy.params, reference.params)))
+        yield from self.writing.scoring(context, "the reference scores", reference, beside=most.params)
         longest = max(self.writing.buckets), self.writing.max_new_tokens
         for name, source in self.model_judges().items():
             judge, built = context.preference(source)
@@ -123,13 +122,14 @@ class Tournament:
     def write(self, context: Context, prompts: Sequence[str]) -> Iterator[tuple[str, dict[str, list]]]:
         """Each policy's replies, kept in a file of its own, so that a resumed run does not write them again."""
         reference = context.policy(self.reference)
+        kept = set(context.loaded)  # it, and what it lies over
         with metrics.progress(len(self.policies), 0, context.name, "policy") as bar:
             for name, stage in self.policies.items():
                 path = context.folder / f"replies-{name}.json"
                 if not context.hosts.first(path.exists):
                     drawn = self.replies(context, context.policy(stage), reference, name, prompts)
-                    if stage != self.reference:
-                        context.loaded.pop(stage, None)  # one policy at a time, beside the reference
+                    for other in context.loaded.keys() - kept:
+                        del context.loaded[other]  # one policy at a time, beside the reference
                     metrics.write_json(path, dict(zip(COLUMNS, map(list, drawn), strict=True)))
                 bar.update()
                 context.hosts.meet(f"the replies of {name}")

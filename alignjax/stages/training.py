@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -184,7 +185,7 @@ def run_loop(
     plan: Callable[[int], data.Plan],
     make_batch: Callable[[data.Plan], Batch],
     frozen: Any = None,
-    before: Callable[[TrainState, train.Once, Batch], Batch] | None = None,
+    before: Callable[[TrainState, Any, Batch], Batch] | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains from ``params``, whose memory it takes over, or from the newest save of an interrupted run; returns the
     last parameters, or with ``loop.best`` the best, and figures that say of which step. What ``before`` makes of a
@@ -196,11 +197,13 @@ def run_loop(
     loop, mesh, hosts = learning.loop, context.mesh, context.hosts
     loop.check(context)
     first, compiled, _ = learning.compiled(params, context.key, mesh)
-    frozen = train.Once(frozen)
+    once = train.Once(frozen)
 
-    def update(state: TrainState, frozen: train.Once, batch: Batch) -> tuple[TrainState, Metrics]:
-        return compiled(state, frozen, before(state, frozen, batch) if before else batch)
+    def update(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, Metrics]:
+        return compiled(state, once, before(state, frozen, batch) if before else batch)
 
+    kept = set(map(id, once.leaves))
+    params = jax.tree.map(lambda x: jnp.array(x) if id(x) in kept else x, params)  # trained, and frozen too
     saver = Checkpointer(context.folder / "checkpoints", loop.keep)
     latest = hosts.first(saver.latest)  # one answer: a listing may be older on another host
     state = saver.restore(first(params, context.key), latest)
