@@ -111,7 +111,7 @@ def nash_md_update(params, other_params):
     return run
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2)])
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])  # 4 parts of 2 heads of keys and values
 def test_the_mesh_changes_no_number(nash_md_update, sizes):
     want, told = nash_md_update((1, 1, 1))
     got, also = nash_md_update(sizes)
