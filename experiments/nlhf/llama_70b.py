@@ -5,6 +5,7 @@
     ... --set family=llama2           # Llama 2 instead of 3
     ... --set adapters=False          # every parameter of policy and preference model is trained, not adapters (LoRA)
     ... --set preference=8b           # the preference model is made from the small model, whole
+    ... --set mesh.tensor=16          # on a v5e, whose chips have no room for an eighth of the weights
     alignjax plan experiments/nlhf/llama_70b.py --topology v5p:4x4x4    # needs no checkpoint and no data
 
 To fetch, with a network: meta-llama/Meta-Llama-3-70B-Instruct (or Llama-2-70b-chat-hf) and Meta-Llama-3-8B-Instruct;
