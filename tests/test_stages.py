@@ -84,6 +84,9 @@ def test_pairs_too_long_to_train_on_are_not_measured_either(experiment, monkeypa
     found = stage.measure(context, SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split)),
                           SimpleNamespace(logit=None), {})  # fmt: skip
     assert asked[0][0] == [rows[0]["prompt"], rows[3]["prompt"]] and found["n"] == 2 and found["too_long"] == 2
+    rows = rows[1:3]
+    with pytest.raises(UserError, match="none of 2 pairs fits prompts of 4 and responses of 4 tokens; raise buckets"):
+        stage.measured(context, SimpleNamespace(encode=str.split))
 
 
 def test_a_stage_of_ones_own_needs_no_check_and_is_trusted(experiment):

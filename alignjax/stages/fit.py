@@ -101,6 +101,8 @@ class FitPreference:
                 np.asarray(p, np.float32),
             )  # fmt: skip
 
+        if self.truth:
+            self.measured(context, start.tokenizer)  # refused now, not after the training
         trained = trainable(start, self.lora, context.key, built)
         start = context.released(start)
         params, found = run_loop(
@@ -116,18 +118,23 @@ class FitPreference:
     def measure(
         self, context: Context, start: Network, built: preference.Preference, params: Params
     ) -> dict[str, float]:
-        """Accuracy and calibration on the pairs of ``truth``. As in training, none is longer than buckets and response
-        allow: the longest would decide what is compiled."""
-        task, split = context.task, "held_out" if self.truth == self.pairs else "train"
-        found = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
-        _, rows = encode_pairs(found, start.tokenizer, task, max(self.buckets), self.response)
+        """Accuracy and calibration on the pairs of ``truth``."""
+        rows, too_long = self.measured(context, start.tokenizer)
         judge = judges.model_judge(
-            built.logit, params, start.tokenizer, task.format,
+            built.logit, params, start.tokenizer, context.task.format,
             batch=self.loop.batch, mesh=context.mesh,
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
         calibration = judges.calibration(p, np.array([row["p"] for row in rows]))
-        return {**calibration, "too_long": len(found) - len(rows)}
+        return {**calibration, "too_long": too_long}
+
+    def measured(self, context: Context, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], int]:
+        """The pairs of ``truth``, and how many are left out because they are longer than buckets and response allow in
+        training: the longest would decide what is compiled. Raises UserError when none is left."""
+        split = "held_out" if self.truth == self.pairs else "train"
+        found = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
+        _, rows = encode_pairs(found, tokenizer, context.task, max(self.buckets), self.response)
+        return rows, len(found) - len(rows)
 
 
 def judging(
@@ -210,5 +217,6 @@ def encode_pairs(rows, tokenizer: Tokenizer, task: Task, longest_prompt: int, lo
             encoded.append((prompt, *sides, row["p"]))
             fit.append(row)
     if not encoded:
-        raise UserError(f"none of {len(rows)} pairs fits prompts of {longest_prompt} and responses of {longest} tokens")
+        raise UserError(f"none of {len(rows)} pairs fits prompts of {longest_prompt} and responses of {longest} "
+                        "tokens; raise buckets or response")  # fmt: skip
     return encoded, fit
