@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from alignjax.types import Array, Key, LogProb, Metrics, Pair, Params, PreferenceLogit, Rollout, UserError
+from alignjax.errors import UserError
+from alignjax.types import Array, Key, LogProb, Metrics, Pair, Params, PreferenceLogit, Rollout
 
 
 def sequence_sum(per_token: Array, mask: Array) -> Array:

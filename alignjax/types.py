@@ -3,40 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-
-
-class UserError(ValueError):
-    """Something the user can mend. The message is one line that names the thing and the mend."""
-
-
-RUN_AGAIN = 75  # exit status: "try again" (sysexits.h)
-
-
-class RunAgain(Exception):
-    """The run ended early through no fault of its input: the same command goes on where it was. One line says why."""
-
-
-def in_range(node: Any, low: float, high: float, *names: str) -> None:
-    """Raises UserError when one of the node's fields, or a part of a tuple, is no finite number in [low, high]."""
-
-    def fits(part: Any) -> bool:
-        return isinstance(part, numbers.Real) and math.isfinite(part) and low <= float(part) <= high
-
-    for name in names:
-        value = getattr(node, name)
-        if value == () or not all(map(fits, value if isinstance(value, tuple) else (value,))):
-            end = ")" if math.isinf(high) else "]"
-            raise UserError(f"{type(node).__name__}.{name}={value!r} must be in [{low:g}, {high:g}{end}")
-
-
-TINY = 1e-12  # the least of what must be positive
 
 Params = dict[str, Any]
 """Nested dict of arrays."""

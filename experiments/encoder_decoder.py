@@ -11,11 +11,11 @@ adapters (LoRA) over the one frozen base, which is their reference and their mix
 from dataclasses import replace
 from pathlib import Path
 
-from alignjax.config import load_module
+from alignjax.errors import UserError
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
-from alignjax.stages import Experiment, Loop
-from alignjax.types import UserError
+from alignjax.pipeline.config import load_module
+from alignjax.pipeline.stages import Experiment, Loop
 
 quickstart = load_module(Path(__file__).with_name("quickstart.py"))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax import lax
 
-from alignjax.config import load_module
 from alignjax.objectives import reward_to_go, sequence_sum
-from alignjax.stages import Experiment
+from alignjax.pipeline.config import load_module
+from alignjax.pipeline.stages import Experiment
 
 quickstart = load_module(Path(__file__).with_name("quickstart.py"))
 

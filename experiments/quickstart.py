@@ -10,9 +10,22 @@ Bradley-Terry model of another ten-percent-wrong annotator's labels, which no po
 from dataclasses import replace
 from functools import partial
 
-from alignjax import labeling, objectives, preference, rollout
-from alignjax.models.transformer import TransformerConfig
-from alignjax.stages import Adam, Experiment, FitPreference, Label, Loop, Optimise, Pretrain, Tournament, Writing
+from alignjax import objectives
+from alignjax.labeling import methods as labeling
+from alignjax.models.decoder import TransformerConfig
+from alignjax.pipeline.stages import (
+    Adam,
+    Experiment,
+    FitPreference,
+    Label,
+    Loop,
+    Optimise,
+    Pretrain,
+    Tournament,
+    Writing,
+)
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
 from alignjax.tasks import sandbox
 
 ONE_TURN, TWO_TURNS = 24, 80  # prompt lengths in tokens

@@ -15,9 +15,10 @@ them.
 
 from functools import partial
 
-from alignjax import labeling, objectives, rollout
-from alignjax.models.transformer import TransformerConfig
-from alignjax.stages import (
+from alignjax import objectives
+from alignjax.labeling import methods as labeling
+from alignjax.models.decoder import TransformerConfig
+from alignjax.pipeline.stages import (
     Adam,
     Experiment,
     FitPreference,
@@ -29,6 +30,7 @@ from alignjax.stages import (
     Tournament,
     Writing,
 )
+from alignjax.sampling import samplers as rollout
 from alignjax.tasks import stories
 
 NEW_TOKENS = 60

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.models.transformer import TransformerConfig, transformer
+from alignjax.models.decoder import TransformerConfig, transformer
 from alignjax.types import Tokens
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from alignjax import stages
-from alignjax.runtime import data, sharding
-from alignjax.runtime.metrics import MetricsWriter, read_metrics
-from alignjax.stages import Adam, Best, Loop
-from alignjax.stages.training import Learning, run_loop
-from alignjax.types import RunAgain, UserError
+from alignjax.distributed import sharding
+from alignjax.errors import RunAgain, UserError
+from alignjax.pipeline import stages
+from alignjax.pipeline.stages import Adam, Best, Loop
+from alignjax.training import data
+from alignjax.training.loop import Learning, run_loop
+from alignjax.training.metrics import MetricsWriter, read_metrics
 
 STEPS = 14
 

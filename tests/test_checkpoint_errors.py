@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from alignjax.commands import main
-from alignjax.models import huggingface, weights
-from alignjax.models.transformer import transformer
-from alignjax.runtime import sharding
-from alignjax.types import UserError
+from alignjax.checkpoints import huggingface, weights
+from alignjax.cli import main
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.models.decoder import transformer
 from tests.conftest import TINY
 from tests.test_huggingface import TEXTS, written
 
@@ -27,7 +27,7 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 NORM = "model.norm.weight"
 PROGRESS = r"\w+: +\d+%\||\w+: [\d.]+ s;"
 EXPERIMENT = """
-from alignjax.stages import Experiment, Pretrained
+from alignjax.pipeline.stages import Experiment, Pretrained
 
 def get_config(checkpoint: str):
     return Experiment(task=None, stages={"base": Pretrained(checkpoint)})

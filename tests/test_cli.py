@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from alignjax.commands import main
-from alignjax.models import huggingface
-from alignjax.models.transformer import transformer
-from alignjax.types import UserError
+from alignjax.checkpoints import huggingface
+from alignjax.cli import main
+from alignjax.errors import UserError
+from alignjax.models.decoder import transformer
 from tests.conftest import TINY
 from tests.test_checkpoint_errors import edit
 
@@ -106,7 +106,7 @@ def test_missing_files_and_workdirs(capfd, tmp_path, monkeypatch):
 
 
 STAGE = (
-    "from alignjax.stages import Experiment, Pretrained\n"
+    "from alignjax.pipeline.stages import Experiment, Pretrained\n"
     "def get_config():\n    return Experiment(task=None, stages={stages})\n"
 )
 
@@ -180,8 +180,8 @@ def test_a_project_to_report_to_without_its_library_is_told_before_anything_runs
 
 OWN = """
 import dataclasses
-from alignjax import stages
-from alignjax.config import load_module
+from alignjax.pipeline import stages
+from alignjax.pipeline.config import load_module
 
 quickstart = load_module({quickstart!r}).get_config(small=True)
 
@@ -281,8 +281,8 @@ def test_redo_makes_a_changed_stage_again(moment, tmp_path):
 
 WORKER = """
 import dataclasses
-from alignjax.stages import Experiment
-from alignjax.types import UserError
+from alignjax.pipeline.stages import Experiment
+from alignjax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Worker:

@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import pytest
 
-from alignjax import config, run
+from alignjax.errors import UserError
+from alignjax.pipeline import config, run
 from alignjax.tasks import sandbox
 from alignjax.tasks.task import oracle_from_score
-from alignjax.types import UserError
 
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 

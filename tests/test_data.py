@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from alignjax.runtime import data, metrics, sharding
-from alignjax.types import UserError
+from alignjax.distributed import sharding, storage
+from alignjax.errors import UserError
+from alignjax.training import data, metrics
 
 ROWS = [
     {"prompt": "Human: hé 水 😀\n\nAssistant:", "first": "", "second": "tab\tand 'quotes' \\", "p": 1.0},
@@ -188,7 +189,8 @@ def test_tensorflow_is_never_imported(tmp_path):
         from pathlib import Path
         import sys
         import numpy as np
-        from alignjax.runtime import data, metrics, sharding
+        from alignjax.training import data, metrics
+        from alignjax.distributed import sharding
         folder = Path({str(tmp_path)!r})
         row = dict(prompt="x", first="y", second="z", p=0.5)
         data.write_pairs(folder / "pairs", dict(train=[row]), dict(n=1))
@@ -239,7 +241,7 @@ def test_a_file_cut_at_any_byte_reads_as_its_whole_lines(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
     path = tmp_path / "stage.json"
-    metrics.write_json(path, {"seed": 1, "text": "é水"})
+    storage.write_json(path, {"seed": 1, "text": "é水"})
     assert json.loads(path.read_text()) == {"seed": 1, "text": "é水"}
     assert [p.name for p in tmp_path.iterdir()] == ["stage.json"]
 
@@ -248,8 +250,8 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
-        metrics.write_atomic(path, "half")
+        storage.write_atomic(path, "half")
     assert json.loads(path.read_text()) == {"seed": 1, "text": "é水"}
     monkeypatch.undo()
-    metrics.write_atomic(path, "new")
+    storage.write_atomic(path, "new")
     assert path.read_text() == "new"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alignjax.decoding import Process, Sampling, geometric_mixture, keep, sample
-from alignjax.models.likelihood import log_prob
-from alignjax.models.transformer import transformer
+from alignjax.models.decoder import transformer
+from alignjax.models.log_probs import log_prob
+from alignjax.sampling.process import Process, Sampling, geometric_mixture, keep, sample
 from alignjax.types import Completion
 from tests.conftest import TINY, ragged
 

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from alignjax import labeling
-from alignjax.config import describe
-from alignjax.generation import Reply
-from alignjax.runtime.sharding import Mesh, make_mesh
-from alignjax.stages import Context, Experiment, Label, Tournament, Writing
-from alignjax.stages.tournament import mean_score
+from alignjax.distributed.sharding import Mesh, make_mesh
+from alignjax.errors import UserError
+from alignjax.labeling import methods as labeling
+from alignjax.pipeline.config import describe
+from alignjax.pipeline.stages import Context, Experiment, Label, Tournament, Writing
+from alignjax.pipeline.stages.tournament import mean_score
+from alignjax.sampling.generate import Reply
 from alignjax.tasks import dialogue
 from alignjax.tasks.dialogue import Dialogues
-from alignjax.tasks.files import read_rows
-from alignjax.types import UserError
+from alignjax.tasks.json_lines import read_rows
 
 DATA = Path(os.environ.get("ALIGNJAX_TEST_DATA", ""))
 HH = DATA / "hh_harmless_base_test.jsonl.gz"

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from alignjax import preference
-from alignjax.commands import main
-from alignjax.models import huggingface, lora, peft, weights
+from alignjax.checkpoints import huggingface, peft, weights
+from alignjax.cli import main
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.models import lora
 from alignjax.models.build import build
-from alignjax.models.likelihood import log_prob
+from alignjax.models.log_probs import log_prob
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
-from alignjax.runtime import sharding
-from alignjax.stages import networks
-from alignjax.stages.networks import Adapter
-from alignjax.types import UserError
+from alignjax.pipeline import networks
+from alignjax.pipeline.networks import Adapter
+from alignjax.preferences import models as preference
 from tests.conftest import TINY, ragged
 from tests.test_huggingface import TEXTS
 from tests.test_lora import drawn

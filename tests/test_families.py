@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from alignjax.decoding import Process, Sampling, sample
-from alignjax.models import huggingface, weights
+from alignjax.checkpoints import huggingface, weights
+from alignjax.checkpoints.families import FAMILIES
+from alignjax.errors import UserError
 from alignjax.models.build import build
-from alignjax.models.families import FAMILIES
+from alignjax.models.decoder import UNBOUNDED
 from alignjax.models.t5 import T5Config, encoder
 from alignjax.models.tokenizer import Tokenizer
-from alignjax.models.transformer import UNBOUNDED
-from alignjax.types import Tokens, UserError
+from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.types import Tokens
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())

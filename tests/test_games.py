@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import optimize
 
+from alignjax.errors import UserError
 from alignjax.games import game as games
 from alignjax.games import solve, zoo
-from alignjax.types import UserError
 
 MU = (0.6, 0.3, 0.1)
 

@@ -9,9 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from alignjax.runtime.hosts import Hosts, Launch, missing, resolved
-from alignjax.runtime.metrics import read_metrics
-from alignjax.types import RUN_AGAIN, UserError
+from alignjax.distributed.hosts import Hosts, Launch, missing, resolved
+from alignjax.errors import RUN_AGAIN, UserError
+from alignjax.training.metrics import read_metrics
 from tests.conftest import ROOT
 
 THREE = Launch("host:1234", 4, 3)
@@ -80,8 +80,8 @@ def free_port():
 
 PREPARATION = """if True:
     import sys, time
-    from alignjax.runtime import hosts
-    from alignjax.types import RunAgain, UserError
+    from alignjax.distributed import hosts
+    from alignjax.errors import RunAgain, UserError
     (me, count, port, wait), hosts.BEAT = map(int, sys.argv[1:5]), float(sys.argv[5])
     here = hosts.connect(hosts.Launch(f"127.0.0.1:{port}", count, me), wait, silence=8)
     print("up", flush=True)

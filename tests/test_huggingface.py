@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from alignjax.config import describe, leaves
-from alignjax.models import huggingface, weights
-from alignjax.models.tokenizer import (
-    decode_continuation,
-    encode_continuation,
-    pad,
-    single_token,
-)
-from alignjax.models.transformer import transformer
-from alignjax.stages import Pretrained
-from alignjax.types import UserError
+from alignjax.checkpoints import huggingface, weights
+from alignjax.errors import UserError
+from alignjax.models.decoder import transformer
+from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad, single_token
+from alignjax.pipeline.config import describe, leaves
+from alignjax.pipeline.stages import Pretrained
 from tests.conftest import TINY
 
 TEXTS = [

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
-from alignjax import labeling
-from alignjax.generation import Reply
+from alignjax.errors import UserError
+from alignjax.labeling import methods as labeling
+from alignjax.sampling.generate import Reply
 from alignjax.tasks import sandbox
-from alignjax.types import UserError
 
 TASK = sandbox.task()
 PLAIN = sandbox.prompts(sandbox.World(), "train", 60, seed=0)

@@ -10,13 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives, preference, rollout
-from alignjax.models import likelihood, lora
+from alignjax import objectives
+from alignjax.distributed import sharding
+from alignjax.models import log_probs as likelihood
+from alignjax.models import lora
 from alignjax.models.build import build
-from alignjax.models.likelihood import log_prob, token_log_probs
+from alignjax.models.log_probs import log_prob, token_log_probs
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
-from alignjax.runtime import sharding, train
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
+from alignjax.training import learn as train
 from tests.conftest import TINY, ragged
 
 T5 = T5Config(vocab_size=24, width=16, layers=1, decoder_layers=1, heads=4, head_dim=4, hidden=24)

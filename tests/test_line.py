@@ -9,14 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import labeling, objectives, preference, rollout, stages
+from alignjax import objectives
+from alignjax.distributed import sharding
+from alignjax.labeling import methods as labeling
+from alignjax.models.decoder import TransformerConfig
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
-from alignjax.models.transformer import TransformerConfig
-from alignjax.run import run
-from alignjax.runtime import sharding
-from alignjax.runtime.metrics import read_metrics
-from alignjax.stages import (
+from alignjax.pipeline import stages
+from alignjax.pipeline.run import run
+from alignjax.pipeline.stages import (
     Adam,
     Experiment,
     FitPreference,
@@ -28,8 +29,11 @@ from alignjax.stages import (
     Writing,
     ZeroShot,
 )
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
 from alignjax.tasks import sandbox
 from alignjax.tasks.task import oracle_from_score
+from alignjax.training.metrics import read_metrics
 
 T5 = T5Config(vocab_size=512, width=16, layers=1, decoder_layers=1, heads=2, head_dim=8, hidden=24, end_token=2)
 DECODER = TransformerConfig(vocab_size=480, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, hidden=24)

@@ -10,14 +10,16 @@ import optax
 import pytest
 
 from alignjax import objectives
-from alignjax.decoding import Process, geometric_mixture
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
 from alignjax.models import lora
 from alignjax.models.build import build
-from alignjax.models.likelihood import log_prob
+from alignjax.models.log_probs import log_prob
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
-from alignjax.runtime import sharding, train
-from alignjax.types import Rollout, UserError
+from alignjax.sampling.process import Process, geometric_mixture
+from alignjax.training import learn as train
+from alignjax.types import Rollout
 from tests.conftest import TINY, ragged
 
 T5 = T5Config(vocab_size=24, width=16, layers=1, decoder_layers=2, heads=4, head_dim=4, hidden=24)

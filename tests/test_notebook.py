@@ -6,7 +6,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 
-from alignjax.config import describe, load, load_module
+from alignjax.pipeline.config import describe, load, load_module
 
 ROOT = Path(__file__).parents[1]
 GAMES = ROOT / "notebooks" / "games.ipynb"

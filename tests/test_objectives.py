@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives, rollout
-from alignjax.types import Completion, Pair, Prompt, Rollout, UserError
+from alignjax import objectives
+from alignjax.errors import UserError
+from alignjax.sampling import samplers as rollout
+from alignjax.types import Completion, Pair, Prompt, Rollout
 
 COMPLETIONS = np.array(list(itertools.product((0, 1), repeat=2)), np.int32)  # [4, 2]
 TAU = 0.3

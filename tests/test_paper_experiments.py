@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from alignjax import config, run
+from alignjax.distributed.sharding import Mesh, make_mesh
+from alignjax.errors import UserError
 from alignjax.models.build import build
-from alignjax.runtime.sharding import Mesh, make_mesh
-from alignjax.stages import Context, Label, order
-from alignjax.types import UserError
+from alignjax.pipeline import config, run
+from alignjax.pipeline.stages import Context, Label, order
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RLCD, TLDR, LLAMA = (EXPERIMENTS / f"{n}.py" for n in ("rlcd/harmless_7b", "nlhf/tldr_t5_xl", "nlhf/llama_70b"))

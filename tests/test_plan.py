@@ -11,16 +11,17 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import config, plan, stages
-from alignjax.commands import main
-from alignjax.decoding import Sampling
-from alignjax.generation import writer
-from alignjax.models.transformer import transformer
-from alignjax.runtime import cost, counting, hlo, sharding, topology
-from alignjax.stages.experiment import ids_of, shape
-from alignjax.stages.networks import gathering
-from alignjax.stages.start import layout
-from alignjax.types import UserError
+from alignjax.cli import main
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.models.decoder import transformer
+from alignjax.pipeline import config, stages
+from alignjax.pipeline.experiment import ids_of, shape
+from alignjax.pipeline.networks import gathering
+from alignjax.pipeline.stages.start import layout
+from alignjax.planning import cost, counting, hlo, plan, topology
+from alignjax.sampling.generate import writer
+from alignjax.sampling.process import Sampling
 from tests.conftest import ROOT, TINY, ragged
 
 FILE = str(ROOT / "experiments" / "quickstart.py")

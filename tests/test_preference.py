@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import preference
+from alignjax.preferences import models as preference
 from alignjax.types import Completion, Tokens
 from tests.conftest import ragged
 

@@ -14,8 +14,8 @@ import nbformat
 import numpy as np
 import pytest
 
-from alignjax.config import load
-from alignjax.runtime.metrics import read_metrics
+from alignjax.pipeline.config import load
+from alignjax.training.metrics import read_metrics
 from tests.test_hosts import free_port
 from tests.test_notebook import NOTEBOOK, own_cells
 
@@ -123,7 +123,7 @@ def parameters(folder):
     import jax
     from orbax.checkpoint import v1 as ocp
 
-    from alignjax.runtime.sharding import path_name
+    from alignjax.distributed.sharding import path_name
 
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whichever devices of whose processes saved it
     shapes = ocp.metadata(folder / "params").metadata
@@ -142,8 +142,8 @@ def same_bits(name, a, b):
 RUN_EACH = """if True:
     import sys
     from pathlib import Path
-    from alignjax import config, run
-    from alignjax.runtime.hosts import Launch, connect
+    from alignjax.pipeline import config, run
+    from alignjax.distributed.hosts import Launch, connect
     file, workdir, port, me, *sets = sys.argv[1:]
     hosts = connect(Launch(f"127.0.0.1:{port}", 2, int(me)))
     settings = dict(text.split("=", 1) for text in sets)

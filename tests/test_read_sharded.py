@@ -5,10 +5,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from alignjax.models import weights
+from alignjax.checkpoints import weights
+from alignjax.checkpoints.families import FAMILIES, entries
+from alignjax.distributed import sharding
 from alignjax.models.build import build
-from alignjax.models.families import FAMILIES, entries
-from alignjax.runtime import sharding
 from tests.conftest import TINY
 
 BIASED = dict(norm="layer", gated=False, kv_heads=4, biases=("q", "k", "v", "o", "up", "down"))

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax import sample as looking
-from alignjax.commands import main
-from alignjax.decoding import Process, Sampling, sample
-from alignjax.models import huggingface
+from alignjax.checkpoints import huggingface
+from alignjax.cli import main
+from alignjax.errors import UserError
 from alignjax.models.tokenizer import decode_continuation, pad
-from alignjax.types import UserError
+from alignjax.pipeline import preview as looking
+from alignjax.sampling.process import Process, Sampling, sample
 from tests.test_export import LLAMA, T5, TEXTS, build
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import integrate, stats
 
+from alignjax.errors import UserError
 from alignjax.tasks import sandbox
 from alignjax.tasks.sandbox import World
-from alignjax.types import UserError
 
 WORLD = World()
 ASKED = "Human: How can I fix my garden?\n\nAssistant:"

@@ -9,14 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives, preference, rollout
-from alignjax.decoding import Sampling
-from alignjax.generation import generator
-from alignjax.models.likelihood import log_prob
+from alignjax import objectives
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.models.decoder import transformer
+from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import Tokenizer, pad
-from alignjax.models.transformer import transformer
-from alignjax.runtime import data, sharding, train
-from alignjax.types import UserError
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
+from alignjax.sampling.generate import generator
+from alignjax.sampling.process import Sampling
+from alignjax.training import data
+from alignjax.training import learn as train
 from tests.conftest import TINY, compilations, ragged
 
 P = jax.sharding.PartitionSpec

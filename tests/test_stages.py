@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import rollout, stages
-from alignjax.config import load, load_module
-from alignjax.generation import bucketed
-from alignjax.models import huggingface
-from alignjax.runtime import sharding
-from alignjax.stages import fit
+from alignjax.checkpoints import huggingface
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.pipeline import stages
+from alignjax.pipeline.config import load, load_module
+from alignjax.pipeline.stages import fit_preference as fit
+from alignjax.sampling import samplers as rollout
+from alignjax.sampling.generate import bucketed
 from alignjax.tasks.task import Format
-from alignjax.types import UserError
 from tests.conftest import ragged
 
 FILE = Path(__file__).parents[1] / "experiments" / "quickstart.py"

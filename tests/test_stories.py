@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.decoding import Process, Sampling, sample
-from alignjax.models import huggingface, weights
-from alignjax.models.likelihood import log_prob
+from alignjax.checkpoints import huggingface, weights
+from alignjax.errors import UserError
+from alignjax.models.decoder import transformer
+from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad
-from alignjax.models.transformer import transformer
+from alignjax.sampling.process import Process, Sampling, sample
 from alignjax.tasks import stories
 from alignjax.tasks.task import oracle_from_score
-from alignjax.types import UserError
 from tests.conftest import ragged
 
 DATA = Path(os.environ.get("ALIGNJAX_TEST_DATA", ""))
@@ -105,7 +105,7 @@ def test_openings_are_distinct_shuffled_by_the_seed_and_never_shared_between_spl
 
 
 def test_a_changed_file_is_another_experiment(tmp_path):
-    from alignjax.config import describe
+    from alignjax.pipeline.config import describe
 
     path = openings(tmp_path, [{"prompt": "One.", "story": 3}])
     before = describe(stories.task(path))

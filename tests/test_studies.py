@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.commands import main
-from alignjax.config import load_module
-from alignjax.run import run
-from alignjax.types import UserError
+from alignjax.cli import main
+from alignjax.errors import UserError
+from alignjax.pipeline.config import load_module
+from alignjax.pipeline.run import run
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 THEORY, DIVERSITY = (EXPERIMENTS / "nlhf" / f"{name}.py" for name in ("theory", "diversity"))

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from alignjax import labeling
-from alignjax.config import describe, override
-from alignjax.runtime import data
-from alignjax.runtime.sharding import Mesh, make_mesh
-from alignjax.stages import Context, Experiment, GivenPairs
+from alignjax.distributed.sharding import Mesh, make_mesh
+from alignjax.errors import UserError
+from alignjax.labeling import methods as labeling
+from alignjax.pipeline.config import describe, override
+from alignjax.pipeline.stages import Context, Experiment, GivenPairs
 from alignjax.tasks import dialogue, summary
-from alignjax.types import UserError
+from alignjax.training import data
 
 DATA = Path(os.environ.get("ALIGNJAX_TEST_DATA", ""))
 needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="ALIGNJAX_TEST_DATA names no folder")

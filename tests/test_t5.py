@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import preference
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
 from alignjax.models import t5
 from alignjax.models.build import build, from_json, to_json
-from alignjax.models.likelihood import log_prob
+from alignjax.models.log_probs import log_prob
 from alignjax.models.t5 import T5Config
-from alignjax.runtime import sharding
-from alignjax.types import Tokens, UserError
+from alignjax.preferences import models as preference
+from alignjax.types import Tokens
 from tests.conftest import ragged
 
 CONFIG = T5Config(vocab_size=24, width=16, layers=2, decoder_layers=3, heads=4, head_dim=4, hidden=24)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import decoding, objectives
+from alignjax import objectives
 from alignjax.games import game as games
 from alignjax.games import solve, text
-from alignjax.models.likelihood import log_prob
+from alignjax.models.log_probs import log_prob
+from alignjax.sampling import process as decoding
 from alignjax.types import Completion, Prompt, Rollout
 from tests.conftest import ragged
 from tests.test_games import float64

@@ -15,8 +15,8 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from alignjax.runtime import cost, counting, hlo, topology
-from alignjax.types import UserError
+from alignjax.errors import UserError
+from alignjax.planning import cost, counting, hlo, topology
 
 LIBTPU = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install libtpu")
 CHIP = topology.CHIPS["v5e"]
@@ -401,7 +401,7 @@ MEASURE = """
 import json, re
 from pathlib import Path
 import jax, jax.numpy as jnp, optax
-from alignjax.runtime import cost, topology
+from alignjax.planning import cost, topology
 
 def status(name):
     return 1024 * int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])

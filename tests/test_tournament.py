@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alignjax import judges, report
+from alignjax.distributed import sharding
+from alignjax.distributed.hosts import Hosts
+from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
-from alignjax.runtime import sharding
-from alignjax.runtime.hosts import Hosts
-from alignjax.stages import Tournament, Writing
-from alignjax.stages.tournament import read_replies
+from alignjax.pipeline.stages import Tournament, Writing
+from alignjax.pipeline.stages.tournament import read_replies
+from alignjax.preferences import judges
+from alignjax.preferences.tournament import clopper_pearson, win_rates
+from alignjax.reporting import report
 from alignjax.tasks.task import Format, oracle_from_score
-from alignjax.tournament import clopper_pearson, win_rates
-from alignjax.types import UserError
 
 WRITING = Writing(max_new_tokens=2, buckets=(8,), batch=2)
 PROMPTS = [f"x{i}" for i in range(24)]

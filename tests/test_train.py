@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax.runtime import train
-from alignjax.runtime.checkpoint import Checkpointer, restore_tree, save_tree, uninterrupted
-from alignjax.runtime.metrics import MetricsWriter, read_metrics
-from alignjax.types import UserError
+from alignjax.errors import UserError
+from alignjax.training import learn as train
+from alignjax.training.checkpointing import Checkpointer, restore_tree, save_tree, uninterrupted
+from alignjax.training.metrics import MetricsWriter, read_metrics
 
 OPTIMIZER = optax.adam(0.1)
 

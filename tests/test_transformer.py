@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.models.decoder import TransformerConfig, transformer
 from alignjax.models.layers import segment_positions
-from alignjax.models.likelihood import log_prob
-from alignjax.models.transformer import TransformerConfig, transformer
-from alignjax.runtime import sharding
-from alignjax.types import Tokens, UserError
+from alignjax.models.log_probs import log_prob
+from alignjax.types import Tokens
 from tests.conftest import TINY, ragged
 
 

@@ -10,10 +10,10 @@ import pytest
 import tokenizers
 import transformers
 
-from alignjax import preference, rollout
-from alignjax.decoding import Process, Sample, ends, sample
-from alignjax.models import huggingface
-from alignjax.models.likelihood import log_prob
+from alignjax.checkpoints import huggingface
+from alignjax.distributed import sharding
+from alignjax.errors import UserError
+from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import (
     as_chat,
     decode_continuation,
@@ -22,12 +22,14 @@ from alignjax.models.tokenizer import (
     pad,
     stop_sequences,
 )
-from alignjax.runtime import sharding
-from alignjax.stages import Trainable, stop_tokens, unseen_stops
-from alignjax.stages.optimise import shares_tokens, translator
+from alignjax.pipeline.stages import Trainable, stop_tokens, unseen_stops
+from alignjax.pipeline.stages.train_policy import shares_tokens, translator
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
+from alignjax.sampling.process import Process, Sample, ends, sample
 from alignjax.tasks import sandbox
 from alignjax.tasks.task import EOS, Format, dialogue_messages
-from alignjax.types import Completion, TrainState, UserError
+from alignjax.types import Completion, TrainState
 from tests.test_huggingface import TEXTS
 
 MARKER = "\n\nHuman:"

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.types import Array, UserError
+from alignjax.errors import UserError
+from alignjax.types import Array
 
 
 class Game(NamedTuple):

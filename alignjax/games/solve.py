@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import linalg, optimize
 
+from alignjax.errors import UserError
 from alignjax.games.game import TAYLOR, Game
-from alignjax.types import UserError
 
 
 class Solution(NamedTuple):

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from alignjax.models.decoder import TransformerConfig, transformer
 from alignjax.models.model import Model
 from alignjax.models.rope import RopeScaling
 from alignjax.models.t5 import T5Config, t5
-from alignjax.models.transformer import TransformerConfig, transformer
 
 ModelConfig = TransformerConfig | T5Config
 

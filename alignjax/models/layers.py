@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from alignjax.types import Array, UserError
+from alignjax.errors import UserError
+from alignjax.types import Array
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {

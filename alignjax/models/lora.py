@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.models.functional import LORA
-from alignjax.types import TINY, Key, Params, Rules, UserError, in_range
+from alignjax.types import Key, Params, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Lora:
     targets: tuple[str, ...] = ("q", "v")  # projections: q, k, v, o, gate, up, down; in a T5 decoder cross_q, ... too
 
     def __post_init__(self) -> None:
-        in_range(self, 1, math.inf, "rank")
-        in_range(self, TINY, math.inf, "alpha")
+        check_range(self, 1, math.inf, "rank")
+        check_range(self, POSITIVE, math.inf, "alpha")
         if not isinstance(self.rank, int) or not self.targets:
             raise UserError(f"{self} adapts nothing; give a whole rank and at least one target")
         object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))  # their order says nothing

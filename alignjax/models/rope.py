@@ -8,8 +8,9 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from alignjax.errors import POSITIVE, check_range
 from alignjax.models.layers import one_of
-from alignjax.types import TINY, Array, in_range
+from alignjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RopeScaling:
     original: int = 8192  # tokens of context the model was first trained on
 
     def __post_init__(self) -> None:
-        in_range(self, TINY, math.inf, "factor", "low_frequency", "high_frequency", "original")
+        check_range(self, POSITIVE, math.inf, "factor", "low_frequency", "high_frequency", "original")
         one_of(self, "kind", ("none", "linear", "llama3"))
 
 

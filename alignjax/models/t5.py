@@ -17,20 +17,13 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from alignjax.models.caches import Cache
+from alignjax.distributed.sharding import by_rows
+from alignjax.errors import POSITIVE, check_range
 from alignjax.models.functional import Functional, functional
-from alignjax.models.layers import (
-    ACTIVATIONS,
-    COMPUTE_DTYPES,
-    REMAT_POLICIES,
-    Linear,
-    Norm,
-    attend,
-    one_of,
-)
+from alignjax.models.kv_cache import Cache
+from alignjax.models.layers import ACTIVATIONS, COMPUTE_DTYPES, REMAT_POLICIES, Linear, Norm, attend, one_of
 from alignjax.models.model import Model, Start
-from alignjax.runtime.sharding import by_rows
-from alignjax.types import TINY, Array, Completion, Key, Params, Prompt, Rules, Tokens, in_range
+from alignjax.types import Array, Completion, Key, Params, Prompt, Rules, Tokens
 
 P = jax.sharding.PartitionSpec
 
@@ -60,11 +53,11 @@ class T5Config:
     family: str = "t5"  # or "mt5": whose file format an exported checkpoint has
 
     def __post_init__(self) -> None:
-        in_range(self, 1, math.inf, "vocab_size", "width", "layers", "decoder_layers", "heads", "head_dim", "hidden")
-        in_range(self, TINY, math.inf, "norm_eps")
-        in_range(self, 4, math.inf, "buckets")
-        in_range(self, self.buckets // 2, math.inf, "distance")
-        in_range(self, 0, self.vocab_size - 1, "start_token", "end_token")
+        check_range(self, 1, math.inf, "vocab_size", "width", "layers", "decoder_layers", "heads", "head_dim", "hidden")
+        check_range(self, POSITIVE, math.inf, "norm_eps")
+        check_range(self, 4, math.inf, "buckets")
+        check_range(self, self.buckets // 2, math.inf, "distance")
+        check_range(self, 0, self.vocab_size - 1, "start_token", "end_token")
         one_of(self, "remat", tuple(REMAT_POLICIES))
         one_of(self, "compute_dtype", COMPUTE_DTYPES)
         one_of(self, "activation", tuple(ACTIVATIONS))

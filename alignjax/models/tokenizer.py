@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.config import one_line
-from alignjax.types import Tokens, UserError
+from alignjax.errors import UserError, one_line
+from alignjax.types import Tokens
 
 ANCHORS = ("a", ".", "\n")
 

@@ -15,10 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from alignjax.labeling import ROLE, clean_reply, contrast_dialogue
-from alignjax.tasks.files import Compared, Row, content, read_rows, text_of
+from alignjax.errors import UserError, check_range
+from alignjax.tasks.json_lines import Compared, Row, content, read_rows, text_of
 from alignjax.tasks.task import Affixes, Format, Task, Template, dialogue_messages
-from alignjax.types import UserError, in_range
+from alignjax.tasks.turns import ROLE, clean_reply, contrast_dialogue
 
 MARKER = "Human:"
 SPLITS = ("train", "validation", "test")
@@ -60,7 +60,7 @@ class Dialogues:
     content: tuple[str, ...] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        in_range(self, 1, math.inf, "held_out")
+        check_range(self, 1, math.inf, "held_out")
         object.__setattr__(self, "content", (content(self.train), content(self.test)))
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:

@@ -19,9 +19,9 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from alignjax.labeling import clean_reply, contrast_dialogue
+from alignjax.errors import UserError, check_range
 from alignjax.tasks.task import Affixes, Format, Oracle, Task, Template, dialogue_messages, oracle_from_score
-from alignjax.types import UserError, in_range
+from alignjax.tasks.turns import clean_reply, contrast_dialogue
 
 NOUNS = (
     "garden", "bicycle", "kitchen", "roof", "cat", "neighbour", "exam", "guitar", "car", "speech",
@@ -102,8 +102,8 @@ class World:
     def __post_init__(self) -> None:
         if not (1 <= self.nouns <= len(NOUNS) and 1 <= self.verbs <= len(VERBS)):
             raise UserError(f"a World has 1 to {len(NOUNS)} nouns and 1 to {len(VERBS)} verbs")
-        in_range(self, 0, 20, "sharpness", "mean_gap")
-        in_range(self, 0, 1, "two_turns", "affixed", "rater", "rater_error")
+        check_range(self, 0, 20, "sharpness", "mean_gap")
+        check_range(self, 0, 1, "two_turns", "affixed", "rater", "rater_error")
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
         return prompts(self, split, count, seed)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from alignjax.errors import UserError
 from alignjax.tasks.task import EOS, Affixes, Format, Score, Task, Template, oracle_from_score
-from alignjax.types import UserError
 
 AFFIXES: dict[str, Affixes] = {
     "girl": (

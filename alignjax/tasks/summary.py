@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from alignjax.tasks.files import Compared, Row, content, read_rows, text_of
+from alignjax.errors import UserError
+from alignjax.tasks.json_lines import Compared, Row, content, read_rows, text_of
 from alignjax.tasks.task import EOS, Format, Task, Template
-from alignjax.types import UserError
 
 PLACE = "{post}"
 ENCODER_DECODER = f"summarize: {PLACE}"

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from alignjax.types import UserError
+from alignjax.errors import UserError
 
 
 class Template(NamedTuple):

@@ -72,9 +72,9 @@ def ours(folder: Path, dtype: str):
     """-> what reads the checkpoint and returns its bytes, everything imported and begun."""
     import jax
 
-    from alignjax.models import huggingface, weights
+    from alignjax.checkpoints import huggingface, weights
+    from alignjax.distributed import sharding
     from alignjax.models.build import build
-    from alignjax.runtime import sharding
 
     config = huggingface.read_config(folder)
     shapes, rules = weights.parameter_shapes(config), build(config).rules

@@ -12,9 +12,9 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
-from alignjax import report
 from alignjax.games import solve, zoo
-from alignjax.stages import Experiment, Finding, Study
+from alignjax.pipeline.stages import Experiment, Finding, Study
+from alignjax.reporting import report
 
 
 def sweep(points: int, tau: float) -> Finding:

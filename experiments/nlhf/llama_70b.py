@@ -22,11 +22,12 @@ their tokenizers differ.
 from dataclasses import replace
 from functools import partial
 
-from alignjax import objectives, rollout
+from alignjax import objectives
+from alignjax.distributed.sharding import Mesh
+from alignjax.errors import UserError
+from alignjax.models.decoder import TransformerConfig
 from alignjax.models.lora import Lora
-from alignjax.models.transformer import TransformerConfig
-from alignjax.runtime.sharding import Mesh
-from alignjax.stages import (
+from alignjax.pipeline.stages import (
     Adam,
     Experiment,
     FitPreference,
@@ -38,8 +39,8 @@ from alignjax.stages import (
     Writing,
     ZeroShot,
 )
+from alignjax.sampling import samplers as rollout
 from alignjax.tasks import summary
-from alignjax.types import UserError
 
 LLAMA_2_70B = TransformerConfig(  # 2307.09288
     vocab_size=32_000, width=8192, layers=80, heads=64, kv_heads=8, head_dim=128, hidden=28_672, context=4096,

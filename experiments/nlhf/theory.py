@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from alignjax import report
 from alignjax.games import dynamics, game, solve, text, zoo
 from alignjax.games.dynamics import Dynamic
 from alignjax.games.game import Game
-from alignjax.stages import Experiment, Finding, Study
+from alignjax.pipeline.stages import Experiment, Finding, Study
+from alignjax.reporting import report
 from alignjax.types import Prompt
 
 MU = (0.6, 0.3, 0.1)

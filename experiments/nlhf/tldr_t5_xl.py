@@ -27,10 +27,10 @@ judge, in the paper a larger language model, is Flan-T5-XXL, asked as it is in b
 from dataclasses import replace
 from functools import partial
 
-from alignjax import objectives, preference, rollout
+from alignjax import objectives
+from alignjax.distributed.sharding import Mesh
 from alignjax.models.t5 import T5Config
-from alignjax.runtime.sharding import Mesh
-from alignjax.stages import (
+from alignjax.pipeline.stages import (
     Adam,
     Experiment,
     FitPreference,
@@ -42,6 +42,8 @@ from alignjax.stages import (
     Writing,
     ZeroShot,
 )
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
 from alignjax.tasks import summary
 
 T5_LARGE = T5Config(  # T5 v1.1 (2002.05202; sizes of 1910.10683, gated)

@@ -30,11 +30,12 @@ people on held-out dialogues.
 from dataclasses import replace
 from functools import partial
 
-from alignjax import labeling, objectives, preference, rollout
-from alignjax.decoding import Sampling
-from alignjax.models.transformer import TransformerConfig
-from alignjax.runtime.sharding import Mesh
-from alignjax.stages import (
+from alignjax import objectives
+from alignjax.distributed.sharding import Mesh
+from alignjax.errors import UserError
+from alignjax.labeling import methods as labeling
+from alignjax.models.decoder import TransformerConfig
+from alignjax.pipeline.stages import (
     Adam,
     Experiment,
     FitPreference,
@@ -46,8 +47,10 @@ from alignjax.stages import (
     Tournament,
     Writing,
 )
+from alignjax.preferences import models as preference
+from alignjax.sampling import samplers as rollout
+from alignjax.sampling.process import Sampling
 from alignjax.tasks import dialogue
-from alignjax.types import UserError
 
 LLAMA_7B = TransformerConfig(  # 2302.13971, table 2
     vocab_size=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, hidden=11_008, norm_eps=1e-6,

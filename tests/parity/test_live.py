@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from alignjax.decoding import Process, Sampling, sample
-from alignjax.models import huggingface, weights
+from alignjax.checkpoints import huggingface, weights
 from alignjax.models.build import build
 from alignjax.models.t5 import T5Config, encoder
+from alignjax.sampling.process import Process, Sampling, sample
 from alignjax.types import Tokens
 from tests.parity import referee
 from tests.parity.cases import CASES, Case

@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 import torch
 
-from alignjax.models import lora, peft
+from alignjax.checkpoints import peft
+from alignjax.models import lora
 from alignjax.models.build import build
 from alignjax.models.lora import Lora
 from alignjax.types import Tokens

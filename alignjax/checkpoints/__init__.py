@@ -1,0 +1,1 @@
+"""File formats of checkpoints: Hugging Face and PEFT folders."""

@@ -1,0 +1,1 @@
+"""Preference pairs without human labels."""

@@ -1,0 +1,1 @@
+"""Losses: equations on arrays."""

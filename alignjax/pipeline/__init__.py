@@ -1,0 +1,1 @@
+"""Experiments: configuration, stages, and running them."""

@@ -1,0 +1,1 @@
+"""What a stage will need on machines that are not here."""

@@ -1,0 +1,1 @@
+"""Preference models, judges and tournaments."""

@@ -1,1 +1,0 @@
-"""The machinery. It knows no science: it is handed functions."""

@@ -1,0 +1,1 @@
+"""Processes, their mixtures, samplers, and text in, text out."""

@@ -1,0 +1,1 @@
+"""Collecting, learning and the loop around them."""
