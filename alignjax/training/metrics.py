@@ -41,7 +41,7 @@ class MetricsWriter:
         self.wandb = start_wandb(project, folder) if project else None
         self.here.mkdir(parents=True, exist_ok=True)
         path = self.here / "metrics.jsonl"
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
+        storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.file = path.open("a", encoding="utf-8")
         self.board = tensorboardX.SummaryWriter(str(self.here / "tensorboard"), purge_step=resume_step)
 
