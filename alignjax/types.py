@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,5 +77,18 @@ PreferenceLogit = Callable[[Params, Prompt, Completion, Completion], Array]
 """-> [B] logit of P(first > second | prompt), odd under exchange of the two responses."""
 Step = Callable[[Any, Array], tuple[Any, Array]]
 """(carry, token [B] int32) -> (carry, logits [B, V]): one step of a sequential process."""
+
+
+class Process(NamedTuple):
+    """A distribution over sequences: the next token has log-probs log_softmax(logits).
+
+    ``step(carry, token [B]) -> (carry, logits [B, V])`` appends a token to every row and returns the next logits.
+    """
+
+    step: Step
+    carry: Any
+    logits: Array  # [B, V]
+
+
 Rules = tuple[tuple[str, jax.sharding.PartitionSpec], ...]
 """(regular expression over a parameter's path, its PartitionSpec); the first match wins."""
