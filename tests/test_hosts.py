@@ -9,7 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from alignjax.distributed.hosts import Hosts, Launch, missing, resolved
+from alignjax.distributed.hosts import Hosts, Launch, resolve_launch
+from alignjax.distributed.watchdog import missing_processes
 from alignjax.errors import RUN_AGAIN, UserError
 from alignjax.training.metrics import read_metrics
 from tests.conftest import ROOT
@@ -41,7 +42,7 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
     ],
 )
 def test_processes_are_told_by_flags_or_found_in_the_environment(launch, environment, expected):
-    assert resolved(launch, environment) == expected
+    assert resolve_launch(launch, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -56,20 +57,20 @@ def test_processes_are_told_by_flags_or_found_in_the_environment(launch, environ
 )
 def test_what_is_half_said_is_refused(launch, environment, words):
     with pytest.raises(UserError, match=words):
-        resolved(launch, environment)
+        resolve_launch(launch, environment)
 
 
 def test_one_process_agrees_with_itself():
     hosts = Hosts()
-    assert hosts.leads and hosts.first(lambda: {"a": 1}) == {"a": 1}
-    hosts.meet("nowhere")
-    hosts.end(2, "goes on")
+    assert hosts.is_first and hosts.broadcast(lambda: {"a": 1}) == {"a": 1}
+    hosts.barrier("nowhere")
+    hosts.end_all(2, "nothing happens")
 
 
 def test_a_barriers_message_is_read_for_the_missing():
     said = "DEADLINE_EXCEEDED: ... Some timed out task names:\n3\n11\n\n\nRPC: /Barrier"
-    assert missing(said) == "processes 3, 11"
-    assert missing("something else") == "some process"
+    assert missing_processes(said) == "processes 3, 11"
+    assert missing_processes("something else") == "some process"
 
 
 def free_port():
@@ -80,9 +81,9 @@ def free_port():
 
 PREPARATION = """if True:
     import sys, time
-    from alignjax.distributed import hosts
+    from alignjax.distributed import hosts, watchdog
     from alignjax.errors import RunAgain, UserError
-    (me, count, port, wait), hosts.BEAT = map(int, sys.argv[1:5]), float(sys.argv[5])
+    (me, count, port, wait), watchdog.HEARTBEAT = map(int, sys.argv[1:5]), float(sys.argv[5])
     here = hosts.connect(hosts.Launch(f"127.0.0.1:{port}", count, me), wait, silence=8)
     print("up", flush=True)
 """
@@ -119,12 +120,12 @@ def test_the_first_decides_for_all_and_its_refusal_is_everyones(start):
     def only_the_first():
         assert me == 0
         return [me, "x" * 1000]
-    assert here.first(only_the_first) == [0, "x" * 1000]
+    assert here.broadcast(only_the_first) == [0, "x" * 1000]
     try:
-        here.first(refuse)
+        here.broadcast(refuse)
     except UserError as error:
         print(error)
-    here.meet("the end")
+    here.barrier("the end")
     """
     for process in start(program):
         assert ended(process)[:2] == (0, "up\nno; mend it\n")
@@ -133,12 +134,12 @@ def test_the_first_decides_for_all_and_its_refusal_is_everyones(start):
 def test_who_does_not_come_to_a_meeting_is_named(start):
     program = """
     import dataclasses
-    here = dataclasses.replace(here, patience=3.0)
+    here = dataclasses.replace(here, timeout=3.0)
     if me == 0:
         try:
-            here.meet("the end of the stage")
+            here.barrier("the end of the stage")
         except RunAgain as error:
-            here.end(75, str(error))
+            here.end_all(75, str(error))
     time.sleep(60)
     """
     first, second = start(program)
@@ -152,7 +153,7 @@ def test_who_does_not_come_to_a_meeting_is_named(start):
 def test_an_error_in_one_process_ends_the_others_with_its_words(start):
     program = """
     if me == 1:
-        here.end(2, "row 7 is bad; mend it")
+        here.end_all(2, "row 7 is bad; mend it")
     time.sleep(60)
     """
     first, second, third = start(program, processes=(0, 1, 2), count=3)
@@ -185,7 +186,7 @@ def test_of_three_the_others_name_the_killed_one_and_not_process_0(start):
 
 def test_who_does_not_come_to_the_end_is_named(start):
     early, late = start("""
-    hosts.PARTING = 3
+    watchdog.EXIT_WAIT = 3
     time.sleep(200 * (1 - me))
     """, processes=(1, 0))  # fmt: skip
     status, _, lines = ended(early, within=30)
@@ -210,7 +211,7 @@ def test_a_preemption_of_one_is_known_to_all_at_the_same_step(start):
             step += 1
             time.sleep(0.02)
     print("stopped at", step)
-    here.meet("the end")
+    here.barrier("the end")
     """
     processes = start(program)
     for process in processes:
