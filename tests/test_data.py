@@ -1,4 +1,4 @@
-"""Data and metrics: batches are pure functions of (seed, step); what is written survives a kill."""
+"""Data, metrics and storage: batches are pure functions of (seed, step); files that are written survive a kill."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ cases = pytest.mark.parametrize(("lengths", "buckets", "batch"), CASES)
 
 
 def epochs(plan, count, batch, number):
-    """The plans of each of the first epochs of count // batch batches."""
+    """Returns the plans of the first epochs, each of count // batch batches."""
     size = count // batch
     return [[plan(epoch * size + i) for i in range(size)] for epoch in range(number)]
 
@@ -68,7 +69,7 @@ def test_every_batch_is_whole_and_fits_its_bucket(lengths, buckets, batch):
 
 
 @cases
-def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(lengths, buckets, batch):
+def test_an_epoch_repeats_no_example_and_leaves_out_less_than_a_batch(lengths, buckets, batch):
     plan = data.plan_batches(lengths, buckets, batch, 1)
     orders = []
     for epoch in epochs(plan, len(lengths), batch, 4):
@@ -79,7 +80,7 @@ def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(length
 
 
 @cases
-def test_few_examples_are_padded_beyond_their_own_bucket(lengths, buckets, batch):
+def test_few_examples_move_to_a_larger_bucket(lengths, buckets, batch):
     for epoch in epochs(data.plan_batches(lengths, buckets, batch, 2), len(lengths), batch, 3):
         moved = Counter()
         for indices, length, _ in epoch:
@@ -88,7 +89,7 @@ def test_few_examples_are_padded_beyond_their_own_bucket(lengths, buckets, batch
 
 
 @cases
-def test_every_example_is_seen_over_the_epochs(lengths, buckets, batch):
+def test_the_epochs_together_contain_every_example(lengths, buckets, batch):
     plan = data.plan_batches(lengths, buckets, batch, 3)
     seen = Counter(i for epoch in epochs(plan, len(lengths), batch, 60) for p in epoch for i in p.indices)
     assert set(seen) == set(range(len(lengths)))
@@ -102,7 +103,7 @@ def test_examples_that_cannot_be_planned_are_refused():
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 23, 24])
-def test_batches_are_what_make_makes_from_any_start(start):
+def test_batches_are_those_of_their_steps_from_any_start(start):
     plan = data.plan_batches(lengths_of(50), (16, 64), 8, 4)
 
     def make(chosen):
@@ -158,7 +159,7 @@ def test_the_same_pairs_make_the_same_bytes_and_order(written, tmp_path):
     assert data.read_pairs(tmp_path, "train") == data.read_pairs(written, "train")
 
 
-def test_what_is_written_last_is_what_is_read(tmp_path):
+def test_a_second_write_replaces_the_first(tmp_path):
     for rows in (ROWS, ROWS[:2]):
         data.write_pairs(tmp_path, {"train": rows}, {"count": len(rows)})
         assert len(data.read_pairs(tmp_path, "train")) == len(rows)
@@ -183,7 +184,7 @@ def test_a_truncated_dataset_is_refused(tmp_path, cut):
 
 
 def test_tensorflow_is_never_imported(tmp_path):
-    """Not even where it is installed: a package of that name here ends whoever imports it."""
+    """A package of that name, which ends the process that imports it, stands for an installed TensorFlow."""
     (tmp_path / "tensorflow.py").write_text("import os\nprint('imported', flush=True)\nos._exit(3)\n")
     program = f"""if True:
         from pathlib import Path
@@ -200,11 +201,11 @@ def test_tensorflow_is_never_imported(tmp_path):
         assert [int(b[0]) for b in data.load_batches(plan, lambda p: p.indices, mesh, 2, 4)] == [2, 3]
         metrics.MetricsWriter(folder, 0).close()
         assert "tensorflow" not in sys.modules
-        print("never")
+        print("not imported")
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "never\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "not imported\n"), done.stderr
 
 
 def written_metrics(folder, steps, resume_step=0):
@@ -255,3 +256,11 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
     monkeypatch.undo()
     storage.write_atomic(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.parse_path("~/runs/a") == tmp_path / "runs" / "a"
+    assert storage.parse_path("runs/~a") == Path("runs/~a")
+    with pytest.raises(UserError, match="unknown user"):
+        storage.parse_path("~no-such-user-of-this-machine/a")
