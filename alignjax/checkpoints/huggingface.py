@@ -91,7 +91,7 @@ def write_folder(
     tensors, architecture = _exported_tensors(config, params)
     with new_folder(folder) as partial:
         write_tensors(partial, tensors, max_shard_bytes)
-        options = {"architectures": [architecture], "dtype": str(params["embed"]["embedding"].dtype)}
+        options: dict[str, Any] = {"architectures": [architecture], "dtype": str(params["embed"]["embedding"].dtype)}
         options |= {"num_labels": 1} if "reward" in params else {}
         _write_config(partial, config, options | dict(tokenizer.specials))
         tokenizer.save(partial)
