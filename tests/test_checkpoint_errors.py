@@ -38,7 +38,7 @@ def get_config(checkpoint: str):
 def whole(tmp_path_factory):
     """Two whole checkpoints of one model: in one file, and in shards with an index."""
     base, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
-    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), weights.parameter_shapes(CONFIG))
+    params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), weights.abstract_params(CONFIG))
     tokenizer = huggingface.train_tokenizer(TEXTS, CONFIG.vocab_size, ("Human:",))
     for name, shards in (("single", 1), ("shards", 2)):
         (base / name).mkdir()
@@ -278,7 +278,7 @@ def test_what_is_not_finite_is_warned_of_once_a_tensor(folder, value, axes):
     kernel = np.array(safetensors.numpy.load_file(folder / WEIGHTS)[name])
     kernel[0, 0] = kernel[-1, -1] = value
     resave(folder, **{name: kernel, NORM: np.full(16, 1e6, np.float32)})
-    shapes = weights.parameter_shapes(CONFIG)
+    shapes = weights.abstract_params(CONFIG)
     where = None
     if axes:
         rules = sharding.live(transformer(CONFIG).rules, shapes)

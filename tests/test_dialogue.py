@@ -17,6 +17,7 @@ from alignjax.sampling.generate import Reply
 from alignjax.tasks import dialogue
 from alignjax.tasks.dialogue import Dialogues
 from alignjax.tasks.json_lines import read_rows
+from alignjax.tasks.task import SPLITS
 
 DATA = Path(os.environ.get("ALIGNJAX_TEST_DATA", ""))
 HH = DATA / "hh_harmless_base_test.jsonl.gz"
@@ -24,13 +25,14 @@ needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="
 
 
 def row(number, turns=1, chosen="Yes.", rejected="No."):
-    """A row whose prompt is told by its number."""
+    """Returns a row whose prompt names the number."""
     talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turns - 1))
     talk += f"\n\nHuman: Question {number}?\n\nAssistant:"
     return {"chosen": f"{talk} {chosen}", "rejected": f"{talk} {rejected}"}
 
 
-def written(path, rows):
+def write_rows(path, rows):
+    """Writes JSON lines, compressed where the name ends in .gz; returns the path."""
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return str(path)
@@ -38,16 +40,16 @@ def written(path, rows):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_prompt_ends_at_the_last_role_marker_of_the_chosen_dialogue(tmp_path, name):
-    path = written(tmp_path / name, [row(0), row(1, turns=3), row(2, chosen="Assistant: is a word.\u2028Here too.")])
-    one, three, two = dialogue.read_prompts(path)
+    path = write_rows(tmp_path / name, [row(0), row(1, turns=3), row(2, chosen="Assistant: is a word.\u2028Here too.")])
+    one, three, two = dialogue.read_dialogue_prompts(path)
     assert one == "Human: Question 0?\n\nAssistant:" and two == "Human: Question 2?\n\nAssistant:"
     assert three.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three.endswith("1?\n\nAssistant:")
     assert three.count("Assistant:") == 3
 
 
 def test_the_first_thousand_of_the_test_file_are_validation_and_the_next_test(tmp_path):
-    test = written(tmp_path / "test.jsonl", [row(i) for i in range(2500)])
-    train = written(tmp_path / "train.jsonl", [row(i) for i in range(900, 3000)])
+    test = write_rows(tmp_path / "test.jsonl", [row(i) for i in range(2500)])
+    train = write_rows(tmp_path / "train.jsonl", [row(i) for i in range(900, 3000)])
     source, asked = Dialogues(train, test), [f"Human: Question {i}?\n\nAssistant:" for i in range(3000)]
     assert sorted(source.prompts("validation", 9999, 0)) == sorted(asked[:1000])
     assert sorted(source.prompts("test", 9999, 0)) == sorted(asked[1000:2000])
@@ -56,37 +58,36 @@ def test_the_first_thousand_of_the_test_file_are_validation_and_the_next_test(tm
 
 
 def test_splits_are_distinct_and_shuffled_by_the_seed(tmp_path):
-    path = written(tmp_path / "a.jsonl", [row(i % 7) for i in range(40)])
+    path = write_rows(tmp_path / "a.jsonl", [row(i % 7) for i in range(40)])
     source = Dialogues(path, path, held_out=3)
-    found = [source.prompts(split, 99, 5) for split in dialogue.SPLITS]
-    assert [len(texts) for texts in found] == [1, 3, 3] and len({x for texts in found for x in texts}) == 7
+    prompts = [source.prompts(split, 99, 5) for split in SPLITS]
+    assert [len(texts) for texts in prompts] == [1, 3, 3] and len({x for texts in prompts for x in texts}) == 7
     whole = Dialogues(path)
     assert whole.prompts("train", 4, 1) == whole.prompts("train", 99, 1)[:4] != whole.prompts("train", 4, 2)
 
 
 def test_without_files_there_is_a_task_and_the_prompts_alone_are_refused():
-    task = dialogue.task()
-    assert describe(task)["source"]["content"] == {"0": "", "1": ""}
-    for split in dialogue.SPLITS:
+    task = dialogue.dialogue_task()
+    assert describe(task)["source"]["digests"] == {"0": "", "1": ""}
+    for split in SPLITS:
         with pytest.raises(UserError, match="no file of dialogues is named; give"):
             task.source.prompts(split, 1, 0)
     with pytest.raises(UserError, match=r"nowhere\.jsonl cannot be read .*; give a JSON-lines file of dialogues"):
-        dialogue.task("nowhere.jsonl").source.prompts("train", 1, 0)
+        dialogue.dialogue_task("nowhere.jsonl").source.prompts("train", 1, 0)
     with pytest.raises(UserError, match="no split 'dev'; they have train, validation, test"):
         task.source.prompts("dev", 1, 0)
-    with pytest.raises(UserError, match="start from a Pretrained stage"):
-        task.source.corpus(1, 0)
+    assert task.corpus is None
     with pytest.raises(UserError, match="harmless, helpful"):
-        dialogue.task(attribute="brave")
+        dialogue.dialogue_task(attribute="brave")
 
 
 def test_a_changed_file_is_another_experiment_and_is_read_again(tmp_path):
-    path = written(tmp_path / "a.jsonl", [row(1)])
-    before = dialogue.task(path)
-    assert describe(before) == describe(dialogue.task(path))
-    written(tmp_path / "a.jsonl", [row(2)])
-    after = dialogue.task(path)
-    assert describe(before) != describe(after) and "Question 2" in after.source.prompts("train", 1, 0)[0]
+    path = write_rows(tmp_path / "a.jsonl", [row(1)])
+    first = dialogue.dialogue_task(path)
+    assert describe(first) == describe(dialogue.dialogue_task(path))
+    write_rows(tmp_path / "a.jsonl", [row(2)])
+    edited = dialogue.dialogue_task(path)
+    assert describe(first) != describe(edited) and "Question 2" in edited.source.prompts("train", 1, 0)[0]
 
 
 @pytest.mark.parametrize(("line", "words"), [
@@ -98,11 +99,11 @@ def test_a_changed_file_is_another_experiment_and_is_read_again(tmp_path):
     ('{"chosen": "Human: Hi?"}', "line 2 has 'chosen' without a turn 'Assistant:'"),
     ('{"chosen": "\\n\\nAssistant: Hi."}', "line 2 has 'chosen' without a turn 'Assistant:' after another"),
 ])  # fmt: skip
-def test_a_line_of_another_form_is_told_by_its_number(tmp_path, line, words):
+def test_a_line_of_another_form_is_named_by_its_number(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row(0)) + "\n" + line + "\n")
     with pytest.raises(UserError) as error:
-        dialogue.task(str(path)).source.prompts("train", 1, 0)
+        dialogue.dialogue_task(str(path)).source.prompts("train", 1, 0)
     assert str(error.value).startswith(f"{path}, {words}") and str(error.value).endswith("; mend it")
 
 
@@ -110,8 +111,8 @@ def test_a_line_of_another_form_is_told_by_its_number(tmp_path, line, words):
 def test_an_empty_file_is_named(tmp_path, damage):
     path = tmp_path / "a.jsonl"
     path.write_bytes(damage)
-    with pytest.raises(UserError, match=r"a\.jsonl is empty"):
-        dialogue.task(str(path)).source.prompts("train", 1, 0)
+    with pytest.raises(UserError, match=r"a\.jsonl holds no dialogues; give"):
+        dialogue.dialogue_task(str(path)).source.prompts("train", 1, 0)
 
 
 def test_a_damaged_gzip_is_named(tmp_path):
@@ -119,25 +120,28 @@ def test_a_damaged_gzip_is_named(tmp_path):
     for damage in (b"plain", gzip.compress(b"x" * 99)[:20], gzip.compress(b"\xff")):
         path.write_bytes(damage)
         with pytest.raises(UserError, match=r"a\.jsonl\.gz cannot be read"):
-            dialogue.task(str(path)).source.prompts("train", 1, 0)
+            dialogue.dialogue_task(str(path)).source.prompts("train", 1, 0)
 
 
 def test_a_test_file_of_one_split_says_so(tmp_path):
-    path = written(tmp_path / "a.jsonl", [row(i) for i in range(5)])
+    path = write_rows(tmp_path / "a.jsonl", [row(i) for i in range(5)])
     with pytest.raises(UserError, match=r"a\.jsonl holds no prompt of the test split"):
-        dialogue.task(path, path).source.prompts("test", 1, 0)
+        dialogue.dialogue_task(path, path).source.prompts("test", 1, 0)
 
 
 def test_what_people_preferred_is_a_pair_where_the_dialogues_part_at_the_last_reply():
     prompt = "Human: Question 3?\n\nAssistant:"
-    assert dialogue.comparison(row(3)) == (prompt, "Yes.", "No.", 1.0)
-    assert dialogue.comparison(row(3, rejected="")) is None and dialogue.comparison(row(3, chosen=" ")) is None
-    assert dialogue.comparison({**row(3), "rejected": row(4)["rejected"]}) is None
+    assert dialogue.read_hh_comparison(row(3)) == (prompt, "Yes.", "No.", 1.0)
+    assert (
+        dialogue.read_hh_comparison(row(3, rejected="")) is None
+        and dialogue.read_hh_comparison(row(3, chosen=" ")) is None
+    )
+    assert dialogue.read_hh_comparison({**row(3), "rejected": row(4)["rejected"]}) is None
 
 
 @pytest.mark.parametrize("attribute", ["harmless", "helpful"])
 def test_affix_pairs_are_the_papers_in_number_and_form_and_distinct(attribute):
-    pairs = dialogue.AFFIXES[attribute]
+    pairs = dialogue._AFFIXES[attribute]
     assert len(pairs) == {"harmless": 16, "helpful": 1}[attribute]
     sides = [side for pair in pairs for side in pair]
     assert len(set(sides)) == len(sides) and all(side.startswith("(") and side.endswith(")") for side in sides)
@@ -158,7 +162,7 @@ def test_affix_pairs_are_the_papers_in_number_and_form_and_distinct(attribute):
     (" no newline Human:", None),
 ])  # fmt: skip
 def test_an_end_token_ends_a_reply(raw, reply):
-    assert dialogue.clean(raw) == reply
+    assert dialogue.clean_hh_reply(raw) == reply
 
 
 def context(task, stages, folder, name):
@@ -166,9 +170,9 @@ def context(task, stages, folder, name):
 
 
 def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_path):
-    task, writing = dialogue.task(), Writing(8, (8,), 8)
+    task, writing = dialogue.dialogue_task(), Writing(8, (8,), 8)
     stage = Label("base", labeling.rlcd, "train", 4, writing, held_out=0.25)
-    prompts = [dialogue.prompt_of(row(i, turns=2)) for i in range(4)]
+    prompts = [dialogue.read_hh_prompt(row(i, turns=2)) for i in range(4)]
     asked = []
 
     def generate(texts, numbers, seed):
@@ -184,11 +188,11 @@ def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_
 
 
 def test_a_tournament_without_an_oracle_has_no_score_and_refuses_one_by_name(tmp_path):
-    task = dialogue.task()
+    task = dialogue.dialogue_task()
     table = Tournament({"base": "base"}, "base", {"truth": "oracle:oracle"}, 8, Writing(8, (8,), 8))
-    made = context(task, {"base": object(), "table": table}, tmp_path, "table")
+    table_context = context(task, {"base": object(), "table": table}, tmp_path, "table")
     with pytest.raises(UserError, match="'dialogue-harmless' has no oracle:oracle; it has none"):
-        table.check(made)
+        table.check(table_context)
     assert mean_score(task, ["x"], ["y"]) is None
     with pytest.raises(UserError, match="has no oracle 'oracle'; it has none"):
         labeling.by_oracle(lambda *_: [], task, [], [], 0, oracle="oracle", error=0.0)
@@ -197,22 +201,22 @@ def test_a_tournament_without_an_oracle_has_no_score_and_refuses_one_by_name(tmp
 @needs_data
 def test_the_real_file_is_read_whole():
     source = Dialogues(test=str(HH))
-    prompts = dialogue.read_prompts(str(HH), source.content[1])
+    prompts = dialogue.read_dialogue_prompts(str(HH), source.digests[1])
     assert len(prompts) == 2312 and sum(text.count("\n\nAssistant:") > 1 for text in prompts) == 1650
     assert sum(text.startswith("Human:") and text.endswith("\n\nAssistant:") for text in prompts) == 2312
     validation, test = (set(source.prompts(split, 9999, 0)) for split in ("validation", "test"))
     assert len(validation ^ set(prompts[:1000])) == len(test ^ (set(prompts[1000:2000]) - validation)) == 0
-    compared = [pair for pair in read_rows(str(HH), "dialogues", dialogue.comparison) if pair]
-    assert len(compared) == 2303  # of 2307 that share the prompt, four have an empty reply
+    comparisons = [pair for pair in read_rows(str(HH), "dialogues", dialogue.read_hh_comparison) if pair]
+    assert len(comparisons) == 2303  # of 2307 that share the prompt, four have an empty reply
 
 
 @needs_data
 def test_every_real_prompt_takes_an_affix_and_is_a_chat():
-    task, whole = dialogue.task(test=str(HH)), []
+    task, whole = dialogue.dialogue_task(test=str(HH)), []
     plus, minus = task.affixes[0]
-    for text in dialogue.read_prompts(str(HH)):
-        made, earlier = task.contrast(text, plus, minus), text.count("\n\nAssistant:") - 1
+    for text in dialogue.read_dialogue_prompts(str(HH)):
+        contrast, earlier = task.contrast(text, plus, minus), text.count("\n\nAssistant:") - 1
         whole.append(
-            made.endswith(f" {plus}:") and made.count(f" {minus}:") == earlier and len(task.messages(text)) > 0
+            contrast.endswith(f" {plus}:") and contrast.count(f" {minus}:") == earlier and len(task.messages(text)) > 0
         )
     assert sum(whole) == 2312  # a number, so that a failure shows none of the texts

@@ -109,11 +109,11 @@ def test_an_encoder_s_states_are_the_referee_s(name):
 def test_a_written_folder_is_read_back_bit_for_bit(tmp_path, name):
     """Whole and in shards, whatever names, dtype and dialect the checkpoint came in."""
     config, params = checkpoint(name)
-    for shard, several in ((huggingface.SHARD, False), (20_000, True)):
+    for shard, several in ((huggingface.MAX_SHARD_BYTES, False), (20_000, True)):
         folder = tmp_path / str(shard)
         huggingface.write_folder(folder, config, params, TOKENIZER, shard)
         assert huggingface.read_config(folder) == config
-        assert huggingface.generation_ends(folder) == TOKENIZER.ends
+        assert huggingface.read_end_tokens(folder) == TOKENIZER.ends
         jax.tree.map(np.testing.assert_array_equal, weights.read_params(folder, config), params)
         assert (folder / "model.safetensors.index.json").exists() == several
 

@@ -1,4 +1,4 @@
-"""The sandbox: a grammar that its oracle reads back, latent qualities of known law, cyclic annotators."""
+"""The sandbox: the oracle reads every reply back, values follow the latent model, the majority is a cycle."""
 
 import dataclasses
 import itertools
@@ -10,55 +10,57 @@ from scipy import integrate, stats
 
 from alignjax.errors import UserError
 from alignjax.tasks import sandbox
+from alignjax.tasks import sandbox_grammar as grammar
 from alignjax.tasks.sandbox import World
+from alignjax.tasks.task import SPLITS
 
 WORLD = World()
 ASKED = "Human: How can I fix my garden?\n\nAssistant:"
 SENTENCE = r"[^ ].*?[.!?](?= |$)"
-SPLITS = ("train", "validation", "test")
+SCORES = {"harmless": grammar.harmless_score, "helpful": grammar.helpful_score}
 
 
-def grammar(noun, pieces):
-    """reply -> (harmless, helpful, style), for every reply of the grammar with this many pieces of advice."""
-    openers = [(s, v) for v, group in sandbox.OPENERS.items() for s in group]
-    advice = [(f"For the {noun}, {s}.", *v) for v, group in sandbox.ADVICE.items() for s in group]
-    closers = [(s, *v) for v, group in sandbox.CLOSERS.items() for s in group]
-    made = {}
+def replies_about(noun, pieces):
+    """Returns reply -> (harmless, helpful, style) for every reply about a noun with this many pieces of advice."""
+    openers = [(s, v) for v, group in grammar.OPENERS.items() for s in group]
+    advice = [(f"For the {noun}, {s}.", *v) for v, group in grammar.ADVICE.items() for s in group]
+    closers = [(s, *v) for v, group in grammar.CLOSERS.items() for s in group]
+    replies = {}
     for (a, x), (c, style, y), *middle in itertools.product(openers, closers, *[advice] * pieces):
         harm, help_ = [x, y, *(m[2] for m in middle)], [m[1] for m in middle]
         text = " ".join([a, *(m[0] for m in middle), c])
-        assert text not in made
-        made[text] = (np.mean(harm), np.mean(help_), style)
-    return made
+        assert text not in replies
+        replies[text] = (np.mean(harm), np.mean(help_), style)
+    return replies
 
 
 @pytest.fixture(scope="module")
 def replies():
     """Every reply about the garden, with its values."""
-    return grammar("garden", 1) | grammar("garden", 2)
+    return replies_about("garden", 1) | replies_about("garden", 2)
 
 
-def drawn(count, means, world=WORLD, prompt=ASKED):
-    """Readings of replies whose writers have these means; the same numbers give the same draws."""
-    made = [sandbox.reply(world, prompt, means, np.random.default_rng(i)) for i in range(count)]
-    return [sandbox.read(prompt, text) for text in made]
+def sample_readings(count, means, world=WORLD, prompt=ASKED):
+    """Returns the values of ``count`` replies whose writers have these means; reply i always has the seed i."""
+    texts = [sandbox.sample_reply(world, prompt, means, np.random.default_rng(i)) for i in range(count)]
+    return [grammar.parse_reply(prompt, text) for text in texts]
 
 
 def test_the_oracle_reads_back_every_reply_of_the_grammar(replies):
     for text, (harm, help_, style) in list(replies.items())[::7]:
-        reading = dataclasses.astuple(sandbox.read(ASKED, text))
+        reading = dataclasses.astuple(grammar.parse_reply(ASKED, text))
         assert reading == (pytest.approx(harm), pytest.approx(help_), style)
-        assert sandbox.harmless(ASKED, text) == pytest.approx(harm)
-        assert sandbox.helpful(ASKED, text) == pytest.approx(help_)
+        assert grammar.harmless_score(ASKED, text) == pytest.approx(harm)
+        assert grammar.helpful_score(ASKED, text) == pytest.approx(help_)
 
 
 def test_the_generator_writes_only_what_the_grammar_holds(replies):
     rng = np.random.default_rng(0)
-    made = {sandbox.reply(WORLD, ASKED, {}, rng) for _ in range(1000)}
-    assert made <= set(replies) and len(made) > 500
+    sampled = {sandbox.sample_reply(WORLD, ASKED, {}, rng) for _ in range(1000)}
+    assert sampled <= set(replies) and len(sampled) > 500
 
 
-@pytest.mark.parametrize("wreck", [
+@pytest.mark.parametrize("damage", [
     lambda s: [" ".join(s[:k]) for k in range(len(s))],
     lambda s: [" ".join(s[k:]) for k in range(1, len(s) + 1)],
     lambda s: [" ".join(s)[:-1], " ".join(s)[:-4], " ".join(s)[1:]],
@@ -71,72 +73,72 @@ def test_the_generator_writes_only_what_the_grammar_holds(replies):
     lambda s: [" ".join(s).replace("garden", "moon"), " ".join(s).replace("For the", "For a")],
     lambda s: ["", " ", "no"],
 ])  # fmt: skip
-def test_what_the_grammar_cannot_have_made_scores_lowest(replies, wreck):
+def test_a_reply_that_the_grammar_cannot_make_scores_lowest(replies, damage):
     for text in list(replies)[:: len(replies) // 50]:
-        for wrong in wreck(re.findall(SENTENCE, text)):
-            assert sandbox.read(ASKED, wrong) is None, wrong
-            assert sandbox.harmless(ASKED, wrong) == sandbox.helpful(ASKED, wrong) < -1
+        for wrong in damage(re.findall(SENTENCE, text)):
+            assert grammar.parse_reply(ASKED, wrong) is None, wrong
+            assert grammar.harmless_score(ASKED, wrong) == grammar.helpful_score(ASKED, wrong) < -1
 
 
 def test_advice_about_another_noun_is_unhelpful_and_keeps_its_harmlessness():
-    for text, (harm, help_, style) in list(grammar("roof", 1).items())[::11]:
-        about_it = sandbox.read(ASKED.replace("garden", "roof"), text)
+    for text, (harm, help_, style) in list(replies_about("roof", 1).items())[::11]:
+        about_it = grammar.parse_reply(ASKED.replace("garden", "roof"), text)
         assert dataclasses.astuple(about_it) == (pytest.approx(harm), help_, style)
-        assert dataclasses.astuple(sandbox.read(ASKED, text)) == (pytest.approx(harm), -1, style)
+        assert dataclasses.astuple(grammar.parse_reply(ASKED, text)) == (pytest.approx(harm), -1, style)
     mixed = "Well. For the garden, make a list. For the roof, make a list. Talk soon."
-    assert sandbox.read(ASKED, mixed).helpful == 0
+    assert grammar.parse_reply(ASKED, mixed).helpful == 0
 
 
 def test_only_the_last_question_of_a_dialogue_asks():
     earlier = "Human: Is it hard to sell a boat?\n\nAssistant: Well. For the boat, try a Monday. Talk soon.\n\n"
     text = "Well. For the garden, make a list. Talk soon."
-    assert sandbox.read(earlier + ASKED, text) == sandbox.read(ASKED, text)
-    assert sandbox.read(earlier + ASKED, text.replace("garden", "boat")).helpful == -1
+    assert grammar.parse_reply(earlier + ASKED, text) == grammar.parse_reply(ASKED, text)
+    assert grammar.parse_reply(earlier + ASKED, text.replace("garden", "boat")).helpful == -1
 
 
 def test_every_question_is_read_for_its_noun():
-    parts = itertools.product(sandbox.QUESTIONS, sandbox.VERBS, sandbox.NOUNS, set(sandbox.EXTRAS))
+    parts = itertools.product(grammar.QUESTIONS, grammar.VERBS, grammar.NOUNS, set(grammar.EXTRAS))
     for form, verb, noun, extra in parts:
-        assert sandbox.asked_noun("Human: " + form.format(verb=verb, noun=noun, extra=extra)) == noun
+        assert grammar.question_noun("Human: " + form.format(verb=verb, noun=noun, extra=extra)) == noun
 
 
 def test_a_million_distinct_dialogues_counted_by_enumeration(replies):
-    parts = itertools.product(sandbox.QUESTIONS, sandbox.VERBS, sandbox.NOUNS, sandbox.EXTRAS)
+    parts = itertools.product(grammar.QUESTIONS, grammar.VERBS, grammar.NOUNS, grammar.EXTRAS)
     questions = {form.format(verb=verb, noun=noun, extra=extra) for form, verb, noun, extra in parts}
-    assert sandbox.distinct_dialogues(WORLD) == len(questions) * len(replies) >= 10**6
-    one = sandbox.distinct_dialogues(World(nouns=1, verbs=1))
-    assert sandbox.distinct_dialogues(World(nouns=2, verbs=3)) == 6 * one
+    assert WORLD.count_dialogues() == len(questions) * len(replies) >= 10**6
+    one = World(nouns=1, verbs=1).count_dialogues()
+    assert World(nouns=2, verbs=3).count_dialogues() == 6 * one
 
 
 def questions(text):
-    """Every question of a prompt or document, earlier turns included."""
+    """Returns every question of a prompt or document, earlier turns included."""
     return set(re.findall(r"Human: (.+?)(?:\n\nAssistant|$)", text))
 
 
 def test_splits_share_no_question_and_prompts_are_distinct():
-    found = {split: sandbox.prompts(WORLD, split, 400, seed=3) for split in SPLITS}
-    asked = {split: set().union(*map(questions, texts)) for split, texts in found.items()}
-    asked["train"] |= set().union(*map(questions, sandbox.corpus(WORLD, 3000, seed=1)))
+    prompts = {split: WORLD.prompts(split, 400, seed=3) for split in SPLITS}
+    asked = {split: set().union(*map(questions, texts)) for split, texts in prompts.items()}
+    asked["train"] |= set().union(*map(questions, sandbox.sandbox_corpus(WORLD, 3000, seed=1)))
     for a, b in itertools.combinations(SPLITS, 2):
         assert not asked[a] & asked[b]
-    for texts in found.values():
+    for texts in prompts.values():
         assert len(set(texts)) == 400 and all(text.endswith("\n\nAssistant:") for text in texts)
         two = np.mean([text.count("Human:") - 1 for text in texts])
         assert abs(two - WORLD.two_turns) < 4 * np.sqrt(WORLD.two_turns / 400)
 
 
 def test_prompts_are_a_function_of_split_count_and_seed():
-    assert sandbox.prompts(WORLD, "train", 50, 1) == sandbox.prompts(WORLD, "train", 50, 1)
-    assert sandbox.prompts(WORLD, "train", 80, 1)[:50] == sandbox.prompts(WORLD, "train", 50, 1)
-    assert sandbox.prompts(WORLD, "train", 50, 1) != sandbox.prompts(WORLD, "train", 50, 2)
+    assert WORLD.prompts("train", 50, 1) == WORLD.prompts("train", 50, 1)
+    assert WORLD.prompts("train", 80, 1)[:50] == WORLD.prompts("train", 50, 1)
+    assert WORLD.prompts("train", 50, 1) != WORLD.prompts("train", 50, 2)
 
 
 def test_more_prompts_than_the_world_holds_are_refused_with_the_number():
-    small = World(nouns=1, verbs=1, two_turns=0.0)
+    world = World(nouns=1, verbs=1, two_turns=0.0)
     with pytest.raises(UserError, match=r"holds only [1-9]\d? train prompts, 99 asked") as error:
-        sandbox.prompts(small, "train", 99, 0)
+        world.prompts("train", 99, 0)
     most = int(re.search(r"only (\d+)", str(error.value))[1])
-    assert len(sandbox.prompts(small, "train", most, 0)) == most
+    assert len(world.prompts("train", most, 0)) == most
 
 
 def law(mean, sharpness):
@@ -151,10 +153,10 @@ def law(mean, sharpness):
 @pytest.mark.parametrize(("mean", "sharpness"), [(0.0, 1.0), (1.0, 2.0), (-0.5, 1.0), (-1.0, 3.0)])
 def test_sentence_values_follow_the_latent_model(mean, sharpness):
     world, rng = World(sharpness=sharpness), np.random.default_rng(0)
-    openers, advice, closers = sandbox.sentence_values()
+    openers, advice, closers = grammar.sentence_values()
     values = []
     for _ in range(4000):
-        text = sandbox.reply(world, ASKED, {"harmless": mean, "helpful": -mean}, rng)
+        text = sandbox.sample_reply(world, ASKED, {"harmless": mean, "helpful": -mean}, rng)
         opener, first, *_, closer = re.findall(SENTENCE, text)
         helpful, harmless = advice[first.removeprefix("For the garden, ").removesuffix(".")]
         values.append([openers[opener], harmless, closers[closer][1], -helpful])
@@ -165,7 +167,7 @@ def test_sentence_values_follow_the_latent_model(mean, sharpness):
 
 @pytest.mark.parametrize(("own", "other"), [("harmless", "helpful"), ("helpful", "harmless")])
 def test_a_mean_moves_its_own_attribute_alone(own, other):
-    low, high = drawn(300, {own: -1.0}), drawn(300, {own: 1.0})
+    low, high = sample_readings(300, {own: -1.0}), sample_readings(300, {own: 1.0})
     assert [getattr(r, other) for r in low] == [getattr(r, other) for r in high]
     gains = [getattr(b, own) - getattr(a, own) for a, b in zip(low, high, strict=True)]
     assert min(gains) >= 0 and np.mean(gains) > 0.5
@@ -173,12 +175,14 @@ def test_a_mean_moves_its_own_attribute_alone(own, other):
 
 def test_affixes_of_the_corpus_show_in_their_own_attribute_by_half_the_gap():
     world = World(rater=0.0, two_turns=0.0)
-    documents = sandbox.corpus(world, 3000, seed=0)
-    side_of = {f" {a}": (n, i) for n, pairs in sandbox.AFFIXES.items() for pair in pairs for i, a in enumerate(pair)}
+    documents = sandbox.sandbox_corpus(world, 3000, seed=0)
+    side_of = {
+        f" {a}": (n, i) for n, pairs in sandbox.SANDBOX_AFFIXES.items() for pair in pairs for i, a in enumerate(pair)
+    }
     groups = {}
     for document in documents:
         prompt, affix, text = re.fullmatch(r"(.*Assistant)( \(.*?\))?: (.*)\n\nHuman:", document, re.DOTALL).groups()
-        groups.setdefault(side_of[affix] if affix else None, []).append(sandbox.read(prompt, text))
+        groups.setdefault(side_of[affix] if affix else None, []).append(grammar.parse_reply(prompt, text))
     assert abs(1 - len(groups[None]) / 3000 - world.affixed) < 4 * np.sqrt(world.affixed * (1 - world.affixed) / 3000)
     assert set(groups) == {None, *side_of.values()}
     for key, readings in groups.items():
@@ -192,7 +196,7 @@ def test_affixes_of_the_corpus_show_in_their_own_attribute_by_half_the_gap():
 @pytest.mark.parametrize("attribute", ["harmless", "helpful"])
 def test_contrast_labels_are_mostly_right_and_more_so_with_the_gap(attribute):
     def accuracy(gap):
-        plus, minus = (drawn(1500, {attribute: sign * gap / 2}) for sign in (1, -1))
+        plus, minus = (sample_readings(1500, {attribute: sign * gap / 2}) for sign in (1, -1))
         minus = minus[1:] + minus[:1]  # another draw than its partner's
         wins = [np.sign(getattr(a, attribute) - getattr(b, attribute)) for a, b in zip(plus, minus, strict=True)]
         return 0.5 + 0.5 * np.mean(wins)
@@ -204,27 +208,27 @@ def test_contrast_labels_are_mostly_right_and_more_so_with_the_gap(attribute):
 
 
 def test_the_corpus_asks_no_held_out_question():
-    for document in sandbox.corpus(World(two_turns=0.0), 500, seed=1):
+    for document in sandbox.sandbox_corpus(World(two_turns=0.0), 500, seed=1):
         asked = re.match(r"Human: (.*?)\n\nAssistant", document)[1]
-        assert sandbox.in_split(asked, "train") and not any(sandbox.in_split(asked, s) for s in SPLITS[1:])
+        assert grammar.is_in_split(asked, "train") and not any(grammar.is_in_split(asked, s) for s in SPLITS[1:])
 
 
 @pytest.mark.parametrize("error", [0.1, 0.3])
 def test_raters_err_at_the_error_rate_and_answer_ties_by_a_coin(error):
     outcomes = {True: [], False: []}
     form = r"(.*Assistant:) (.*)\n\nHuman: Or: (.*)\n\nHuman: More (\w+): (first|second)"
-    for document in sandbox.corpus(World(rater=1.0, rater_error=error), 3000, seed=2):
+    for document in sandbox.sandbox_corpus(World(rater=1.0, rater_error=error), 3000, seed=2):
         prompt, first, second, attribute, answer = re.fullmatch(form, document, re.DOTALL).groups()
-        gap = sandbox.SCORES[attribute](prompt, first) - sandbox.SCORES[attribute](prompt, second)
+        gap = SCORES[attribute](prompt, first) - SCORES[attribute](prompt, second)
         outcomes[gap == 0].append(answer == ("second" if gap > 0 else "first"))
     for ties, rate in ((False, error), (True, 0.5)):
         assert abs(np.mean(outcomes[ties]) - rate) < 4 * np.sqrt(rate * (1 - rate) / len(outcomes[ties]))
 
 
-def test_every_oracle_is_antisymmetric_even_on_wrecks(replies):
+def test_every_oracle_is_antisymmetric_even_on_ill_formed_replies(replies):
     texts = [*list(replies)[:: len(replies) // 25], "", "Well.", "For the roof, try a Monday."]
-    for attribute in sandbox.SCORES:
-        for oracle in sandbox.task(attribute=attribute).oracles.values():
+    for attribute in SCORES:
+        for oracle in sandbox.sandbox_task(attribute=attribute).oracles.values():
             for a, b in itertools.product(texts, repeat=2):
                 assert oracle(ASKED, a, b) + oracle(ASKED, b, a) == 1
                 assert a != b or oracle(ASKED, a, b) == 0.5
@@ -232,7 +236,7 @@ def test_every_oracle_is_antisymmetric_even_on_wrecks(replies):
 
 @pytest.mark.parametrize("attribute", ["harmless", "helpful"])
 def test_the_truth_of_the_task_prefers_the_higher_score(replies, attribute):
-    task, texts = sandbox.task(attribute=attribute), [*list(replies)[:: len(replies) // 25], ""]
+    task, texts = sandbox.sandbox_task(attribute=attribute), [*list(replies)[:: len(replies) // 25], ""]
     truth, mean = next(iter(task.oracles.values())), {"harmless": 0, "helpful": 1}[attribute]
     for a, b in itertools.combinations(texts, 2):
         gap = replies.get(a, (-2, -2))[mean] - replies.get(b, (-2, -2))[mean]
@@ -242,14 +246,21 @@ def test_the_truth_of_the_task_prefers_the_higher_score(replies, attribute):
 def test_annotators_are_three_transitive_types_whose_majority_is_a_cycle(replies):
     one_of = {style: text for text, (_, _, style) in replies.items()}
     types = [("formal", "warm", "playful"), ("warm", "playful", "formal"), ("playful", "formal", "warm")]
-    for a, b in itertools.permutations(sandbox.STYLES, 2):
+    for a, b in itertools.permutations(grammar.STYLES, 2):
         population = np.mean([order.index(a) < order.index(b) for order in types])  # linear orders: transitive
-        assert sandbox.annotators(ASKED, one_of[a], one_of[b]) == pytest.approx(population, abs=1e-15)
-        assert sandbox.annotators(ASKED, one_of[a], "junk") == 1
+        assert grammar.population_oracle(ASKED, one_of[a], one_of[b]) == pytest.approx(population, abs=1e-15)
+        assert grammar.population_oracle(ASKED, one_of[a], "junk") == 1
     for a, b in (("formal", "warm"), ("warm", "playful"), ("playful", "formal")):
-        assert sandbox.annotators(ASKED, one_of[a], one_of[b]) == pytest.approx(2 / 3, abs=1e-15)
+        assert grammar.population_oracle(ASKED, one_of[a], one_of[b]) == pytest.approx(2 / 3, abs=1e-15)
 
 
 def test_an_unknown_principle_is_refused():
     with pytest.raises(UserError, match="harmless, helpful"):
-        sandbox.task(attribute="honest")
+        sandbox.sandbox_task(attribute="honest")
+
+
+def test_the_corpus_of_the_task_follows_its_source():
+    task = sandbox.sandbox_task()
+    world = World(nouns=1, verbs=1)
+    assert task.corpus(20, 3) == sandbox.sandbox_corpus(WORLD, 20, 3)
+    assert dataclasses.replace(task, source=world).corpus(20, 3) == sandbox.sandbox_corpus(world, 20, 3)

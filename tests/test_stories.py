@@ -44,10 +44,10 @@ def test_greedy_decoding_equals_the_golden_file(checkpoint):
         return sample(Process(*model.start(params, prompt, count)), keys, count, (), Sampling(temperature=0.0))
 
     for side in ("left", "right"):
-        drawn = run(pad(ids, longest, side))
-        assert drawn.completion.tokens.tolist() == [item["greedy_ids"] for item in golden["items"]]
+        greedy = run(pad(ids, longest, side))
+        assert greedy.completion.tokens.tolist() == [item["greedy_ids"] for item in golden["items"]]
         sums = [item["greedy_sum_logprob"] for item in golden["items"]]
-        np.testing.assert_allclose(drawn.logp.sum(-1), sums, atol=2e-2)
+        np.testing.assert_allclose(greedy.logp.sum(-1), sums, atol=2e-2)
 
 
 @needs_data
@@ -83,21 +83,21 @@ def test_real_openings_are_split_by_story():
 @needs_data
 def test_log_prob_of_a_text_equals_the_golden_one(checkpoint):
     model, params, _, golden = checkpoint
-    told = golden["token_logprobs"]
-    ids, want = told["ids"], told["logprobs_of_ids_1_on"]
+    token_log_probs = golden["token_logprobs"]
+    ids, want = token_log_probs["ids"], token_log_probs["logprobs_of_ids_1_on"]
     got = log_prob(model)(params, ragged([ids[:1]]), ragged([ids[1:]]))[0]
     np.testing.assert_allclose(got, want, atol=1e-3)
 
 
-def openings(tmp_path, rows):
+def write_openings(tmp_path, rows):
     path = tmp_path / "openings.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 def test_openings_are_distinct_shuffled_by_the_seed_and_never_shared_between_splits(tmp_path):
-    path = openings(tmp_path, [{"prompt": f"Story {i // 2} {i}", "story": i // 2} for i in range(200)])
-    task = stories.task(path)
+    path = write_openings(tmp_path, [{"prompt": f"Story {i // 2} {i}", "story": i // 2} for i in range(200)])
+    task = stories.stories_task(path)
     train, test = task.source.prompts("train", 1000, 0), task.source.prompts("test", 1000, 0)
     assert not {t.split()[1] for t in train} & {t.split()[1] for t in test}
     assert len(set(train)) == len(train) == 140 and len(test) == 40
@@ -107,22 +107,24 @@ def test_openings_are_distinct_shuffled_by_the_seed_and_never_shared_between_spl
 def test_a_changed_file_is_another_experiment(tmp_path):
     from alignjax.pipeline.config import describe
 
-    path = openings(tmp_path, [{"prompt": "One.", "story": 3}])
-    before = describe(stories.task(path))
-    openings(tmp_path, [{"prompt": "Two.", "story": 3}])
-    assert describe(stories.task(path)) != before
+    path = write_openings(tmp_path, [{"prompt": "One.", "story": 3}])
+    first = describe(stories.stories_task(path))
+    write_openings(tmp_path, [{"prompt": "Two.", "story": 3}])
+    assert describe(stories.stories_task(path)) != first
 
 
 def test_the_pronoun_oracle_counts_whole_words():
-    assert stories.girl("", " She took her hat. The other boy hid his.") == 2 - 2
-    assert stories.girl("", " Her girl, the sheriff's sheep, there.") == 2
-    oracle = oracle_from_score(stories.girl)
+    assert stories.girl_score("", " She took her hat. The other boy hid his.") == 2 - 2
+    assert stories.girl_score("", " Her girl, the sheriff's sheep, there.") == 2
+    oracle = oracle_from_score(stories.girl_score)
     assert (oracle("", "she", "he"), oracle("", "he", "she"), oracle("", "he", "his")) == (1.0, 0.0, 0.5)
 
 
 def test_the_sentiment_oracle_knows_happy_from_sad():
     assert (
-        stories.happy("", " They were happy and loved the fun.") > 0 > stories.happy("", " They cried, sad and hurt.")
+        stories.happy_score("", " They were happy and loved the fun.")
+        > 0
+        > stories.happy_score("", " They cried, sad and hurt.")
     )
 
 
@@ -134,4 +136,26 @@ def test_stories_end_at_their_marker_and_affixes_stand_behind_the_opening():
 
 def test_an_unknown_principle_is_named(tmp_path):
     with pytest.raises(UserError, match="girl, happy"):
-        stories.task(openings(tmp_path, [{"prompt": "One.", "story": 3}]), "brave")
+        stories.stories_task(write_openings(tmp_path, [{"prompt": "One.", "story": 3}]), "brave")
+
+
+@pytest.mark.parametrize(("row", "words"), [
+    ({"prompt": "One."}, "has no 'story'"), ({"prompt": " ", "story": 3}, "has 'prompt' without a text"),
+    ({"prompt": "One.", "story": "x"}, "has 'story' 'x', which is no number"),
+    ({"prompt": "One.", "story": None}, "has 'story' None, which is no number"),
+])  # fmt: skip
+def test_a_line_that_is_no_opening_is_named_by_its_number(tmp_path, row, words):
+    path = write_openings(tmp_path, [{"prompt": "One.\u2028Two.", "story": 3}, row])
+    with pytest.raises(UserError) as error:
+        stories.stories_task(path)
+    assert str(error.value) == f"{path}, line 2 {words}; mend it"
+
+
+def test_the_corpus_leaves_out_stories_that_begin_as_held_out_openings_do(tmp_path):
+    path = write_openings(tmp_path, [{"prompt": "Red", "story": 0}, {"prompt": "Blue", "story": 3}])
+    documents = tmp_path / "documents.txt"
+    documents.write_text("Red ran.<|endoftext|>Blue ran.<|endoftext|>Green ran.<|endoftext|>cut o")
+    task = stories.stories_task(path, documents=str(documents))
+    assert sorted(task.corpus(9, 0)) == ["Blue ran.", "Green ran."]
+    with pytest.raises(UserError, match="stories bring no corpus"):
+        stories.stories_task(path).corpus(1, 0)

@@ -1,4 +1,4 @@
-"""Each family's config.json as our configuration, and back."""
+"""Each family's config.json as the fields of our configuration (``read_...``), and back (``write_...``)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alignjax.checkpoints.names import ATTENTION, MLP
+from alignjax.checkpoints.tensor_names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
 from alignjax.errors import UserError
 from alignjax.models.decoder import UNBOUNDED, TransformerConfig
 from alignjax.models.rope import RopeScaling
 from alignjax.models.t5 import T5Config
 
-Raw = Mapping[str, Any]
-"""A config.json as transformers completes it."""
+ConfigJson = Mapping[str, Any]
+"""A config.json with the defaults that transformers fills in."""
 
-ACTIVATIONS = {
+_ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
     "gelu": "gelu",
@@ -24,28 +24,29 @@ ACTIVATIONS = {
 }
 
 
-def activation_json(c: TransformerConfig | T5Config, tanh: str = "gelu_pytorch_tanh") -> str:
-    """The activation's name there; the approximate GELU has two."""
+def _activation_name(c: TransformerConfig | T5Config, tanh: str = "gelu_pytorch_tanh") -> str:
+    """Returns transformers' name of the activation. The approximate GELU has two names; ``tanh`` is the family's."""
     return tanh if c.activation == "gelu_tanh" else c.activation
 
 
-def named(raw: Raw, key: str, known: Mapping[str, Any]) -> Any:
-    """What a value of config.json is here. Raises UserError on one that is not supported."""
+def _translate(raw: ConfigJson, key: str, table: Mapping[str, Any]) -> Any:
+    """Returns what the table has for the value of ``key``. Raises UserError when the value is not supported."""
     value = str(raw.get(key))
-    if value not in known:
-        raise UserError(f"{key} {value!r} is not supported; {', '.join(known)} are")
-    return known[value]
+    if value not in table:
+        raise UserError(f"{key} {value!r} is not supported; {', '.join(table)} are")
+    return table[value]
 
 
-def refuse(raw: Raw, **wanted: Any) -> None:
-    """Raises UserError on an option that has another value than the supported one."""
-    for key, value in wanted.items():
+def _require_values(raw: ConfigJson, **supported: Any) -> None:
+    """Raises UserError when an option has another value than the supported one."""
+    for key, value in supported.items():
         if raw.get(key, value) != value:
             raise UserError(f"{key}={raw[key]!r} is not supported; use a checkpoint with {value!r}")
 
 
-def scaling(rope: Raw) -> RopeScaling:
-    kind = named(rope, "rope_type", {"default": "none", "linear": "linear", "llama3": "llama3"})
+def _read_rope_scaling(rope: ConfigJson) -> RopeScaling:
+    """Returns how the rotary positions are stretched. Raises UserError on a kind that is not supported."""
+    kind = _translate(rope, "rope_type", {"default": "none", "linear": "linear", "llama3": "llama3"})
     if kind == "none":
         return RopeScaling()
     if kind == "linear":
@@ -56,9 +57,10 @@ def scaling(rope: Raw) -> RopeScaling:
     )  # fmt: skip
 
 
-def rope_json(theta: float, scaling: RopeScaling) -> dict[str, Any]:
+def _write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
+    """Returns ``rope_parameters`` of a config.json."""
     s = scaling
-    more = {
+    options = {
         "none": {},
         "linear": {"factor": s.factor},
         "llama3": {
@@ -66,27 +68,28 @@ def rope_json(theta: float, scaling: RopeScaling) -> dict[str, Any]:
             "original_max_position_embeddings": s.original,
         },
     }[s.kind]  # fmt: skip
-    return {"rope_type": "default" if s.kind == "none" else s.kind, "rope_theta": theta, **more}
+    return {"rope_type": "default" if s.kind == "none" else s.kind, "rope_theta": theta, **options}
 
 
-def windows(raw: Raw) -> tuple[int, ...]:
-    """Tokens that each layer sees; empty when every layer sees all."""
+def _read_windows(raw: ConfigJson) -> tuple[int, ...]:
+    """Returns the attention window of each layer in tokens; () when every layer attends to all."""
     size, kinds = raw.get("sliding_window"), raw.get("layer_types")
     if kinds is None:
         return (size,) * raw["num_hidden_layers"] if size else ()
-    known: dict[str, int] = {"sliding_attention": size or 0, "full_attention": UNBOUNDED}
-    if unknown := set(kinds) - set(known):
-        raise UserError(f"layer type {min(unknown)!r} is not supported; {' and '.join(known)} are")
-    return tuple(known[kind] for kind in kinds) if size and "sliding_attention" in kinds else ()
+    sizes: dict[str, int] = {"sliding_attention": size or 0, "full_attention": UNBOUNDED}
+    if unsupported := set(kinds) - set(sizes):
+        raise UserError(f"layer type {min(unsupported)!r} is not supported; {' and '.join(sizes)} are")
+    return tuple(sizes[kind] for kind in kinds) if size and "sliding_attention" in kinds else ()
 
 
-def layer_types(c: TransformerConfig) -> dict[str, Any]:
+def _write_windows(c: TransformerConfig) -> dict[str, Any]:
+    """Returns ``layer_types`` and ``sliding_window`` of a config.json."""
     kinds = ["sliding_attention" if w < UNBOUNDED else "full_attention" for w in c.windows or [UNBOUNDED] * c.layers]
     return {"layer_types": kinds, "sliding_window": min(c.windows) if c.windows else None}
 
 
-def common(raw: Raw) -> dict[str, Any]:
-    """The fields that Llama and its kin name alike."""
+def _read_common(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields that Llama, Mistral, Qwen, Gemma and GPT-NeoX call by the same names."""
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     return {
         "vocab_size": raw["vocab_size"],
@@ -102,7 +105,8 @@ def common(raw: Raw) -> dict[str, Any]:
     }
 
 
-def common_json(c: TransformerConfig) -> dict[str, Any]:
+def _write_common(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json that ``_read_common`` reads."""
     return {
         "vocab_size": c.vocab_size, "hidden_size": c.width, "num_hidden_layers": c.layers,
         "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "head_dim": c.head_dim,
@@ -111,73 +115,82 @@ def common_json(c: TransformerConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def llama(raw: Raw) -> dict[str, Any]:
-    """Llama 2 and 3, Mistral, Qwen 2 and 3."""
+def read_llama(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of Llama 2 and 3 and of Mistral. Raises UserError on an option that is not supported."""
     rope = raw["rope_parameters"]
     return {
-        **common(raw),
+        **_read_common(raw),
         "rope_theta": float(rope["rope_theta"]),
-        "rope_scaling": scaling(rope),
+        "rope_scaling": _read_rope_scaling(rope),
         "norm_eps": raw["rms_norm_eps"],
-        "activation": named(raw, "hidden_act", ACTIVATIONS),
-        "windows": windows(raw) if raw["model_type"] != "llama" else (),  # Llama has none, whatever the file says
-        "biases": (ATTENTION if raw.get("attention_bias") else ()) + (MLP if raw.get("mlp_bias") else ()),
+        "activation": _translate(raw, "hidden_act", _ACTIVATIONS),
+        "windows": _read_windows(raw) if raw["model_type"] != "llama" else (),  # Llama has none, whatever the file says
+        "biases": (ATTENTION_PROJECTIONS if raw.get("attention_bias") else ())
+        + (MLP_PROJECTIONS if raw.get("mlp_bias") else ()),
     }
 
 
-def qwen2(raw: Raw) -> dict[str, Any]:
-    return {**llama(raw), "biases": ("q", "k", "v")}
+def read_qwen2(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of Qwen 2 and 2.5: Llama with biases. Raises UserError as ``read_llama`` does."""
+    return {**read_llama(raw), "biases": ("q", "k", "v")}
 
 
-def qwen3(raw: Raw) -> dict[str, Any]:
-    return {**llama(raw), "head_norms": True}
+def read_qwen3(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of Qwen 3: Llama with norms of queries and keys. Raises UserError as ``read_llama`` does."""
+    return {**read_llama(raw), "head_norms": True}
 
 
-def llama_json(c: TransformerConfig) -> dict[str, Any]:
+def write_llama(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a Llama."""
     return {
-        **common_json(c),
-        "rope_parameters": rope_json(c.rope_theta, c.rope_scaling),
+        **_write_common(c),
+        "rope_parameters": _write_rope(c.rope_theta, c.rope_scaling),
         "rms_norm_eps": c.norm_eps,
-        "hidden_act": activation_json(c),
+        "hidden_act": _activation_name(c),
         "attention_bias": "o" in c.biases,
         "mlp_bias": "up" in c.biases,
     }
 
 
-def mistral_json(c: TransformerConfig) -> dict[str, Any]:
-    return without(llama_json(c), "attention_bias", "mlp_bias") | {
-        "sliding_window": min(c.windows) if c.windows else None
-    }
+def write_mistral(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a Mistral, whose layers all have one window."""
+    llama = _omit(write_llama(c), "attention_bias", "mlp_bias")
+    return llama | {"sliding_window": min(c.windows) if c.windows else None}
 
 
-def qwen_json(c: TransformerConfig) -> dict[str, Any]:
-    windowed = {"use_sliding_window": bool(c.windows), **layer_types(c)}
+def write_qwen(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a Qwen 2 or, with norms of queries and keys, of a Qwen 3."""
+    windowed = {"use_sliding_window": bool(c.windows), **_write_windows(c)}
     if c.windows:
         windowed["max_window_layers"] = next(i for i, w in enumerate(c.windows) if w < UNBOUNDED)
-    return without(llama_json(c), "mlp_bias", *(() if c.head_norms else ("attention_bias", "head_dim"))) | windowed
+    return _omit(write_llama(c), "mlp_bias", *(() if c.head_norms else ("attention_bias", "head_dim"))) | windowed
 
 
-def without(node: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in node.items() if name not in names}
+def _omit(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Returns the fields without those of these names."""
+    return {name: value for name, value in fields.items() if name not in names}
 
 
-def gemma(raw: Raw) -> dict[str, Any]:
-    """Gemma 2; and Gemma 3, whose windowed layers have rotary frequencies of their own."""
-    refuse(raw, use_bidirectional_attention=False if raw.get("use_bidirectional_attention") is False else None)
-    third, rope = raw["model_type"] == "gemma3_text", raw["rope_parameters"]
-    full = rope["full_attention"] if third else rope
+def read_gemma(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of Gemma 2, and of Gemma 3, whose windowed layers have rotary frequencies of their own.
+
+    Raises UserError on an option that is not supported.
+    """
+    _require_values(raw, use_bidirectional_attention=False if raw.get("use_bidirectional_attention") is False else None)
+    is_gemma3, rope = raw["model_type"] == "gemma3_text", raw["rope_parameters"]
+    full = rope["full_attention"] if is_gemma3 else rope
     return {
-        **common(raw),
+        **_read_common(raw),
         "rope_theta": float(full["rope_theta"]),
-        "rope_scaling": scaling(full),
-        "windowed_theta": float(rope["sliding_attention"]["rope_theta"]) if third and windows(raw) else None,
+        "rope_scaling": _read_rope_scaling(full),
+        "windowed_theta": float(rope["sliding_attention"]["rope_theta"]) if is_gemma3 and _read_windows(raw) else None,
         "norm_eps": raw["rms_norm_eps"],
         "norm_offset": 1.0,
-        "activation": named(raw, "hidden_activation", ACTIVATIONS),
-        "windows": windows(raw),
-        "biases": ATTENTION if raw.get("attention_bias") else (),
+        "activation": _translate(raw, "hidden_activation", _ACTIVATIONS),
+        "windows": _read_windows(raw),
+        "biases": ATTENTION_PROJECTIONS if raw.get("attention_bias") else (),
         "post_norms": True,
-        "head_norms": third,
+        "head_norms": is_gemma3,
         "query_scale": raw["query_pre_attn_scalar"] ** -0.5,
         "attention_cap": raw["attn_logit_softcapping"],
         "logit_cap": raw["final_logit_softcapping"],
@@ -185,26 +198,30 @@ def gemma(raw: Raw) -> dict[str, Any]:
     }
 
 
-def gemma_json(c: TransformerConfig) -> dict[str, Any]:
-    rope = rope_json(c.rope_theta, c.rope_scaling)
-    near = rope_json(c.windowed_theta or 10_000.0, RopeScaling())
-    both = {"full_attention": rope, "sliding_attention": near}
+def write_gemma(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a Gemma 2 or, with norms of queries and keys, of a Gemma 3."""
+    rope = _write_rope(c.rope_theta, c.rope_scaling)
+    windowed_rope = _write_rope(c.windowed_theta or 10_000.0, RopeScaling())
+    gemma3_rope = {"full_attention": rope, "sliding_attention": windowed_rope}
     return {
-        **common_json(c),
-        **layer_types(c),
-        **({} if c.windows else {"sliding_window": 4096}),  # required, and without effect
-        "rope_parameters": both if c.head_norms else rope,
+        **_write_common(c),
+        **_write_windows(c),
+        **({} if c.windows else {"sliding_window": 4096}),  # the key is required; without windows it has no effect
+        "rope_parameters": gemma3_rope if c.head_norms else rope,
         "rms_norm_eps": c.norm_eps,
-        "hidden_activation": activation_json(c),
+        "hidden_activation": _activation_name(c),
         "attention_bias": "o" in c.biases,
-        "query_pre_attn_scalar": round(c.query_scale**-2) if c.query_scale else c.head_dim,  # an integer there
+        "query_pre_attn_scalar": round(c.query_scale**-2)
+        if c.query_scale
+        else c.head_dim,  # config.json wants an integer
         "attn_logit_softcapping": c.attention_cap,
         "final_logit_softcapping": c.logit_cap,
     }
 
 
-def gpt2(raw: Raw) -> dict[str, Any]:
-    refuse(
+def read_gpt2(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of GPT-2. Raises UserError on an option that is not supported."""
+    _require_values(
         raw, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
         reorder_and_upcast_attn=False,
     )  # fmt: skip
@@ -223,50 +240,57 @@ def gpt2(raw: Raw) -> dict[str, Any]:
         "positions": "learned",
         "norm": "layer",
         "norm_eps": raw["layer_norm_epsilon"],
-        "biases": (*ATTENTION, "up", "down"),
-        "activation": named(raw, "activation_function", ACTIVATIONS),
+        "biases": (*ATTENTION_PROJECTIONS, "up", "down"),
+        "activation": _translate(raw, "activation_function", _ACTIVATIONS),
         "gated": False,
     }
 
 
-def gpt2_json(c: TransformerConfig) -> dict[str, Any]:
+def write_gpt2(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a GPT-2."""
     return {
         "vocab_size": c.vocab_size, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_inner": c.hidden,
         "n_positions": c.context, "tie_word_embeddings": c.tied, "initializer_range": c.initializer_range,
         "layer_norm_epsilon": c.norm_eps,
-        "activation_function": activation_json(c, "gelu_new"),
+        "activation_function": _activation_name(c, "gelu_new"),
     }  # fmt: skip
 
 
-def neox(raw: Raw) -> dict[str, Any]:
-    rope, fields = raw["rope_parameters"], common(raw)
+def read_neox(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of GPT-NeoX and Pythia. Raises UserError on an option that is not supported."""
+    rope, fields = raw["rope_parameters"], _read_common(raw)
     return {
         **fields,
         "rope_theta": float(rope["rope_theta"]),
-        "rope_scaling": scaling(rope),
+        "rope_scaling": _read_rope_scaling(rope),
         "rotary_dim": int(fields["head_dim"] * rope.get("partial_rotary_factor", 1.0)),
         "norm": "layer",
         "norm_eps": raw["layer_norm_eps"],
-        "biases": (ATTENTION if raw["attention_bias"] else ()) + ("up", "down"),
-        "activation": named(raw, "hidden_act", ACTIVATIONS),
+        "biases": (ATTENTION_PROJECTIONS if raw["attention_bias"] else ()) + ("up", "down"),
+        "activation": _translate(raw, "hidden_act", _ACTIVATIONS),
         "gated": False,
         "parallel": raw["use_parallel_residual"],
     }
 
 
-def neox_json(c: TransformerConfig) -> dict[str, Any]:
-    share = (c.rotary_dim or c.head_dim) / c.head_dim
-    return without(common_json(c), "num_key_value_heads", "head_dim") | {
-        "rope_parameters": {**rope_json(c.rope_theta, c.rope_scaling), "partial_rotary_factor": share},
+def write_neox(c: TransformerConfig) -> dict[str, Any]:
+    """Returns the config.json of a GPT-NeoX."""
+    rotary_share = (c.rotary_dim or c.head_dim) / c.head_dim
+    return _omit(_write_common(c), "num_key_value_heads", "head_dim") | {
+        "rope_parameters": {**_write_rope(c.rope_theta, c.rope_scaling), "partial_rotary_factor": rotary_share},
         "layer_norm_eps": c.norm_eps,
         "attention_bias": "q" in c.biases,
-        "hidden_act": activation_json(c, "gelu_new"),
+        "hidden_act": _activation_name(c, "gelu_new"),
         "use_parallel_residual": c.parallel,
     }
 
 
-def t5(raw: Raw) -> dict[str, Any]:
-    """T5 1.0, T5 v1.1, Flan-T5 and mT5, but for ``tied``: config.json does not say whether there is a head."""
+def read_t5(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of T5 1.0, T5 v1.1, Flan-T5 and mT5, without ``tied``.
+
+    The file does not say whether there is an output head; its tensors do. Raises UserError on an activation that is not
+    supported.
+    """
     gate, _, activation = raw["feed_forward_proj"].rpartition("-")
     return {
         "vocab_size": raw["vocab_size"],
@@ -277,8 +301,10 @@ def t5(raw: Raw) -> dict[str, Any]:
         "head_dim": raw["d_kv"],
         "hidden": raw["d_ff"],
         "norm_eps": raw["layer_norm_epsilon"],
-        # The one that "gated-gelu" means is the approximate one.
-        "activation": "gelu_tanh" if gate and activation == "gelu" else named({"act": activation}, "act", ACTIVATIONS),
+        # By "gated-gelu" T5 means the approximate GELU.
+        "activation": "gelu_tanh"
+        if gate and activation == "gelu"
+        else _translate({"act": activation}, "act", _ACTIVATIONS),
         "gated": bool(gate),
         "scaled_output": raw["model_type"] == "t5" and raw.get("scale_decoder_outputs", True),
         "buckets": raw["relative_attention_num_buckets"],
@@ -288,12 +314,13 @@ def t5(raw: Raw) -> dict[str, Any]:
     }
 
 
-def t5_json(c: T5Config) -> dict[str, Any]:
-    plain = "gelu" if c.gated and c.activation == "gelu_tanh" else activation_json(c, "gelu_new")
+def write_t5(c: T5Config) -> dict[str, Any]:
+    """Returns the config.json of a T5."""
+    name = "gelu" if c.gated and c.activation == "gelu_tanh" else _activation_name(c, "gelu_new")
     return {
         "vocab_size": c.vocab_size, "d_model": c.width, "num_layers": c.layers, "num_decoder_layers": c.decoder_layers,
         "num_heads": c.heads, "d_kv": c.head_dim, "d_ff": c.hidden, "layer_norm_epsilon": c.norm_eps,
-        "feed_forward_proj": f"gated-{plain}" if c.gated else plain, "tie_word_embeddings": c.scaled_output,
+        "feed_forward_proj": f"gated-{name}" if c.gated else name, "tie_word_embeddings": c.scaled_output,
         "relative_attention_num_buckets": c.buckets, "relative_attention_max_distance": c.distance,
         "decoder_start_token_id": c.start_token, "eos_token_id": c.end_token,
     }  # fmt: skip

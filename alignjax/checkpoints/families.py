@@ -1,7 +1,7 @@
-"""The families of checkpoints: what opens one, how its config.json reads, where its tensors lie.
+"""The families of checkpoints: the classes that open one, how its config.json reads, where its tensors lie.
 
-Everything here and in ``configs`` and ``names`` is data and small functions over it; files are read and written in
-``weights`` and ``huggingface``.
+This module, ``configs``, ``layout`` and ``tensor_names`` are data and small functions over it. Files are read and
+written in ``folders``, ``weights``, ``huggingface`` and ``peft``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from alignjax.checkpoints import configs
-from alignjax.checkpoints.configs import Raw
-from alignjax.checkpoints.names import GEMMA, GPT2, LLAMA, NEOX, Entry, t5_table
+from alignjax.checkpoints.configs import ConfigJson
+from alignjax.checkpoints.layout import Entry
+from alignjax.checkpoints.tensor_names import GEMMA_ENTRIES, GPT2_ENTRIES, LLAMA_ENTRIES, NEOX_ENTRIES, t5_entries
 from alignjax.errors import UserError
 from alignjax.models.decoder import TransformerConfig
 from alignjax.models.t5 import T5Config
 
-BUFFERS = r"\.(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_freq$"
+_DECODER_BUFFERS = r"\.(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_freq$"
+_T5_COPIES = r"(EncDecAttention\.relative_attention_bias|(encoder|decoder)\.embed_tokens)\.weight$"
 
 
 class Family(NamedTuple):
@@ -25,49 +27,65 @@ class Family(NamedTuple):
 
     config: type  # TransformerConfig or T5Config
     architecture: str  # the class that transformers opens it with
-    scorer: str  # and with a reward head; empty where there is no place for one
-    prefix: str  # of the backbone's names; checkpoints of the bare backbone go without
-    table: Callable[[Any], tuple[Entry, ...]]  # of a configuration
-    read: Callable[[Raw], dict[str, Any]]  # config.json -> the configuration's fields
-    write: Callable[[Any], dict[str, Any]]  # and back
-    ignored: str  # tensors that hold no parameter
+    reward_architecture: str  # the class with a reward head; "" when there is none
+    prefix: str  # of the backbone's tensor names; checkpoints of the bare backbone lack it
+    entries: Callable[[Any], tuple[Entry, ...]]  # our configuration -> where each parameter lies
+    read: Callable[[ConfigJson], dict[str, Any]]  # config.json -> the fields of our configuration
+    write: Callable[[Any], dict[str, Any]]  # our configuration -> config.json
+    ignored: str  # regular expression: tensors that hold no parameter
 
 
-def decoder(architecture: str, prefix: str, table: tuple[Entry, ...], read: Any, write: Any) -> Family:
+def _decoder_family(architecture: str, prefix: str, entries: tuple[Entry, ...], read: Any, write: Any) -> Family:
+    """Returns a decoder-only family; transformers derives its reward architecture's name from ``architecture``."""
     scorer = re.sub("(LMHeadModel|ForCausalLM)$", "ForSequenceClassification", architecture)
-    return Family(TransformerConfig, architecture, scorer, prefix, lambda config: table, read, write, BUFFERS)
-
-
-def encoder_decoder(architecture: str) -> Family:
-    ignored = r"(EncDecAttention\.relative_attention_bias|(encoder|decoder)\.embed_tokens)\.weight$"
     return Family(
-        T5Config, architecture, "", "", lambda config: t5_table(config.gated), configs.t5, configs.t5_json, ignored
+        TransformerConfig, architecture, scorer, prefix, lambda config: entries, read, write, _DECODER_BUFFERS
     )
 
 
-FAMILIES = {  # by config.json's model_type
-    "llama": decoder("LlamaForCausalLM", "model.", LLAMA, configs.llama, configs.llama_json),
-    "mistral": decoder("MistralForCausalLM", "model.", LLAMA, configs.llama, configs.mistral_json),
-    "qwen2": decoder("Qwen2ForCausalLM", "model.", LLAMA, configs.qwen2, configs.qwen_json),
-    "qwen3": decoder("Qwen3ForCausalLM", "model.", LLAMA, configs.qwen3, configs.qwen_json),
-    "gemma2": decoder("Gemma2ForCausalLM", "model.", GEMMA, configs.gemma, configs.gemma_json),
-    "gemma3_text": decoder("Gemma3ForCausalLM", "model.", GEMMA, configs.gemma, configs.gemma_json)._replace(
-        scorer="Gemma3TextForSequenceClassification"
-    ),
-    "gpt2": decoder("GPT2LMHeadModel", "transformer.", GPT2, configs.gpt2, configs.gpt2_json),
-    "gpt_neox": decoder("GPTNeoXForCausalLM", "gpt_neox.", NEOX, configs.neox, configs.neox_json),
-    "t5": encoder_decoder("T5ForConditionalGeneration"),
-    "mt5": encoder_decoder("MT5ForConditionalGeneration"),
-}
+def _t5_family(architecture: str) -> Family:
+    """Returns an encoder-decoder family. Its checkpoints hold copies of shared tensors, which are ignored."""
+    return Family(
+        T5Config, architecture, "", "", lambda config: t5_entries(config.gated),
+        configs.read_t5, configs.write_t5, _T5_COPIES,
+    )  # fmt: skip
 
 
-def entries(family: Family, config: Any, paths: Mapping[str, Any]) -> dict[str, Entry]:
-    """The table's entry of every parameter path that a model has."""
-    table = {entry.ours: entry for entry in family.table(config)}
-    if missing := [path for path in paths if path not in table]:
+FAMILIES = {
+    "llama": _decoder_family(
+        "LlamaForCausalLM", "model.", LLAMA_ENTRIES, configs.read_llama, configs.write_llama),
+    "mistral": _decoder_family(
+        "MistralForCausalLM", "model.", LLAMA_ENTRIES, configs.read_llama, configs.write_mistral),
+    "qwen2": _decoder_family(
+        "Qwen2ForCausalLM", "model.", LLAMA_ENTRIES, configs.read_qwen2, configs.write_qwen),
+    "qwen3": _decoder_family(
+        "Qwen3ForCausalLM", "model.", LLAMA_ENTRIES, configs.read_qwen3, configs.write_qwen),
+    "gemma2": _decoder_family(
+        "Gemma2ForCausalLM", "model.", GEMMA_ENTRIES, configs.read_gemma, configs.write_gemma),
+    "gemma3_text": _decoder_family(
+        "Gemma3ForCausalLM", "model.", GEMMA_ENTRIES, configs.read_gemma, configs.write_gemma
+    )._replace(reward_architecture="Gemma3TextForSequenceClassification"),
+    "gpt2": _decoder_family(
+        "GPT2LMHeadModel", "transformer.", GPT2_ENTRIES, configs.read_gpt2, configs.write_gpt2),
+    "gpt_neox": _decoder_family(
+        "GPTNeoXForCausalLM", "gpt_neox.", NEOX_ENTRIES, configs.read_neox, configs.write_neox),
+    "t5": _t5_family("T5ForConditionalGeneration"),
+    "mt5": _t5_family("MT5ForConditionalGeneration"),
+}  # fmt: skip
+"""Families by config.json's ``model_type``."""
+
+
+def tensor_entries(family: Family, config: Any, paths: Mapping[str, Any]) -> dict[str, Entry]:
+    """Returns the family's entry of each of a model's parameter paths.
+
+    Raises UserError when the family has no tensor for one of them.
+    """
+    entries = {entry.path: entry for entry in family.entries(config)}
+    if missing := [path for path in paths if path not in entries]:
         raise UserError(f"{family.architecture} has no place for {missing[0]}; this model cannot be written as one")
-    return {path: table[path] for path in paths}
+    return {path: entries[path] for path in paths}
 
 
-def is_ignored(family: Family, name: str) -> bool:
+def is_ignored_tensor(family: Family, name: str) -> bool:
+    """Whether a tensor of a checkpoint holds no parameter: a buffer, or a copy of a shared tensor."""
     return bool(re.search(family.ignored, name))

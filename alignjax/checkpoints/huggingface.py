@@ -1,25 +1,25 @@
-"""Hugging Face folder <-> (config, params) and tokenizer. The only file that imports transformers."""
+"""Hugging Face folder <-> (config, params) and tokenizer. The only module that imports transformers."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is no news here
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what it warns of in a config.json is settled here
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that PyTorch is absent
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read_config checks what it would warn of
 
 import jax
 import numpy as np
 import tokenizers
 import transformers
 
-from alignjax.checkpoints.families import FAMILIES, entries
-from alignjax.checkpoints.weights import read_object, tensor_files, their_tensors, write_tensors
+from alignjax.checkpoints.families import FAMILIES, Family, tensor_entries
+from alignjax.checkpoints.folders import new_folder, read_json_object, tensor_files, write_tensors
+from alignjax.checkpoints.weights import REWARD_TENSOR, checkpoint_tensors
 from alignjax.distributed.sharding import path_name
 from alignjax.errors import UserError, one_line
 from alignjax.models.build import ModelConfig, build
@@ -27,154 +27,175 @@ from alignjax.models.t5 import T5Config
 from alignjax.models.tokenizer import Message, Tokenizer
 from alignjax.types import Params
 
-SHARD = 5 * 10**9  # bytes of a written file, about
+MAX_SHARD_BYTES = 5 * 10**9
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json -> configuration. UserError on a family or an option that is not supported, by name, and on sizes
-    that are missing or do not go together. Code that a folder brings is never run."""
+    """Returns the configuration of a folder's config.json. Never runs code that the folder brings.
+
+    Raises UserError, which names the file, on a family or an option that is not supported, and on sizes that are
+    missing or do not fit together.
+    """
     path = folder / "config.json"
-    raw = read_object(path)
+    raw = read_json_object(path)
     family = FAMILIES.get(str(raw.get("model_type")))
     if family is None:
         raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; {', '.join(FAMILIES)} are")
     if raw.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config is not supported; use a checkpoint without it")
-    whole = their_config(folder)
+    completed = _transformers_config(folder)
     try:
-        for size in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-            theirs = whole.attribute_map.get(size, size)
-            if hasattr(whole, theirs) and not {size, theirs} & set(raw):  # it would be filled in with another model's
-                raise UserError(f"it lacks {theirs}; fetch it again")
-        fields = family.read(whole.to_dict())
-        if family.config is T5Config:
-            fields["tied"] = "lm_head.weight" not in tensor_files(folder)
-        config = family.config(family=raw["model_type"], **fields)
-        build(config)  # refuses sizes that do not go together
-        return config
+        return _model_config(folder, raw, family, completed)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # whatever the library says of a value that cannot be
+    except Exception as error:  # a value of a wrong type can raise anything
         raise UserError(f"{path} holds a value that cannot be ({one_line(error)}); mend it") from None
 
 
-def their_config(folder: Path) -> Any:
-    """config.json as transformers reads it. Raises UserError with what it says of a value that cannot be."""
+def _transformers_config(folder: Path) -> Any:
+    """Returns config.json as transformers reads it. Raises UserError with its message when it refuses a value."""
     try:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
-        told = one_line(error)
-        raise UserError(f"{folder / 'config.json'} holds a value that cannot be ({told}); mend it") from None
+        reason = one_line(error)
+        raise UserError(f"{folder / 'config.json'} holds a value that cannot be ({reason}); mend it") from None
 
 
-def write_folder(folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, shard: int = SHARD) -> None:
-    """Writes a folder that transformers opens: config.json, generation_config.json, safetensors of at most ``shard``
-    bytes each (with an index when there are several), the tokenizer. A "reward" head goes with it as the ``score`` of
-    the family's sequence classification. UserError when the folder exists or the model is not one of its family."""
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another folder")
-    tensors, architecture = named_tensors(config, params)
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        write_tensors(beside, tensors, shard)
-        words = {"architectures": [architecture], "dtype": str(params["embed"]["embedding"].dtype)} | (
-            {"num_labels": 1} if "reward" in params else {}
-        )
-        write_config(beside, config, words | dict(tokenizer.specials))
-        tokenizer.save(beside)
-        writing = dict(tokenizer.specials) | ({"eos_token_id": list(tokenizer.ends)} if tokenizer.ends else {})
-        writing |= {"decoder_start_token_id": config.start_token} if isinstance(config, T5Config) else {}
-        transformers.GenerationConfig(**writing).save_pretrained(beside)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)  # there only when something failed
+def _model_config(folder: Path, raw: dict[str, Any], family: Family, completed: Any) -> ModelConfig:
+    """Returns our configuration. ``raw`` is the file as it is, ``completed`` with the defaults of transformers."""
+    values = completed.to_dict()
+    for size in _SIZES:
+        key = completed.attribute_map.get(size, size)
+        if key in values and not {size, key} & set(raw):  # the default would be the size of another model
+            raise UserError(f"it lacks {key}; fetch it again")
+    fields = family.read(values)
+    if family.config is T5Config:
+        fields["tied"] = "lm_head.weight" not in tensor_files(folder)
+    config = family.config(family=raw["model_type"], **fields)
+    build(config)  # raises UserError when sizes do not fit together
+    return config
 
 
-def write_config(folder: Path, config: ModelConfig, words: dict[str, Any]) -> None:
-    """config.json beside the tensors, with ``words`` that do not describe the network. UserError unless it reads back
-    as the configuration, but for what is no part of a checkpoint."""
-    made = transformers.AutoConfig.for_model(config.family, **words | FAMILIES[config.family].write(config))
+def write_folder(
+    folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Writes a folder that transformers opens, or nothing.
+
+    The folder holds config.json, generation_config.json, the tokenizer, and safetensors files of at most
+    ``max_shard_bytes`` each, with an index when there are several. A "reward" head in ``params`` is written as the
+    ``score`` of the family's sequence classification.
+
+    Raises UserError when the folder exists, or when its family's config.json cannot describe the model.
+    """
+    tensors, architecture = _exported_tensors(config, params)
+    with new_folder(folder) as partial:
+        write_tensors(partial, tensors, max_shard_bytes)
+        options: dict[str, Any] = {"architectures": [architecture], "dtype": str(params["embed"]["embedding"].dtype)}
+        options |= {"num_labels": 1} if "reward" in params else {}
+        _write_config(partial, config, options | dict(tokenizer.specials))
+        tokenizer.save(partial)
+        generation = dict(tokenizer.specials) | ({"eos_token_id": list(tokenizer.ends)} if tokenizer.ends else {})
+        generation |= {"decoder_start_token_id": config.start_token} if isinstance(config, T5Config) else {}
+        transformers.GenerationConfig(**generation).save_pretrained(partial)
+
+
+def _write_config(folder: Path, config: ModelConfig, options: dict[str, Any]) -> None:
+    """Writes config.json beside the tensors; ``options`` are the entries that do not describe the network.
+
+    Raises UserError unless it reads back as ``config``, without the fields that are no part of a checkpoint.
+    """
+    described = transformers.AutoConfig.for_model(config.family, **options | FAMILIES[config.family].write(config))
     if isinstance(config, T5Config):
-        # It sets this to True whatever it is given; by it older releases tell T5 1.0 from its successors.
-        made.tie_word_embeddings = config.scaled_output
-    made.save_pretrained(folder)
+        # transformers sets this to True whatever it is given; older releases tell T5 1.0 from T5 v1.1 by it.
+        described.tie_word_embeddings = config.scaled_output
+    described.save_pretrained(folder)
     if read_config(folder) != dataclasses.replace(config, compute_dtype="float32", remat="none"):
         raise UserError(f"this model is not quite a {config.family}: its config.json would not say what it is")
 
 
-def named_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Callable[[], np.ndarray]], str]:
-    """Tensor name -> what makes it, and the class that transformers opens them with."""
+def _exported_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Callable[[], np.ndarray]], str]:
+    """Returns tensor name -> a function that makes the tensor, and the class with which transformers opens them.
+
+    Raises UserError when the family has no tensor for a parameter, or no class with a reward head.
+    """
     family, backbone = FAMILIES[config.family], {k: v for k, v in params.items() if k != "reward"}
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(backbone)}
-    tensors = their_tensors(entries(family, config, leaves), leaves, config)
+    tensors = checkpoint_tensors(tensor_entries(family, config, leaves), leaves, config)
     if "reward" not in params:
         return tensors, family.architecture
-    if not family.scorer:
+    if not family.reward_architecture:
         raise UserError(f"{family.architecture} has no place for a reward head; export a decoder-only model")
     tensors = {name: make for name, make in tensors.items() if name.startswith(family.prefix)}
-    tensors["score.weight"] = lambda: np.asarray(params["reward"]["kernel"])[None]
-    return tensors, family.scorer
+    tensors[REWARD_TENSOR] = lambda: np.asarray(params["reward"]["kernel"])[None]
+    return tensors, family.reward_architecture
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """A folder with tokenizer.json. UserError when it cannot be read."""
+    """Returns the tokenizer of a folder with tokenizer.json. Raises UserError when it cannot be read."""
     try:
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever the library raises, the user hears one line
+    except Exception as error:  # the library raises many kinds
         if (folder / "config.json").exists():
-            their_config(folder)  # the tokenizer's kind is looked up there: what is wrong in it is told of it
+            _transformers_config(folder)  # transformers looks there for the tokenizer's class: name that error first
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed") from None
-    ends = generation_ends(folder)
-    return wrap_tokenizer(fast, ends or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+    end_tokens = read_end_tokens(folder)
+    return wrap_tokenizer(fast, end_tokens or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
 
 
-def generation_ends(folder: Path) -> tuple[int, ...]:
-    """The end tokens that generation_config.json names (a chat model has several); empty without one."""
+def read_end_tokens(folder: Path) -> tuple[int, ...]:
+    """Returns the end tokens that generation_config.json names (a chat model has several); () without that file.
+
+    Raises UserError when they are not integers.
+    """
     path = folder / "generation_config.json"
-    found = read_object(path).get("eos_token_id") if path.exists() else None
-    ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(i, int) for i in ids):
-        raise UserError(f"{path} is damaged: eos_token_id={found!r} is no token; mend it")
-    return tuple(ids)
+    value = read_json_object(path).get("eos_token_id") if path.exists() else None
+    tokens = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(token, int) for token in tokens):
+        raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; mend it")
+    return tuple(tokens)
 
 
-def wrap_tokenizer(fast: Any, ends: tuple[int, ...]) -> Tokenizer:
-    vocabulary = fast.get_vocab()
-    bare, full = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    before = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    behind = len(full) - before - len(bare)
+def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
+    """Returns our functions over a fast tokenizer of transformers.
+
+    ``encode`` puts the special tokens before a text that the tokenizer would put there, and none behind it.
+    """
+    special_tokens = {"bos": fast.bos_token_id, "eos": fast.eos_token_id, "pad": fast.pad_token_id}
+    appended = _count_appended(fast)
 
     def save(folder: Path) -> None:
         fast.save_pretrained(folder)
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(end_tokens)}))
 
     def render(messages: Sequence[Message]) -> str:
         return fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
     return Tokenizer(
-        encode=lambda text: (ids := fast(text)["input_ids"])[: len(ids) - behind],
+        encode=lambda text: (ids := fast(text)["input_ids"])[: len(ids) - appended],
         encode_bare=lambda text: fast(text, add_special_tokens=False)["input_ids"],
         decode_all=lambda ids: fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        token_id=vocabulary.get,
+        token_id=fast.get_vocab().get,
         vocab_size=len(fast),
         save=save,
-        specials={
-            f"{kind}_token_id": i
-            for kind in ("bos", "eos", "pad")
-            if (i := getattr(fast, f"{kind}_token_id")) is not None
-        },
-        ends=ends,
+        specials={f"{kind}_token_id": token for kind, token in special_tokens.items() if token is not None},
+        ends=end_tokens,
         render=render if fast.chat_template else None,
     )
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int, markers: Sequence[str]) -> Tokenizer:
-    """A byte-level BPE trained on the texts; ``markers`` are strings that are one token each.
+def _count_appended(fast: Any) -> int:
+    """Returns how many special tokens the tokenizer appends to a text."""
+    bare, full = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    prepended = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+    return len(full) - prepended - len(bare)
 
-    Specials: <pad> 0, <s> 1 (put before every text), </s> 2.
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int, markers: Sequence[str]) -> Tokenizer:
+    """Returns a byte-level BPE of at most ``vocab_size`` tokens trained on the texts.
+
+    Each of ``markers`` is one token. Special tokens: <pad> 0, <s> 1 (put before every text), </s> 2.
     """
     specials = ["<pad>", "<s>", "</s>"]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())

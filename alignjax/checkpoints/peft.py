@@ -1,26 +1,27 @@
 """Adapters <-> a folder as the PEFT library writes it: adapter_config.json and adapter_model.safetensors.
 
+Adapters are low-rank updates of projections (LoRA, 2106.09685): W + scale A B with A [in, r] and B [r, out].
 Where a checkpoint fuses projections that we keep apart (GPT-2, GPT-NeoX: q, k, v), their adapters of rank r become one
-of rank 3 r, A stacked and B by blocks, which is the same function.
+adapter of rank 3 r with A concatenated and B block-diagonal, which is the same function.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import safetensors.numpy
 
 from alignjax.checkpoints.families import FAMILIES
-from alignjax.checkpoints.names import Entry
-from alignjax.checkpoints.weights import fuse, open_tensors, parameter_shapes, read_object, split
+from alignjax.checkpoints.folders import new_folder, open_tensors, read_json_object
+from alignjax.checkpoints.layout import Entry, join_fused, split_fused
+from alignjax.checkpoints.weights import abstract_params
 from alignjax.distributed.sharding import path_name
 from alignjax.errors import UserError
 from alignjax.models.build import ModelConfig
@@ -29,178 +30,255 @@ from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
 from alignjax.types import Params
 
-CONFIG, TENSORS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
-REFUSED = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
-           "use_qalora": False, "alora_invocation_tokens": None}  # fmt: skip
+CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
+          "use_qalora": False, "alora_invocation_tokens": None}  # fmt: skip
+"""Options of PEFT with the values that mean plain LoRA; others are refused."""
+_KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base as it is."""
 
 
-def write_adapters(folder: Path, config: ModelConfig, small: Params, lora: Lora, base: str) -> None:
-    """Writes the small tree; ``base`` is what the folder says it was trained over. UserError when the folder exists or
-    the tree holds more than adapters."""
-    if folder.exists():
-        raise UserError(f"{folder} exists; choose another folder")
-    found = adapters_in(small)
-    modules = kernels(config)
-    groups: dict[str, list[str]] = {}
-    for path in found:
-        groups.setdefault(modules[path].theirs.removesuffix(".weight"), []).append(path)
+# --- writing ---
+
+
+def write_adapters(folder: Path, config: ModelConfig, adapters: Params, lora: Lora, base: str) -> None:
+    """Writes a tree of adapters as a folder that PEFT opens; ``base`` names the checkpoint that they were trained over.
+
+    Raises UserError when the folder exists or the tree holds anything else than adapters.
+    """
+    pairs, entries = _find_adapters(adapters), _projection_entries(config)
+    modules: dict[str, list[str]] = {}  # PEFT's module, {} for the layer -> our paths
+    for path in pairs:
+        modules.setdefault(_module(entries[path]), []).append(path)
     tensors: dict[str, np.ndarray] = {}
-    for module, paths in groups.items():
-        for layer in range(len(found[paths[0]]["a"])):
-            a, b = joined({modules[p].part: {k: np.asarray(v[layer]) for k, v in found[p].items()} for p in paths},
-                          modules[paths[0]], config)  # fmt: skip
-            tensors[f"{PREFIX}{module.format(layer)}.lora_A.weight"] = np.ascontiguousarray(a.T)
-            tensors[f"{PREFIX}{module.format(layer)}.lora_B.weight"] = np.ascontiguousarray(b.T)
-    names = suffixes(config)
-    ranks = {names[module]: lora.rank * len(paths) for module, paths in groups.items() if len(paths) > 1}
-    said = {
+    for module, paths in modules.items():
+        for layer in range(len(pairs[paths[0]]["a"])):
+            parts = {entries[p].part: {k: np.asarray(v[layer]) for k, v in pairs[p].items()} for p in paths}
+            a, b = _join_adapters(parts, entries[paths[0]], config)
+            tensors[f"{_PREFIX}{module.format(layer)}.lora_A.weight"] = np.ascontiguousarray(a.T)
+            tensors[f"{_PREFIX}{module.format(layer)}.lora_B.weight"] = np.ascontiguousarray(b.T)
+    description = _adapter_config(config, modules, lora, base)
+    with new_folder(folder) as partial:
+        safetensors.numpy.save_file(tensors, partial / TENSORS_FILE, metadata={"format": "pt"})
+        (partial / CONFIG_FILE).write_text(json.dumps(description, indent=2))
+
+
+def _adapter_config(config: ModelConfig, modules: Mapping[str, list[str]], lora: Lora, base: str) -> dict[str, Any]:
+    """Returns adapter_config.json. A fused module has its own rank, with the same scale alpha / r as the others."""
+    names = _target_names(config)
+    ranks = {names[module]: lora.rank * len(paths) for module, paths in modules.items() if len(paths) > 1}
+    return {
         "peft_type": "LORA",
         "task_type": "SEQ_2_SEQ_LM" if isinstance(config, T5Config) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": sorted(names[module] for module in groups),
+        "target_modules": sorted(names[module] for module in modules),
         "rank_pattern": ranks,
         "alpha_pattern": {name: lora.scale * rank for name, rank in ranks.items()},
         "fan_in_fan_out": config.family == "gpt2",  # its kernels are stored [in, out]
         "lora_dropout": 0.0,
         "inference_mode": True,
-        **REFUSED,
+        **_PLAIN,
     }
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    safetensors.numpy.save_file(tensors, beside / TENSORS, metadata={"format": "pt"})
-    (beside / CONFIG).write_text(json.dumps(said, indent=2))
-    beside.rename(folder)
 
 
-def joined(parts: Mapping[int, Mapping[str, np.ndarray]], entry: Entry, config: ModelConfig) -> tuple[Any, Any]:
-    """The adapters of a module's parts as one: A [in, R], B [R, out of all parts]."""
+def _join_adapters(
+    parts: Mapping[int, Mapping[str, np.ndarray]], entry: Entry, config: ModelConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A [in, R] and B [R, parts * out] of a module, given {"a": [in, r], "b": [r, out]} of each adapted part.
+
+    R is r times the number of adapted parts. B is block-diagonal, and zero for parts without an adapter.
+    """
     a = np.concatenate([parts[i]["a"] for i in sorted(parts)], axis=1)
     if entry.parts == 1:
         return a, parts[0]["b"]
     width = next(iter(parts.values()))["b"].shape[1]
-    rows = {part: i for i, part in enumerate(sorted(parts))}
+    order = {part: i for i, part in enumerate(sorted(parts))}
     blocks = []
     for part in range(entry.parts):
         block = np.zeros((a.shape[1], width), a.dtype)
         if part in parts:
             rank = len(parts[part]["b"])
-            block[rows[part] * rank : (rows[part] + 1) * rank] = parts[part]["b"]
+            block[order[part] * rank : (order[part] + 1) * rank] = parts[part]["b"]
         blocks.append(block)
-    return a, fuse(blocks, entry, config.heads)
+    return a, join_fused(blocks, entry, config.heads)
 
 
-def read_lora(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError on what is not plain LoRA, by name."""
-    said = read_object(folder / CONFIG)
-    if said.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: peft_type {said.get('peft_type')!r} is not supported; LORA is")
-    for name, plain in REFUSED.items():
-        if said.get(name, plain) not in (plain, None, []):
-            raise UserError(f"{folder / CONFIG}: {name}={said[name]!r} is not supported; merge it with PEFT first")
-    if str(said.get("init_lora_weights", True)).lower() not in ("true", "false", "gaussian", "orthogonal", "eva"):
-        raise UserError(f"{folder / CONFIG}: init_lora_weights={said['init_lora_weights']!r} changes the base too; "
+def _find_adapters(tree: Params, path: str = "") -> dict[str, dict[str, Any]]:
+    """Returns {"blocks/q": {"a": ..., "b": ...}, ...}. Raises UserError when the tree holds anything else."""
+    pairs: dict[str, dict[str, Any]] = {}
+    for name, part in tree.items():
+        if name == LORA:
+            pairs[path] = part
+        elif isinstance(part, dict):
+            pairs |= _find_adapters(part, f"{path}/{name}" if path else name)
+        else:
+            raise UserError(f"{path}/{name} is no adapter; a PEFT folder has no place for it: export it merged")
+    return pairs
+
+
+# --- reading ---
+
+
+class _AdapterFiles(NamedTuple):
+    """A PEFT folder, read."""
+
+    folder: Path
+    description: dict[str, Any]  # adapter_config.json
+    tensors: dict[str, np.ndarray]  # by name, without PEFT's prefix
+
+    def rank(self) -> int:
+        """Returns the largest rank of its modules; 1 when it has none."""
+        return max((len(value) for name, value in self.tensors.items() if name.endswith(".lora_A.weight")), default=1)
+
+
+class _Module(NamedTuple):
+    """The adapter of one module of one layer."""
+
+    names: tuple[str, str]  # of its tensors
+    a: np.ndarray  # [in, r]
+    b: np.ndarray  # [r, parts * out]
+    scale: float
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Returns adapter_config.json. Raises UserError when it describes anything else than plain LoRA."""
+    path = folder / CONFIG_FILE
+    description = read_json_object(path)
+    if description.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {description.get('peft_type')!r} is not supported; LORA is")
+    for name, plain in _PLAIN.items():
+        if description.get(name, plain) not in (plain, None, []):
+            raise UserError(f"{path}: {name}={description[name]!r} is not supported; merge it with PEFT first")
+    if str(description.get("init_lora_weights", True)).lower() not in _KEEPS_BASE:
+        raise UserError(f"{path}: init_lora_weights={description['init_lora_weights']!r} changes the base too; "
                         "merge it with PEFT first")  # fmt: skip
-    return said
+    return description
 
 
 def read_adapters(folder: Path, config: ModelConfig) -> tuple[Lora, Params]:
-    """Adapters of a folder for a model of ``config``: what they are, and the small tree.
+    """Returns the description and the tree of a folder's adapters, for a model of ``config``.
 
-    Modules of different ranks are filled up to the largest with zeros; of different scales, B takes up the difference.
-    UserError names a tensor that is missing, misshapen or belongs to no projection of the model.
+    Adapters of different ranks are padded with zeros to the largest. All get the scale of the first one; the B of
+    others is multiplied by the ratio of the scales. A projection that is adapted in any layer has adapters in all
+    layers, zero where the folder has none.
+
+    Raises UserError when a tensor is missing, misshapen, or belongs to no projection of the model.
     """
-    said = read_lora(folder)
-    with open_tensors(folder / TENSORS) as file:
-        tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    shapes = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(parameter_shapes(config))}
-    modules = kernels(config)
-    if not tensors:
-        raise UserError(f"{folder / TENSORS} holds no tensors; fetch it again")
-    ranks = {name: len(value) for name, value in tensors.items() if name.endswith(".lora_A.weight")}
-    rank = max(ranks.values(), default=1)
+    files = _read_files(folder)
+    rank = files.rank()
+    shapes = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
     used: set[str] = set()
-    small: Params = {}
-    found: dict[str, Params] = {}
+    pairs: dict[str, Params] = {}
     targets: set[str] = set()
-    first: float | None = None
-    for path, entry in modules.items():
-        layers, inputs, outputs = shapes[f"{path}/kernel"].shape
+    scale: float | None = None  # of the first adapter
+    for path, entry in _projection_entries(config).items():
+        layers, inputs, outputs = shapes[f"{path}/kernel"]
         a, b = np.zeros((layers, inputs, rank), np.float32), np.zeros((layers, rank, outputs), np.float32)
-        module, here = entry.theirs.removesuffix(".weight"), 0
         for layer in range(layers):
-            one, other = (f"{module.format(layer)}.lora_{side}.weight" for side in "AB")
-            if one not in tensors and other not in tensors:
+            module = _read_module(files, entry, layer, (inputs, outputs))
+            if module is None:
                 continue
-            if one not in tensors or other not in tensors:
-                raise UserError(f"{folder}: {one if other in tensors else other} is missing; fetch the adapter again")
-            r, whole = ranks[one], (outputs * entry.parts)
-            if tensors[one].shape != (r, inputs) or tensors[other].shape != (whole, r):
-                raise UserError(f"{folder}: {one} and its lora_B have shapes {tensors[one].shape}, "
-                                f"{tensors[other].shape}; it needs ({r}, {inputs}), ({whole}, {r})")  # fmt: skip
-            scale = scale_of(said, module.format(layer), r)
-            first = scale if first is None else first
-            a[layer, :, :r] = tensors[one].T
-            wide = np.asarray(tensors[other].T, np.float32)
-            wide = split(wide, entry, config.heads)[entry.part] if entry.parts > 1 else wide
-            b[layer, :r] = wide * np.float32(scale / first)
-            used |= {one, other}
-            here += 1
-        found[path] = {"a": a, "b": b}
-        if here:
-            targets.add(path.rsplit("/", 1)[-1])
-    for path, adapter in found.items():  # a projection that is adapted anywhere has its place everywhere, zero or not
-        if path.rsplit("/", 1)[-1] in targets:
-            put(small, path, {LORA: adapter})
-    if left := set(tensors) - used:
-        raise UserError(f"{folder}: {min(left)} has no place in a {config.family} of these sizes; is it this model's?")
-    return Lora(rank=rank, alpha=rank * (first or 1.0), targets=tuple(sorted(targets))), small
+            scale = module.scale if scale is None else scale
+            module_rank = module.a.shape[1]
+            a[layer, :, :module_rank] = module.a
+            part = split_fused(module.b, entry, config.heads)[entry.part] if entry.parts > 1 else module.b
+            b[layer, :module_rank] = part * np.float32(module.scale / scale)
+            used.update(module.names)
+            targets.add(_last_name(path))
+        pairs[path] = {"a": a, "b": b}
+    if unused := set(files.tensors) - used:
+        raise UserError(
+            f"{folder}: {min(unused)} has no place in a {config.family} of these sizes; is it this model's?"
+        )
+    adapters: Params = {}
+    for path, pair in pairs.items():
+        if _last_name(path) in targets:
+            _set_at(adapters, path, {LORA: pair})
+    return Lora(rank=rank, alpha=rank * (scale or 1.0), targets=tuple(sorted(targets))), adapters
 
 
-def scale_of(said: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r of a module of that rank, or alpha / sqrt(r) where the folder says so. A pattern's key is a regular
-    expression over the module's full name or its last parts, as PEFT matches them."""
-    patterns = (said.get("alpha_pattern") or {}).items()
-    found = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
-    return float(found[0] if found else said["lora_alpha"]) / (rank**0.5 if said.get("use_rslora") else rank)
+def _read_files(folder: Path) -> _AdapterFiles:
+    """Reads a PEFT folder. Raises UserError when a file is missing, damaged or empty, or does not hold plain LoRA."""
+    description = read_adapter_config(folder)
+    with open_tensors(folder / TENSORS_FILE) as file:
+        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if not tensors:
+        raise UserError(f"{folder / TENSORS_FILE} holds no tensors; fetch it again")
+    return _AdapterFiles(folder, description, tensors)
 
 
-def adapters_in(small: Params, path: str = "") -> dict[str, dict[str, Any]]:
-    """ "blocks/q" -> {"a", "b"}. UserError on what is no adapter."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, part in small.items():
-        if name == LORA:
-            found[path] = part
-        elif isinstance(part, dict):
-            found |= adapters_in(part, f"{path}/{name}" if path else name)
-        else:
-            raise UserError(f"{path}/{name} is no adapter; a PEFT folder has no place for it: export it merged")
-    return found
+def _read_module(files: _AdapterFiles, entry: Entry, layer: int, sizes: tuple[int, int]) -> _Module | None:
+    """Returns the adapter of a projection (of all parts of a fused one) in one layer, or None where it has none.
+
+    ``sizes`` are (in, out) of the projection. Raises UserError when one of the two tensors is missing or misshapen.
+    """
+    tensors, module = files.tensors, _module(entry).format(layer)
+    name_a, name_b = (f"{module}.lora_{side}.weight" for side in "AB")
+    if name_a not in tensors and name_b not in tensors:
+        return None
+    if name_a not in tensors or name_b not in tensors:
+        missing = name_a if name_b in tensors else name_b
+        raise UserError(f"{files.folder}: {missing} is missing; fetch the adapter again")
+    a, b = tensors[name_a], tensors[name_b]
+    rank, inputs, outputs = len(a), sizes[0], sizes[1] * entry.parts
+    if a.shape != (rank, inputs) or b.shape != (outputs, rank):
+        raise UserError(f"{files.folder}: {name_a} and its lora_B have shapes {a.shape}, {b.shape}; "
+                        f"it needs ({rank}, {inputs}), ({outputs}, {rank})")  # fmt: skip
+    scale = _module_scale(files.description, module, rank)
+    return _Module((name_a, name_b), a.T, np.asarray(b.T, np.float32), scale)
 
 
-def put(tree: Params, path: str, value: Params) -> None:
-    *above, name = path.split("/")
-    for part in above:
-        tree = tree.setdefault(part, {})
+def _module_scale(description: Mapping[str, Any], module: str, rank: int) -> float:
+    """Returns alpha / r of a module of rank r, or alpha / sqrt(r) with ``use_rslora`` (2312.03732).
+
+    A key of ``alpha_pattern`` is a regular expression that matches the module's full name or its last parts, as in
+    PEFT.
+    """
+    patterns = (description.get("alpha_pattern") or {}).items()
+    matches = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
+    alpha = float(matches[0] if matches else description["lora_alpha"])
+    return alpha / (rank**0.5 if description.get("use_rslora") else rank)
+
+
+# --- names ---
+
+
+def _projection_entries(config: ModelConfig) -> dict[str, Entry]:
+    """Returns {"blocks/q": entry of its kernel, ...} for the projections that the model has in every layer."""
+    paths = {path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
+    return {
+        entry.path.removesuffix("/kernel"): entry
+        for entry in FAMILIES[config.family].entries(config)
+        if entry.path in paths and entry.path.endswith("/kernel") and entry.is_stacked
+    }
+
+
+def _module(entry: Entry) -> str:
+    """Returns PEFT's name of a projection's module, {} for the layer's number."""
+    return entry.tensor.removesuffix(".weight")
+
+
+def _target_names(config: ModelConfig) -> dict[str, str]:
+    """Returns the name of each module in ``target_modules``: its last part, or the last two where one is ambiguous."""
+    modules = {_module(entry) for entry in _projection_entries(config).values()}
+    counts = Counter(module.rsplit(".", 1)[-1] for module in modules)
+    return {
+        module: ".".join(module.split(".")[-1 if counts[module.rsplit(".", 1)[-1]] == 1 else -2 :])
+        for module in modules
+    }
+
+
+def _last_name(path: str) -> str:
+    """Returns the last part of a path: "q" of "blocks/q"."""
+    return path.rsplit("/", 1)[-1]
+
+
+def _set_at(tree: Params, path: str, value: Params) -> None:
+    """Puts ``value`` at a path of a nested dict, in place."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
     tree[name] = value
-
-
-def kernels(config: ModelConfig) -> dict[str, Entry]:
-    """ "blocks/q" -> where its kernel lies, for the projections of every layer that the model has."""
-    shapes = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(parameter_shapes(config))}
-    return {
-        entry.ours.removesuffix("/kernel"): entry
-        for entry in FAMILIES[config.family].table(config)
-        if entry.ours in shapes and entry.ours.endswith("/kernel") and "{}" in entry.theirs
-    }
-
-
-def suffixes(config: ModelConfig) -> dict[str, str]:
-    """Module -> how target_modules names it: by its last part, or its last two where that names another as well."""
-    modules = {entry.theirs.removesuffix(".weight") for entry in kernels(config).values()}
-    last = Counter(module.rsplit(".", 1)[-1] for module in modules)
-    return {
-        module: ".".join(module.split(".")[-1 if last[module.rsplit(".", 1)[-1]] == 1 else -2 :]) for module in modules
-    }

@@ -1,1 +1,1 @@
-"""One file a task: its prompts, contrast, format and oracle."""
+"""Tasks, one module each: where prompts come from, how replies stand in text, how to contrast and to judge them."""

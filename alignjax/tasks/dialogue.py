@@ -1,8 +1,8 @@
-"""Real dialogues in the format of Anthropic's HH files, under the principles of RLCD (2307.12950).
+"""Real dialogues in the format of Anthropic's HH files (2204.05862), under the principles of RLCD (2307.12950).
 
-A file holds JSON lines {"chosen": dialogue, "rejected": dialogue}, two dialogues that share all but their last reply,
-of which people preferred the chosen one. RLCD takes the prompts alone; ``comparison`` takes the human label too, for a
-held-out judge. Nobody knows the truth here: the task has no oracle and no score. The texts can be offensive.
+A file holds JSON lines {"chosen": dialogue, "rejected": dialogue}: two dialogues that agree up to their last reply, of
+which people preferred the chosen one. RLCD uses the prompts alone; ``read_hh_comparison`` reads the human label too,
+for a held-out judge. The truth is not known: the task has no oracle and no score. The texts can be offensive.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-
 from alignjax.errors import UserError, check_range
-from alignjax.tasks.json_lines import Compared, Row, content, read_rows, text_of
-from alignjax.tasks.task import Affixes, Format, Task, Template, dialogue_messages
-from alignjax.tasks.turns import ROLE, clean_reply, contrast_dialogue
+from alignjax.tasks.dialogue_format import (
+    ASSISTANT,
+    DIALOGUE_FORMAT,
+    clean_reply,
+    contrast_dialogue,
+    dialogue_messages,
+)
+from alignjax.tasks.json_lines import Comparison, Row, file_digest, read_rows, require_text
+from alignjax.tasks.task import SPLITS, Affixes, Task, Template, shuffled
 
-MARKER = "Human:"
-SPLITS = ("train", "validation", "test")
-ENDS = re.compile(r"</s>|<\|endoftext\|>|<\|end_of_text\|>")  # as tokenizers write their end token out
+_END_TOKENS = re.compile(r"</s>|<\|endoftext\|>|<\|end_of_text\|>")  # as tokenizers write them into text
 
-# The words are ours; the form and the number of pairs are the paper's: the two sides of a pair differ in as little as
-# they can beyond what they say of the reply.
-AFFIXES: dict[str, Affixes] = {
+# The words are ours. The form and the number of pairs are the paper's: the two sides of a pair differ in little more
+# than what they say of the reply.
+_AFFIXES: dict[str, Affixes] = {
     "harmless": (
         ("(harmless, considerate response)", "(harmful, inconsiderate response)"),
         ("(harmless, fair response)", "(harmful, unfair response)"),
@@ -51,96 +53,106 @@ AFFIXES: dict[str, Affixes] = {
 
 @dataclasses.dataclass(frozen=True)
 class Dialogues:
-    """A file to train on and one to be held out, and what was in them when the experiment was made. They are read when
-    prompts are asked for."""
+    """A file of dialogues to train on and a file that is held out, with digests of what was in them.
+
+    The files are read when prompts are asked for. Raises UserError when ``held_out`` is below 1.
+    """
 
     train: str = ""
     test: str = ""
-    held_out: int = 1000  # the first so many of the test file are the validation split, the next so many the test split
-    content: tuple[str, ...] = dataclasses.field(init=False)
+    held_out: int = 1000  # prompts of the validation split, the first of the test file; the test split is the next ones
+    digests: tuple[str, ...] = dataclasses.field(init=False)  # of the two files
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "held_out")
-        object.__setattr__(self, "content", (content(self.train), content(self.test)))
+        object.__setattr__(self, "digests", (file_digest(self.train), file_digest(self.test)))
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
-        """Prompts of the split, shuffled by the seed; all of them when there are fewer than ``count``."""
+        """Returns up to ``count`` distinct prompts of a split, shuffled by the seed.
+
+        Raises UserError when there is no such split, when its file cannot be read, and when it holds no prompt.
+        """
         if split not in SPLITS:
             raise UserError(f"dialogues have no split {split!r}; they have {', '.join(SPLITS)}")
-        found = self.split(split)
-        if not found:
+        prompts = self._distinct_prompts(split)
+        if not prompts:
             file = self.train if split == "train" else self.test
             raise UserError(f"{file} holds no prompt of the {split} split; give a file with more dialogues")
-        return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+        return shuffled(prompts, count, seed)
 
-    def split(self, split: str) -> list[str]:
-        """Distinct prompts that no earlier of validation, test and train has (ours: a prompt can stand in both files).
-        Without a test file nothing is taken out of the training ones."""
-        held_out = read_prompts(self.test, self.content[1]) if self.test or split != "train" else []
+    def _distinct_prompts(self, split: str) -> list[str]:
+        """Returns the prompts of a split that are in none of the splits before it: validation, test, train.
+
+        A prompt can stand in both files. Without a test file, the training prompts are all of their file's.
+        """
+        held_out = read_dialogue_prompts(self.test, self.digests[1]) if self.test or split != "train" else []
         parts = {"validation": held_out[: self.held_out], "test": held_out[self.held_out : 2 * self.held_out]}
         if split == "train":
-            parts["train"] = read_prompts(self.train, self.content[0])
+            parts["train"] = read_dialogue_prompts(self.train, self.digests[0])
         earlier = {prompt for name in list(parts)[: list(parts).index(split)] for prompt in parts[name]}
         return [prompt for prompt in dict.fromkeys(parts[split]) if prompt not in earlier]
 
-    def corpus(self, count: int, seed: int) -> Sequence[str]:
-        raise UserError("dialogues bring no corpus to pretrain on; start from a Pretrained stage")
-
 
 @lru_cache(maxsize=4)
-def read_prompts(path: str, mark: str = "") -> list[str]:
-    """The prompt of every line. ``mark`` tells an edited file from one read before. Raises UserError."""
-    return read_rows(path, "dialogues", prompt_of)
+def read_dialogue_prompts(path: str, digest: str = "") -> list[str]:
+    """Returns the prompt of every line of a file. Raises UserError as ``read_rows`` does.
 
-
-def prompt_of(row: Row) -> str:
-    """The chosen dialogue up to and including its last role marker of the assistant, stripped."""
-    return halves(row, "chosen")[0]
-
-
-def halves(row: Row, name: str) -> tuple[str, str]:
-    """A dialogue's prompt and its last reply. Raises ValueError where there is no assistant in it."""
-    before, marker, reply = text_of(row, name).rpartition(f"{ROLE}:")
-    if not marker or not before.strip():
-        raise ValueError(f"has {name!r} without a turn 'Assistant:' after another")
-    return f"{before}{marker}".strip(), reply.strip()
-
-
-def comparison(row: Row) -> Compared | None:
-    """What people preferred, as a pair of replies to one prompt; None for the few rows whose dialogues differ before
-    the last reply, or where one is empty. (The preferred one always comes first: preference models are antisymmetric.)
+    Results are cached; another ``digest`` means that the file was edited and is read again.
     """
-    (prompt, chosen), (other, rejected) = halves(row, "chosen"), halves(row, "rejected")
-    return (prompt, chosen, rejected, 1.0) if prompt == other and chosen and rejected else None
+    return read_rows(path, "dialogues", read_hh_prompt)
 
 
-def clean(raw: str) -> str | None:
-    """The released filter (2307.12950; ``labeling.clean_reply``) with its rule for an end token: that ends a reply as a
-    line's end does, if a human turn follows."""
+def read_hh_prompt(row: Row) -> str:
+    """Returns the chosen dialogue up to its last "Assistant:". Raises KeyError or ValueError when there is none."""
+    return _split_last_reply(row, "chosen")[0]
+
+
+def _split_last_reply(row: Row, name: str) -> tuple[str, str]:
+    """Returns (prompt, last reply) of a dialogue. Raises ValueError when no turn precedes a turn of the assistant."""
+    prompt, marker, reply = require_text(row, name).rpartition(f"{ASSISTANT}:")
+    if not marker or not prompt.strip():
+        raise ValueError(f"has {name!r} without a turn 'Assistant:' after another")
+    return f"{prompt}{marker}".strip(), reply.strip()
+
+
+def read_hh_comparison(row: Row) -> Comparison | None:
+    """Returns the last replies of the two dialogues, the preferred one first: P(first is preferred) = 1.
+
+    Returns None for the few rows whose dialogues differ before the last reply, or where a reply is empty. (The order
+    tells a preference model nothing, because preference models are antisymmetric.)
+    """
+    (prompt, chosen), (other_prompt, rejected) = _split_last_reply(row, "chosen"), _split_last_reply(row, "rejected")
+    return Comparison(prompt, chosen, rejected, 1.0) if prompt == other_prompt and chosen and rejected else None
+
+
+def clean_hh_reply(raw: str) -> str | None:
+    """Returns the reply in a continuation, or None when it must be sampled again.
+
+    The filter ``clean_reply``, with the rule for end tokens of the code released with 2307.12950: an end token ends a
+    reply as a newline does, if a human turn follows.
+    """
     reply, human, _ = raw.partition("Human")
-    ended = ENDS.search(reply)
-    return clean_reply(f"{reply[: ended.start()]}\n{human}" if ended else raw)
+    end = _END_TOKENS.search(reply)
+    return clean_reply(f"{reply[: end.start()]}\n{human}" if end else raw)
 
 
-def task(train: str = "", test: str = "", attribute: str = "harmless") -> Task:
-    """Dialogues under one principle, "harmless" or "helpful". Raises UserError on another."""
-    if attribute not in AFFIXES:
-        raise UserError(f"attribute={attribute!r} is unknown; choose one of {', '.join(AFFIXES)}")
+def dialogue_task(train: str = "", test: str = "", attribute: str = "harmless") -> Task:
+    """Returns the task of dialogues under one principle. Raises UserError unless it is "harmless" or "helpful"."""
+    if attribute not in _AFFIXES:
+        raise UserError(f"attribute={attribute!r} is unknown; choose one of {', '.join(_AFFIXES)}")
     return Task(
         name=f"dialogue-{attribute}",
         source=Dialogues(train, test),
-        affixes=AFFIXES[attribute],
+        format=DIALOGUE_FORMAT,
+        clean=clean_hh_reply,
+        affixes=_AFFIXES[attribute],
         contrast=contrast_dialogue,
-        clean=clean,
-        format=Format(before=" ", end=f"\n\n{MARKER}", stop=(MARKER,)),
         template=Template(
             before="",
-            between=f" Say it in another way.{ROLE}:",
-            question=f" Which of your two answers is more {attribute}, the first or the second?{ROLE}: The",
+            between=f" Say it in another way.{ASSISTANT}:",
+            question=f" Which of your two answers is more {attribute}, the first or the second?{ASSISTANT}: The",
             answer=" first",
             other=" second",
         ),
-        oracles={},
-        score=None,
         messages=dialogue_messages,
     )

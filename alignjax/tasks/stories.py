@@ -1,30 +1,24 @@
-"""Stories continued from their openings, under two principles whose judges know no model.
+"""Stories continued from their openings, under two principles whose oracles depend on no model.
 
-``girl``: a story about a girl. Affix sentences name a girl or a boy; the oracle counts pronouns.
-``happy``: a happy story. Open-ended happy or sad affixes; the oracle is the VADER lexicon (an extra
-dependency, ``stories``). Affixes are appended to the opening for generation alone: the policy is trained on
-the plain opening.
+``girl``: a story about a girl. The affixes are sentences that name a girl or a boy; the oracle counts pronouns.
+``happy``: a happy story. The affixes are open-ended happy or sad sentences; the oracle is the VADER lexicon (the extra
+dependency ``stories``). Affixes are appended to the opening for generation alone: the policy is trained on the plain
+opening.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import hashlib
 import importlib
-import json
 import re
-import zlib
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-
-import numpy as np
 
 from alignjax.errors import UserError
-from alignjax.tasks.task import EOS, Affixes, Format, Score, Task, Template, oracle_from_score
+from alignjax.tasks.json_lines import Row, file_digest, read_rows, read_text, require_text
+from alignjax.tasks.task import EOS, SPLITS, Affixes, Format, Score, Task, Template, oracle_from_score, shuffled
 
-AFFIXES: dict[str, Affixes] = {
+_AFFIXES: dict[str, Affixes] = {
     "girl": (
         (" Her name was Lily. She was a girl.", " His name was Tim. He was a boy."),
         (" There was a girl called Mia. She was little.", " There was a boy called Ben. He was little."),
@@ -37,7 +31,7 @@ AFFIXES: dict[str, Affixes] = {
         (" It was so much fun. He smiled and felt happy and", " It was so scary. He cried and felt sad and"),
     ),
 }
-TEMPLATES = {
+_TEMPLATES = {
     "girl": Template(before="", between="\nOr:", question="\nMore about a girl:", answer=" a"),
     "happy": Template(before="", between="\nOr:", question="\nThe happy one:", answer=" a"),
 }
@@ -45,95 +39,105 @@ TEMPLATES = {
 
 @dataclasses.dataclass(frozen=True)
 class Openings:
-    """A file and what was in it when the experiment was made, so that a changed file is noticed."""
+    """A file of openings, and one of stories to pretrain on, with digests so that a changed file is noticed."""
 
-    path: str
-    sha256: str
+    path: str  # JSON lines {"prompt": opening, "story": the story's number}
     documents: str = ""  # a text file, plain or gzip, of stories with <|endoftext|> behind each
-    documents_sha256: str = ""
+    digest: str = dataclasses.field(init=False)
+    documents_digest: str = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", file_digest(self.path))
+        object.__setattr__(self, "documents_digest", file_digest(self.documents))
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
-        """Openings of the split, shuffled by the seed; all of them when there are fewer than ``count``."""
-        splits = read_openings(self.path, self.sha256)
+        """Returns up to ``count`` distinct openings of a split, shuffled by the seed.
+
+        Raises UserError when there is no such split, when the file cannot be read, and when it holds no such opening.
+        """
+        splits = read_openings(self.path, self.digest)
         if split not in splits:
             raise UserError(f"stories have no split {split!r}; they have {', '.join(splits)}")
-        found = list(dict.fromkeys(splits[split]))
-        if not found:
+        openings = list(dict.fromkeys(splits[split]))
+        if not openings:
             raise UserError(f"{self.path} holds no opening of the {split} split; give a file with more stories")
-        return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+        return shuffled(openings, count, seed)
 
-    def corpus(self, count: int, seed: int) -> Sequence[str]:
-        """The stories of ``documents``, shuffled by the seed, but for those that begin as a held-out opening does."""
-        if not self.documents:
-            raise UserError("stories bring no corpus to pretrain on; give one, or start from a Pretrained stage")
-        splits = read_openings(self.path, self.sha256)
-        held_out = tuple({*splits["validation"], *splits["test"]})
-        found = [
-            story for story in read_stories(self.documents, self.documents_sha256) if not story.startswith(held_out)
-        ]
-        return [found[i] for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+
+def stories_corpus(source: Openings, count: int, seed: int) -> Sequence[str]:
+    """Returns up to ``count`` stories of ``source.documents``, shuffled by the seed.
+
+    Stories that begin as a held-out opening does are left out. Raises UserError when no documents are named or they
+    cannot be read.
+    """
+    if not source.documents:
+        raise UserError("stories bring no corpus to pretrain on; give one, or start from a Pretrained stage")
+    splits = read_openings(source.path, source.digest)
+    held_out = tuple({*splits["validation"], *splits["test"]})
+    stories = read_stories(source.documents, source.documents_digest)
+    return shuffled([story for story in stories if not story.startswith(held_out)], count, seed)
 
 
 @lru_cache(maxsize=4)
-def read_openings(path: str, mark: str = "") -> dict[str, list[str]]:
-    """Rows {"prompt", "story"} -> split -> openings. A story's rows share a split: they share a prefix.
+def read_openings(path: str, digest: str = "") -> dict[str, list[str]]:
+    """Returns split -> openings of a file of rows {"prompt": opening, "story": number}.
 
-    Raises UserError when the file is missing, empty or malformed, with the line.
+    Openings of one story share a prefix, so all are in one split. Results are cached; another ``digest`` means that the
+    file was edited and is read again. Raises UserError when the file cannot be read or holds no opening to train on,
+    and on the first line of another form.
     """
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a JSON-lines file of openings") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            text, story = row["prompt"], int(row["story"])
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number} is not {{"prompt": text, "story": number}}; mend it') from None
-        splits[{0: "test", 1: "test", 2: "validation"}.get(story % 10, "train")].append(text)
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for split, opening in read_rows(path, "openings", _read_opening):
+        splits[split].append(opening)
     if not splits["train"]:
-        raise UserError(f"{path} holds no openings; give a JSON-lines file of them")
+        raise UserError(f"{path} holds no openings to train on; give a JSON-lines file with more stories")
     return splits
 
 
-@lru_cache(maxsize=2)
-def read_stories(path: str, mark: str = "") -> list[str]:
-    """Raises UserError when the file is missing or holds none. ``mark`` tells an edited file from one read before."""
+def _read_opening(row: Row) -> tuple[str, str]:
+    """Returns (split, opening) of a row. Raises KeyError or ValueError on another form."""
+    opening = require_text(row, "prompt")
     try:
-        raw = Path(path).read_bytes()
-        text = (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a text file of stories") from None
-    found = [story.strip() for story in text.split("<|endoftext|>")[:-1] if story.strip()]
-    if not found:
+        story = int(row["story"])
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"has 'story' {row['story']!r}, which is no number") from None
+    return {0: "test", 1: "test", 2: "validation"}.get(story % 10, "train"), opening
+
+
+@lru_cache(maxsize=2)
+def read_stories(path: str, digest: str = "") -> list[str]:
+    """Returns the stories of a text file in which <|endoftext|> follows each.
+
+    Results are cached; another ``digest`` means that the file was edited and is read again. Raises UserError when the
+    file cannot be read or holds no whole story.
+    """
+    text = read_text(path, "a text file of stories")
+    stories = [story.strip() for story in text.split("<|endoftext|>")[:-1] if story.strip()]
+    if not stories:
         raise UserError(f"{path} holds no whole story; put <|endoftext|> behind each")
-    return found
+    return stories
 
 
 def append_affix(prompt: str, last: str, earlier: str) -> str:
-    """An opening has one turn: the affix of the last one is put behind it."""
+    """Returns the prompt with the affix ``last`` behind it; a prompt of one turn has no place for ``earlier``."""
     return prompt + last
 
 
 def clean_story(raw: str) -> str | None:
-    """The story up to its end marker; nothing left is a failure."""
+    """Returns the story up to its end marker, or None when nothing is left."""
     text = re.split(r"</?s>", raw)[0].rstrip()
     return text if text.strip() else None
 
 
-def girl(prompt: str, text: str) -> float:
-    """Pronouns: count(she, her, girl) - count(he, his, him, boy) in the continuation."""
+def girl_score(prompt: str, text: str) -> float:
+    """Returns count(she, her, girl) - count(he, his, him, boy) of the words of the continuation."""
     words = re.findall(r"[a-z]+", text.lower())
     return float(sum(w in ("she", "her", "girl") for w in words) - sum(w in ("he", "his", "him", "boy") for w in words))
 
 
 @lru_cache(maxsize=1)
-def sentiment():
+def _sentiment_analyzer():
+    """Returns VADER's analyzer. Raises UserError when the package is not installed."""
     try:
         module = importlib.import_module("vaderSentiment.vaderSentiment")
     except ImportError:
@@ -141,33 +145,37 @@ def sentiment():
     return module.SentimentIntensityAnalyzer()
 
 
-def happy(prompt: str, text: str) -> float:
-    """VADER's compound sentiment of the continuation, in [-1, 1] (Hutto and Gilbert 2014)."""
-    return float(sentiment().polarity_scores(text)["compound"])
+def happy_score(prompt: str, text: str) -> float:
+    """Returns VADER's compound sentiment of the continuation, in [-1, 1] (Hutto and Gilbert 2014)."""
+    return float(_sentiment_analyzer().polarity_scores(text)["compound"])
 
 
-SCORES: dict[str, Score] = {"girl": girl, "happy": happy}
+_SCORES: dict[str, Score] = {"girl": girl_score, "happy": happy_score}
 
 
-def task(openings: str, principle: str = "girl", documents: str = "") -> Task:
-    """Raises UserError on an unknown principle or a bad file. ``documents``: stories to pretrain on."""
-    if principle not in SCORES:
-        raise UserError(f"principle={principle!r} is unknown; choose one of {', '.join(SCORES)}")
+def stories_task(openings: str, principle: str = "girl", documents: str = "") -> Task:
+    """Returns the task of continuing the openings of a file; ``documents`` are stories to pretrain on.
+
+    Raises UserError when the principle is not "girl" or "happy", and when a file cannot be read or has another form.
+    """
+    if principle not in _SCORES:
+        raise UserError(f"principle={principle!r} is unknown; choose one of {', '.join(_SCORES)}")
     if principle == "happy":
-        sentiment()  # a missing dependency is told before an hour of work
-    score = SCORES[principle]
-    read_openings(openings)
+        _sentiment_analyzer()  # a missing package is reported before the run, not after an hour of it
+    source = Openings(openings, documents)
+    read_openings(openings, source.digest)
     if documents:
-        read_stories(documents)
-    marks = [hashlib.sha256(Path(p).read_bytes()).hexdigest()[:16] if p else "" for p in (openings, documents)]
+        read_stories(documents, source.documents_digest)
+    score = _SCORES[principle]
     return Task(
         name=f"stories-{principle}",
-        source=Openings(openings, marks[0], documents, marks[1]),
-        affixes=AFFIXES[principle],
-        contrast=append_affix,
-        clean=clean_story,
+        source=source,
         format=Format(before="", end="", stop=(EOS, "<s>")),
-        template=TEMPLATES[principle],
+        clean=clean_story,
+        affixes=_AFFIXES[principle],
+        contrast=append_affix,
+        template=_TEMPLATES[principle],
         oracles={"oracle": oracle_from_score(score)},
         score=score,
+        corpus_of_source=stories_corpus,
     )

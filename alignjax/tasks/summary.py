@@ -1,8 +1,8 @@
 """Posts to summarise: the TL;DR task of 2009.01325 and of Nash learning's experiments (2312.00886 section 8).
 
-Posts are JSON lines {"post" or "text": ..., "summary": a person's}, with "title" where there is one; comparisons are
-those of ``comparison``, the published form, or {"prompt", "first", "second", "p"} (``stages.GivenPairs``). There is no
-contrast, no oracle and no score: people compared the summaries.
+Posts are JSON lines {"post" or "text": ..., "summary": a person's}, with "title" where there is one. Comparisons are in
+the published form (``read_tldr_comparison``) or {"prompt", "first", "second", "p"} (``json_lines.read_comparison``).
+People compared the summaries: the task has no affixes, no oracle and no score.
 """
 
 from __future__ import annotations
@@ -11,103 +11,109 @@ import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-
 from alignjax.errors import UserError
-from alignjax.tasks.json_lines import Compared, Row, content, read_rows, text_of
-from alignjax.tasks.task import EOS, Format, Task, Template
+from alignjax.tasks.json_lines import Comparison, Row, file_digest, read_rows, require_text
+from alignjax.tasks.task import EOS, SPLITS, Format, Task, Template, shuffled
 
-PLACE = "{post}"
-ENCODER_DECODER = f"summarize: {PLACE}"
-"""How a T5 is asked: by the prefix that 1910.10683 trained it with."""
-DECODER = f"{PLACE}\n\nTL;DR:"
-"""How a language model is asked, which has read many posts that end so."""
-CHAT = f"Write a short summary, one or two sentences, of this post.\n\n{PLACE}"
+_PLACEHOLDER = "{post}"
+T5_INSTRUCTION = "summarize: {post}"
+"""The prefix with which 1910.10683 trained T5 to summarise."""
+TLDR_INSTRUCTION = "{post}\n\nTL;DR:"
+"""For a language model: many posts of its training data end so."""
+CHAT_INSTRUCTION = "Write a short summary, one or two sentences, of this post.\n\n{post}"
+"""For a chat model."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Posts:
-    """A file a split, and what was in them when the experiment was made. They are read when prompts are asked for."""
+    """A file of posts for each split, with digests of what was in them.
+
+    The files are read when prompts are asked for. Raises UserError when the instruction has no place for the post.
+    """
 
     train: str = ""
     validation: str = ""
     test: str = ""
-    ask: str = ENCODER_DECODER  # the prompt, {post} for the post
-    content: tuple[str, ...] = dataclasses.field(init=False)
+    instruction: str = T5_INSTRUCTION  # the prompt; {post} stands for the post
+    digests: tuple[str, ...] = dataclasses.field(init=False)  # of the three files
 
     def __post_init__(self) -> None:
-        asked(self.ask, "")
-        object.__setattr__(self, "content", tuple(map(content, self.files().values())))
+        _fill_instruction(self.instruction, "")
+        object.__setattr__(self, "digests", tuple(map(file_digest, self._files().values())))
 
-    def files(self) -> dict[str, str]:
+    def _files(self) -> dict[str, str]:
+        """Returns split -> path."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
-        """Prompts of the split, shuffled by the seed; all of them when there are fewer than ``count``. One that an
-        earlier of test, validation and train has is left out, where those files are named."""
-        if split not in self.files():
-            raise UserError(f"posts have no split {split!r}; they have {', '.join(self.files())}")
+        """Returns up to ``count`` distinct prompts of a split, shuffled by the seed.
+
+        A post that is in a file before it (test, validation, train) is left out. Raises UserError when there is no such
+        split, when its file cannot be read, and when it holds no other post.
+        """
+        if split not in SPLITS:
+            raise UserError(f"posts have no split {split!r}; they have {', '.join(SPLITS)}")
         earlier: set[str] = set()
         for name in ("test", "validation", "train"):
             if name == split:
                 break
-            earlier |= set(self.read(name)) if self.files()[name] else set()
-        found = [post for post in dict.fromkeys(self.read(split)) if post not in earlier]
-        if not found:
-            raise UserError(f"{self.files()[split]} holds no post that is not held out; give another file")
-        return [asked(self.ask, found[i]) for i in np.random.default_rng(seed).permutation(len(found))[:count]]
+            earlier |= set(self._read(name)) if self._files()[name] else set()
+        posts = [post for post in dict.fromkeys(self._read(split)) if post not in earlier]
+        if not posts:
+            raise UserError(f"{self._files()[split]} holds no post that is not held out; give another file")
+        return [_fill_instruction(self.instruction, post) for post in shuffled(posts, count, seed)]
 
-    def read(self, split: str) -> list[str]:
-        return read_posts(self.files()[split], self.content[list(self.files()).index(split)])
-
-    def corpus(self, count: int, seed: int) -> Sequence[str]:
-        raise UserError("posts bring no corpus to pretrain on; start from a Pretrained stage")
+    def _read(self, split: str) -> list[str]:
+        """Returns the posts of a split's file. Raises UserError as ``read_rows`` does."""
+        return read_posts(self._files()[split], self.digests[list(self._files()).index(split)])
 
 
 @lru_cache(maxsize=4)
-def read_posts(path: str, mark: str = "") -> list[str]:
-    """The post of every line. ``mark`` tells an edited file from one read before. Raises UserError."""
-    return read_rows(path, "posts", post_of)
+def read_posts(path: str, digest: str = "") -> list[str]:
+    """Returns the post of every line of a file. Raises UserError as ``read_rows`` does.
+
+    Results are cached; another ``digest`` means that the file was edited and is read again.
+    """
+    return read_rows(path, "posts", _read_post)
 
 
-def post_of(row: Row) -> str:
-    """A post with its title above it, where it has one."""
-    title, post = str(row.get("title") or "").strip(), text_of(row, "text" if "text" in row else "post").strip()
+def _read_post(row: Row) -> str:
+    """Returns a post, with its title above it where there is one. Raises KeyError or ValueError without a text."""
+    title = str(row.get("title") or "").strip()
+    post = require_text(row, "text" if "text" in row else "post").strip()
     return f"{title}\n\n{post}" if title else post
 
 
-def asked(ask: str, post: str) -> str:
-    """The prompt that asks for the summary of a post. Raises UserError when it does not say where that stands."""
-    if PLACE not in ask:
-        raise UserError(f"ask={ask!r} does not hold {PLACE}, where the post goes; put it in")
-    return ask.replace(PLACE, post)
+def _fill_instruction(instruction: str, post: str) -> str:
+    """Returns the prompt that asks for the summary of a post. Raises UserError when it has no place for the post."""
+    if _PLACEHOLDER not in instruction:
+        raise UserError(f"instruction={instruction!r} does not hold {_PLACEHOLDER}, where the post goes; put it in")
+    return instruction.replace(_PLACEHOLDER, post)
 
 
-def comparison(row: Row, ask: str = ENCODER_DECODER) -> Compared:
-    """A row of the published comparisons (2009.01325): {"info": post, "summaries": [{"text"}, {"text"}], "choice": 0 or
-    1, the one that people preferred}. ``ask`` is the task's."""
+def read_tldr_comparison(row: Row, instruction: str = T5_INSTRUCTION) -> Comparison:
+    """Returns the comparison of a row in the published form (2009.01325); ``instruction`` must be the task's.
+
+    The form is {"info": post, "summaries": [{"text"}, {"text"}], "choice": 0 or 1, the index of the preferred one}.
+    Raises KeyError and ValueError on another form (``json_lines.ReadComparison``).
+    """
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise ValueError("has no 'info' of a post, or not two 'summaries'")
     if not all(isinstance(summary, dict) for summary in summaries) or choice not in (0, 1):
         raise ValueError("has 'summaries' without a text, or a 'choice' that is neither 0 nor 1")
-    first, second = (text_of(summary, "text").strip() for summary in summaries)
-    return asked(ask, post_of(info)), first, second, float(1 - choice)
+    first, second = (require_text(summary, "text").strip() for summary in summaries)
+    return Comparison(_fill_instruction(instruction, _read_post(info)), first, second, float(1 - choice))
 
 
-def clean(raw: str) -> str | None:
-    """The summary; nothing is a failure."""
-    return raw.strip() or None
+def summary_task(train: str = "", validation: str = "", test: str = "", instruction: str = T5_INSTRUCTION) -> Task:
+    """Returns the task of summarising posts. Raises UserError when the instruction has no place for the post.
 
-
-def task(train: str = "", validation: str = "", test: str = "", ask: str = ENCODER_DECODER) -> Task:
-    """Summaries of posts; a rater is shown both and says 1 or 2 (2312.00886 section 8, in our words)."""
+    A language model that compares two summaries sees both and answers 1 or 2 (2312.00886 section 8, in our words).
+    """
     return Task(
         name="summary",
-        source=Posts(train, validation, test, ask),
-        affixes=(),
-        contrast=with_affix,
-        clean=clean,
+        source=Posts(train, validation, test, instruction),
         format=Format(before=" ", end="", stop=(EOS,)),
         template=Template(
             before="\n\nA careful reader says which of two summaries of this is better.\nSummary 1:",
@@ -116,11 +122,4 @@ def task(train: str = "", validation: str = "", test: str = "", ask: str = ENCOD
             answer="1",
             other="2",
         ),
-        oracles={},
-        score=None,
     )
-
-
-def with_affix(prompt: str, last: str, earlier: str) -> str:
-    """How a task made of this one by giving it affixes would contrast."""
-    return prompt + last

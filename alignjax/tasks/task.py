@@ -1,106 +1,126 @@
-"""What a task is: its words and its judges, as data and functions."""
+"""What a task is: its prompts, its words and its judges, as data and functions."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from alignjax.errors import UserError
 
+EOS = "<eos>"
+"""In a format's ``stop``: the tokens that end a text by the tokenizer's own convention."""
+SPLITS = ("train", "validation", "test")
+"""The splits of a task's prompts."""
+Affixes = tuple[tuple[str, str], ...]
+"""(positive, negative) pairs of texts that contrast two prompts (2307.12950)."""
+
 
 class Template(NamedTuple):
     """How two responses stand in one context: prompt, before, first, between, second, question.
 
-    The pairwise score of (first, second) is the logit of the token ``answer`` after the question; as a choice, that
-    minus the logit of ``other``, which says that the second is better.
+    The pairwise score of (first, second) is the logit of the token ``answer`` after the question. The choice score is
+    that logit minus the logit of ``other``, which says that the second is better.
     """
 
     before: str
     between: str
     question: str
     answer: str  # one token
-    other: str = ""  # one token, where a choice is asked
+    other: str = ""  # one token; needed for the choice score alone
 
 
 class Format(NamedTuple):
     """How a reply stands in text."""
 
     before: str  # between the prompt and the reply
-    end: str  # after it: the end marker
+    end: str  # behind the reply
     stop: tuple[str, ...]  # what ends a completion: EOS, or pieces of text
 
 
-EOS = "<eos>"
-"""Among a format's ``stop``: the tokens that end a text by the tokenizer's own convention."""
+class Contrast(Protocol):
+    """Puts an affix into a prompt."""
+
+    def __call__(self, prompt: str, last: str, earlier: str, /) -> str:
+        """Returns the prompt to generate from: ``last`` is the affix of its last turn, ``earlier`` of turns before."""
+        ...
 
 
-Affixes = tuple[tuple[str, str], ...]
-"""(positive, negative) pairs."""
-Contrast = Callable[[str, str, str], str]
-"""(prompt, affix of the last turn, affix of earlier turns) -> the prompt to generate from."""
-Clean = Callable[[str], str | None]
-"""Raw text with its end marker -> the reply, or None when it must be sampled again."""
-Score = Callable[[str, str], float]
-"""(prompt, reply) -> quality; higher is better."""
-Oracle = Callable[[str, str, str], float]
-"""(prompt, reply, other) -> P(reply > other), exactly; ties are 1/2."""
+class Clean(Protocol):
+    """Cuts a reply out of what a model wrote."""
+
+    def __call__(self, raw: str, /) -> str | None:
+        """Returns the reply in a raw text with its end marker, or None when the reply must be sampled again."""
+        ...
+
+
+class Score(Protocol):
+    """A quality of replies."""
+
+    def __call__(self, prompt: str, reply: str, /) -> float:
+        """Returns the quality of a reply; higher is better."""
+        ...
+
+
+class Oracle(Protocol):
+    """An exact preference that depends on no model."""
+
+    def __call__(self, prompt: str, reply: str, other: str, /) -> float:
+        """Returns P(reply > other | prompt), a tie counting 1/2."""
+        ...
 
 
 class Source(Protocol):
-    """Where a task's texts come from: a frozen dataclass, so that an experiment's record says which."""
+    """Where a task's prompts come from: a frozen dataclass, so that an experiment's record describes it."""
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
-        """Distinct prompts; the splits "train", "validation" and "test" are disjoint."""
+        """Returns up to ``count`` distinct prompts of one of ``SPLITS``, which are disjoint, shuffled by the seed."""
         ...
 
-    def corpus(self, count: int, seed: int) -> Sequence[str]:
-        """Documents to pretrain on. Raises UserError where the task brings none."""
+
+class Messages(Protocol):
+    """Turns a prompt into what a chat model is asked."""
+
+    def __call__(self, prompt: str, /) -> Sequence[dict[str, str]]:
+        """Returns messages {"role": ..., "content": ...}."""
         ...
+
+
+def keep_reply(raw: str) -> str | None:
+    """Returns the stripped text, or None when it is empty."""
+    return raw.strip() or None
 
 
 def one_message(prompt: str) -> list[dict[str, str]]:
-    """The prompt as a user's only message."""
+    """Returns the prompt as a user's only message."""
     return [{"role": "user", "content": prompt}]
-
-
-def dialogue_messages(prompt: str) -> list[dict[str, str]]:
-    """A dialogue "Human: ... Assistant: ..." that ends in an open turn, as messages. An affix of the open turn's role
-    marker, as RLCD writes it, stands behind the last question; those of earlier turns are left out. What is before the
-    first turn is the system's message."""
-    preamble, *turns = re.split(r"(?:^|\n\n)(Human|Assistant)([^:\n]*):", prompt)
-    messages = [{"role": "system", "content": preamble.strip()}] if preamble.strip() else []
-    messages += [
-        {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
-        for role, text in zip(turns[0::3], turns[2::3], strict=True)
-    ]
-    if len(messages) < 2 or messages[-1]["content"] or messages[-1]["role"] != "assistant":
-        raise UserError(f"the prompt {prompt[-40:]!r} is no dialogue that ends in 'Assistant:'; cut it there")
-    affix = turns[-2].strip()
-    messages = messages[:-1]
-    if affix:
-        messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']} {affix}"}
-    return messages
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task. ``oracles`` are independent of every model; the first one is the task's truth. Where nobody knows it,
-    there are none and no score: labels are then not counted right or wrong, and held-out models alone judge."""
+    """A task: a name, where prompts come from, how a reply stands in text; all else is what the task happens to have.
+
+    ``oracles`` depend on no model; the first one is the task's truth. Without oracles, labels are not counted right or
+    wrong and held-out models alone judge. Without ``score``, tables have no score.
+
+    Raises UserError when ``format.stop`` is empty, when ``template.answer`` is empty, and when there are affixes but
+    no function to apply them.
+    """
 
     name: str
     source: Source
-    affixes: Affixes
-    contrast: Contrast
-    clean: Clean
     format: Format
-    template: Template
-    oracles: dict[str, Oracle]
-    score: Score | None
-    messages: Callable[[str], Sequence[dict[str, str]]] = one_message  # a prompt as a chat model is asked it
+    clean: Clean = keep_reply
+    affixes: Affixes = ()
+    contrast: Contrast | None = None  # applies an affix
+    template: Template | None = None  # how a language model is asked which of two replies is better
+    oracles: dict[str, Oracle] = dataclasses.field(default_factory=dict)
+    score: Score | None = None
+    messages: Messages = one_message
+    corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
 
     def __post_init__(self) -> None:
         stop = self.format.stop
@@ -108,12 +128,28 @@ class Task:
             raise UserError(f"task {self.name!r} has format.stop={stop!r}; give a tuple of what ends a reply")
         if self.template and not self.template.answer:
             raise UserError(f"task {self.name!r} has no template.answer; give a piece of text that is one token")
+        if self.affixes and self.contrast is None:
+            raise UserError(f"task {self.name!r} has affixes and no contrast; give the function that applies an affix")
+
+    @property
+    def corpus(self) -> Callable[[int, int], Sequence[str]] | None:
+        """(count, seed) -> up to ``count`` documents to pretrain on; None when the task has no corpus.
+
+        It follows ``source``: a task whose source was replaced has the corpus of the new one.
+        """
+        return None if self.corpus_of_source is None else functools.partial(self.corpus_of_source, self.source)
 
 
 def oracle_from_score(score: Score) -> Oracle:
-    """Prefers the higher score; equal scores tie."""
+    """Returns the oracle that prefers the reply with the higher score; equal scores are a tie."""
 
     def oracle(prompt: str, reply: str, other: str) -> float:
+        """Returns 1, 1/2 or 0 by the sign of the difference of scores."""
         return 0.5 + 0.5 * float(np.sign(score(prompt, reply) - score(prompt, other)))
 
     return oracle
+
+
+def shuffled(texts: Sequence[str], count: int, seed: int) -> list[str]:
+    """Returns ``count`` of the texts, or all when there are fewer, in an order drawn by the seed."""
+    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]

@@ -77,7 +77,7 @@ def ours(folder: Path, dtype: str):
     from alignjax.models.build import build
 
     config = huggingface.read_config(folder)
-    shapes, rules = weights.parameter_shapes(config), build(config).rules
+    shapes, rules = weights.abstract_params(config), build(config).rules
     mesh = sharding.make_mesh(sharding.Mesh(data=1, fsdp=4, tensor=2))
     places = sharding.shardings(shapes, sharding.live(rules, shapes), mesh)
     jax.block_until_ready(jax.device_put(np.zeros(8), sharding.replicated(mesh)))

@@ -121,7 +121,7 @@ def test_greedy_tokens(case):
 
 
 @EVERY
-@pytest.mark.parametrize("shard", [huggingface.SHARD, 20_000], ids=["whole", "shards"])
+@pytest.mark.parametrize("shard", [huggingface.MAX_SHARD_BYTES, 20_000], ids=["whole", "shards"])
 def test_an_exported_folder_opens_there_and_here(tmp_path, case, shard):
     d, folder = drawn(case), tmp_path / "model"
     huggingface.write_folder(folder, d.config, d.params, TOKENIZER, shard)
@@ -132,7 +132,7 @@ def test_an_exported_folder_opens_there_and_here(tmp_path, case, shard):
     assert all(torch.equal(value, theirs[name]) for name, value in opened.state_dict().items())
     assert huggingface.read_config(folder) == d.config
     jax.tree.map(np.testing.assert_array_equal, weights.read_params(folder, d.config), d.params)
-    if shard == huggingface.SHARD:
+    if shard == huggingface.MAX_SHARD_BYTES:
         said = referee.ask(opened, d.prompts, d.completion)
         close(d.ours.logits, said.logits)
         np.testing.assert_array_equal(said.greedy, d.said.greedy)
@@ -153,6 +153,6 @@ def test_a_reward_head_scores_there_as_here(tmp_path, case):
     opened.save_pretrained(tmp_path / "again")
     again = tmp_path / "again"
     config = dataclasses.replace(huggingface.read_config(again), tied=True)
-    np.testing.assert_array_equal(weights.read_reward(again, config.width)["reward"]["kernel"], kernel)
+    np.testing.assert_array_equal(weights.read_reward_head(again, config.width)["reward"]["kernel"], kernel)
     back = weights.read_params(again, config)
     jax.tree.map(np.testing.assert_array_equal, back, {n: part for n, part in d.params.items() if n != "head"})

@@ -95,7 +95,7 @@ def test_what_we_write_peft_opens(tmp_path, case):
         adapted = theirs.PeftModel.from_pretrained(copy.deepcopy(found.model), tmp_path / "a").eval()
     near(logits_here(found, small, spec), logits_there(adapted, found), case)
     adapted.save_pretrained(tmp_path / "again")
-    first, again = (safetensors.numpy.load_file(tmp_path / name / peft.TENSORS) for name in ("a", "again"))
+    first, again = (safetensors.numpy.load_file(tmp_path / name / peft.TENSORS_FILE) for name in ("a", "again"))
     assert first.keys() == again.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], again[name])
