@@ -127,8 +127,8 @@ def sampling_options(sub: argparse.ArgumentParser) -> None:
 def export_command(arguments: argparse.Namespace) -> int:
     from alignjax.pipeline import export
 
-    stage = storage.at(arguments.stage)
-    with storage.reached(stage):
+    stage = storage.parse_path(arguments.stage)
+    with storage.bucket_errors(stage):
         print(export.export(stage, Path(arguments.folder), arguments.merge))
     return 0
 
@@ -153,8 +153,8 @@ def compare_command(arguments: argparse.Namespace) -> int:
 def opened(folder: str, chat: bool) -> Any:
     from alignjax.pipeline import preview as sample
 
-    path = storage.at(folder)
-    with storage.reached(path):
+    path = storage.parse_path(folder)
+    with storage.bucket_errors(path):
         return sample.opened(path, chat)
 
 
@@ -226,10 +226,10 @@ def run_command(arguments: argparse.Namespace) -> int:
     workdir = workdir_of(arguments)
     hosts = connect(Launch(arguments.coordinator, arguments.processes, arguments.process))
     try:
-        with storage.reached(workdir):
+        with storage.bucket_errors(workdir):
             run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
     except (UserError, RunAgain, OSError) as error:
-        hosts.end(status_of(error), one_line(error))  # goes on where there are no others
+        hosts.end_all(status_of(error), one_line(error))  # goes on where there are no others
         if storage.is_bucket(workdir) and not isinstance(error, BrokenPipeError):
             # A tidy exit would wait for threads that go on trying to reach the bucket.
             leave(status_of(error), one_line(error))
@@ -237,8 +237,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     except Exception as error:  # of any kind: the others would wait for this process for ever
         if hosts.count > 1:
             traceback.print_exc()
-            hosts.listen()
-            hosts.end(1, f"{type(error).__name__}: {one_line(error)}")
+            hosts.confirm_others_alive()
+            hosts.end_all(1, f"{type(error).__name__}: {one_line(error)}")
         raise
     return 0
 
@@ -252,7 +252,7 @@ def table_command(arguments: argparse.Namespace) -> int:
     if arguments.help:
         return show_leaves(arguments.file, settings)
     experiment, workdir = load_experiment(arguments.file, settings), workdir_of(arguments)
-    with storage.reached(workdir):
+    with storage.bucket_errors(workdir):
         run.show_report(experiment, workdir)
     return 0
 
@@ -278,4 +278,4 @@ def plan_command(arguments: argparse.Namespace) -> int:
 def workdir_of(arguments: argparse.Namespace) -> Path:
     if not arguments.workdir:
         raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
-    return storage.at(arguments.workdir)
+    return storage.parse_path(arguments.workdir)

@@ -26,6 +26,7 @@ from alignjax.types import (
     PreferenceBatch,
     PreferenceLogit,
     Prompt,
+    Response,
     stack_rows,
 )
 
@@ -57,9 +58,8 @@ class PreferenceGradient:
         """Returns the mean loss and metrics."""
         response, preference = batch.responses[0], batch.probability(0, 1)
         logp, mask = log_prob(params, batch.prompt, response.completion), response.completion.mask
-        loss = jnp.mean(self.loss(logp, response.reference_logp, mask, preference))
-        metrics = {"preference": jnp.mean(preference)}
-        return loss, {**metrics, **_response_metrics(logp, response.reference_logp, mask)}
+        loss = jnp.mean(self.loss(logp, require_reference(response), mask, preference))
+        return loss, {"preference": jnp.mean(preference), **_response_metrics(logp, response)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,9 @@ class RewardGradient:
         """Returns the mean loss and metrics."""
         response, margin = batch.responses[0], jnp.clip(batch.margin(0, 1), -self.bound, self.bound)
         logp, mask = log_prob(params, batch.prompt, response.completion), response.completion.mask
-        loss = jnp.mean(self.loss(logp, response.reference_logp, mask, margin))
+        loss = jnp.mean(self.loss(logp, require_reference(response), mask, margin))
         metrics = {"preference": jnp.mean(batch.probability(0, 1)), "margin": jnp.mean(margin)}
-        return loss, {**metrics, **_response_metrics(logp, response.reference_logp, mask)}
+        return loss, {**metrics, **_response_metrics(logp, response)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,20 +121,22 @@ class DirectAlignment:
         """Returns the mean loss and metrics."""
         logps = score_responses(log_prob, params, batch, self.scored)
         ratios = [
-            losses.sequence_sum(logp - response.reference_logp, response.completion.mask)
+            losses.sequence_sum(logp - require_reference(response), response.completion.mask)
             for logp, response in zip(logps, batch.responses, strict=True)
         ]
         p = batch.probability(0, 1)
         loss, sign = jnp.mean(self.loss(*ratios, p)), jnp.sign(p - 0.5)
         margin = sign * (ratios[0] - ratios[1])
-        metrics = {"loss": loss, "accuracy": jnp.mean(0.5 + 0.5 * jnp.sign(margin)), "log_ratio_margin": jnp.mean(margin)}
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(0.5 + 0.5 * jnp.sign(margin)),
+            "log_ratio_margin": jnp.mean(margin),
+        }
         first = batch.responses[0]
         return loss, {**metrics, **_response_metrics(logps[0], first.reference_logp, first.completion.mask)}
 
 
-def score_responses(
-    log_prob: LogProb, params: Params, batch: PreferenceBatch, numbers: tuple[int, ...]
-) -> list[Array]:
+def score_responses(log_prob: LogProb, params: Params, batch: PreferenceBatch, numbers: tuple[int, ...]) -> list[Array]:
     """Returns log-probs [B, T] of the responses with these numbers, in one pass of B * len(numbers) rows."""
     completions = [batch.responses[k].completion for k in numbers]
     if len(completions) == 1:
@@ -144,11 +146,18 @@ def score_responses(
     return list(jnp.moveaxis(logp.reshape(-1, len(completions), logp.shape[-1]), 1, 0))
 
 
-def _response_metrics(logp: Array, reference_logp: Array | None, mask: Array) -> Metrics:
-    """Returns the KL estimate and the length of responses, from arrays [B, T]."""
-    assert reference_logp is not None  # the objective lists the response in ``scored``
+def require_reference(response: Response) -> Array:
+    """Returns the reference log-probs [B, T] of a response. Raises ValueError when it was not scored."""
+    if response.reference_logp is None:
+        raise ValueError("this response has no reference log-probs; the objective must list it in ``scored``")
+    return response.reference_logp
+
+
+def _response_metrics(logp: Array, response: Response) -> Metrics:
+    """Returns the KL estimate and the length of responses with log-probs [B, T] under the policy."""
+    mask = response.completion.mask
     return {
-        "kl": jnp.mean(losses.sequence_sum(logp - reference_logp, mask)),
+        "kl": jnp.mean(losses.sequence_sum(logp - require_reference(response), mask)),
         "length": jnp.mean(jnp.sum(mask, -1).astype(jnp.float32)),
     }
 

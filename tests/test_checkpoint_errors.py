@@ -18,7 +18,7 @@ from alignjax.checkpoints import huggingface, weights
 from alignjax.cli import main
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from tests.conftest import TINY
 from tests.test_huggingface import TEXTS, written
 
@@ -281,7 +281,7 @@ def test_what_is_not_finite_is_warned_of_once_a_tensor(folder, value, axes):
     shapes = weights.abstract_params(CONFIG)
     where = None
     if axes:
-        rules = sharding.live(transformer(CONFIG).rules, shapes)
+        rules = sharding.matching_rules(transformer(CONFIG).rules, shapes)
         where = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(**axes)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

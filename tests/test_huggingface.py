@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from alignjax.checkpoints import huggingface, weights
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad, single_token
 from alignjax.pipeline.config import describe, leaves
 from alignjax.pipeline.stages import Pretrained

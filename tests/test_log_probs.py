@@ -205,7 +205,7 @@ def on_the_mesh():
     """A model, and the gradient compiled for data 2, fsdp 2, tensor 2."""
     model, arguments = large_head(LENGTH)
     mesh = sharding.make_mesh(sharding.Mesh(2, 2, 2))
-    layout, rows = sharding.shardings(arguments[0], model.rules, mesh), sharding.rows(mesh)
+    layout, rows = sharding.shardings(arguments[0], model.rules, mesh), sharding.row_sharding(mesh)
     with jax.set_mesh(mesh):
         compiled = jax.jit(
             gradient(functools.partial(token_log_probs, chunk=4), model.logits),

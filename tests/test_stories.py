@@ -10,7 +10,7 @@ import pytest
 
 from alignjax.checkpoints import huggingface, weights
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad
 from alignjax.sampling.process import Process, Sampling, sample

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -209,3 +210,14 @@ def check_batch(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:
         raise UserError(f"{name}={size} does not divide over data*fsdp={parts}; choose a multiple of {parts}")
+
+
+@functools.lru_cache(maxsize=4)
+def _replicator(mesh: jax.sharding.Mesh) -> Any:
+    """Returns the identity, jitted, with its result on every device."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def gather_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Returns a tree of arrays that lie by rows with every array on every device, so that every host can read it."""
+    return _replicator(mesh)(tree)

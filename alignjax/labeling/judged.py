@@ -46,7 +46,7 @@ class Judged:
         ]
         if not rows:
             return Labels([], tries + more_tries)
-        probabilities = labeler.judge(*([row[i] for row in rows] for i in range(3)))
+        probabilities = labeler.judge([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
         labeled = []
         for (x, y, z, number), p in zip(rows, map(float, probabilities), strict=True):
             if p != 0.5:

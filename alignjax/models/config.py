@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from alignjax.errors import POSITIVE, UserError, check_range
+from alignjax.fields import no_effect
 from alignjax.models.layers import ACTIVATIONS, COMPUTE_DTYPES, REMAT_POLICIES, check_choice
 from alignjax.models.rope import RopeScaling
 
@@ -31,8 +32,8 @@ class TransformerConfig:
     tied: bool = True  # the embedding is the output projection too
     initializer_range: float = 0.02  # standard deviation of initial embeddings
     compute_dtype: str = "float32"  # "bfloat16" casts parameters inside the step
-    remat: str = "none"  # what the backward pass recomputes; a key of REMAT_POLICIES
-    decode: str = "unrolled"  # or "scanned": compile time independent of the number of layers
+    remat: str = no_effect("none")  # what the backward pass recomputes; a key of REMAT_POLICIES
+    decode: str = no_effect("unrolled")  # or "scanned": compile time independent of the number of layers
     # Options that tell the model families apart.
     family: str = "llama"  # names and file format of an exported checkpoint
     norm: str = "rms"  # or "layer": centred, with a bias
@@ -100,7 +101,7 @@ class T5Config:
     start_token: int = 0  # the decoder's first input
     end_token: int = 1  # appended to the prompt before the encoder reads it
     compute_dtype: str = "float32"  # "bfloat16" casts parameters inside the step
-    remat: str = "none"  # what the backward pass recomputes; a key of REMAT_POLICIES
+    remat: str = no_effect("none")  # what the backward pass recomputes; a key of REMAT_POLICIES
     family: str = "t5"  # or "mt5": the file format of an exported checkpoint
 
     def __post_init__(self) -> None:

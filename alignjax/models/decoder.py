@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from alignjax.distributed.sharding import by_rows
+from alignjax.distributed.sharding import constrain_rows
 from alignjax.errors import UserError
 from alignjax.models.config import UNBOUNDED as UNBOUNDED
 from alignjax.models.config import TransformerConfig as TransformerConfig
@@ -98,7 +98,7 @@ def _apply_outer(network: _Network, params: Params, *args: Array, method: Any) -
 def _embed(network: _Network, params: Params, tokens: Array, positions: Array) -> Array:
     """tokens [B, T] at positions [B, T] -> x [B T, D], flat."""
     flat = tokens.reshape(-1), positions.reshape(-1)
-    return by_rows(_apply_outer(network, params, *flat, method=EmbeddingAndHead.embed_tokens))
+    return constrain_rows(_apply_outer(network, params, *flat, method=EmbeddingAndHead.embed_tokens))
 
 
 def _layers(network: _Network, params: Params) -> Layer:
@@ -140,7 +140,7 @@ def _forward(network: _Network, params: Params, tokens: Array, segments: Array) 
 
     def body(x: Array, layer: Layer) -> tuple[Array, None]:
         x, _ = _apply_layer(network, attention, layer, x)
-        return by_rows(x), None
+        return constrain_rows(x), None
 
     if c.remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[c.remat])
@@ -180,7 +180,7 @@ def _prefill(network: _Network, params: Params, prompt: Prompt, max_new_tokens: 
 
     def prefill_layer(layer: Layer, x: Array) -> tuple[Array, LayerCache]:
         x, cache = _apply_layer(network, attention, layer, x)
-        return by_rows(x), cache.extend(max_new_tokens)
+        return constrain_rows(x), cache.extend(max_new_tokens)
 
     x, caches = loop.prefill(prefill_layer, layers, _embed(network, params, prompt.tokens, positions))
     valid = jnp.pad(prompt.mask, ((0, 0), (0, max_new_tokens)))

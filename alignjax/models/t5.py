@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from alignjax.distributed.sharding import by_rows
+from alignjax.distributed.sharding import constrain_rows
 from alignjax.models.config import T5Config as T5Config
 from alignjax.models.functional import Functional, functional
 from alignjax.models.kv_cache import LayerCache
@@ -128,7 +128,7 @@ def _scan_layers(c: T5Config, run: Callable[[Array, Params], Array], x: Array, s
     """Runs ``run(x [B, T, D], one layer's weights) -> [B, T, D]`` through the stacked layers."""
     if c.remat != "none":
         run = jax.checkpoint(run, policy=REMAT_POLICIES[c.remat])
-    return lax.scan(lambda x, weights: (by_rows(run(x, weights)), None), by_rows(x), stacked)[0]
+    return lax.scan(lambda x, weights: (constrain_rows(run(x, weights)), None), constrain_rows(x), stacked)[0]
 
 
 def _append_end_token(prompt: Prompt, end_token: int) -> Tokens:

@@ -23,8 +23,8 @@ from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
-from alignjax.errors import UserError
-from alignjax.fields import has_no_effect, is_stage_input, one_line
+from alignjax.errors import UserError, one_line
+from alignjax.fields import has_no_effect, is_stage_input
 
 
 def load(path: str | Path, settings: Mapping[str, str]) -> Any:
@@ -217,8 +217,8 @@ def describe(node: Any, name_input: Callable[[str], str] | None = None) -> Any:
         return {"function": describe(node.func, name_input), **keywords}
     if dataclasses.is_dataclass(node) and not isinstance(node, type):
         fields = [f for f in dataclasses.fields(node) if name_input is None or not has_no_effect(f)]
-        parts = {f.name: _describe_field(f, getattr(node, f.name), name_input) for f in fields}
-        return parts if name_input is None else {"type": type(node).__qualname__, **parts}
+        described = {f.name: _describe_field(f, getattr(node, f.name), name_input) for f in fields}
+        return described if name_input is None else {"type": type(node).__qualname__, **described}
     if isinstance(node, enum.Enum):
         return node.name
     if (parts := children(node)) is not None:

@@ -87,6 +87,7 @@ class Stage(Protocol):
     """A frozen dataclass. Fields that name other stages are declared with ``fields.stage_input``."""
 
     makes: Any  # a Kind
+    meanings: dict[str, str]  # metric or figure -> what it shows
 
     def check(self, context: Context) -> None:
         """Raises UserError for what can be known to fail before anything runs."""
@@ -222,9 +223,14 @@ class Context:
         return networks.assemble(network, record, base, self.mesh, read)
 
 
+def abstract_array(dtype: str, *shape: int) -> Any:
+    """Returns an array's shape and dtype, in the place of the array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
 def abstract_tokens(batch: int, length: int) -> Tokens:
     """Returns padded ids as shapes, [batch, length]."""
-    return Tokens(jax.ShapeDtypeStruct((batch, length), "int32"), jax.ShapeDtypeStruct((batch, length), "bool"))
+    return Tokens(abstract_array("int32", batch, length), abstract_array("bool", batch, length))
 
 
 def order(stages: Mapping[str, Any]) -> list[str]:
@@ -247,7 +253,7 @@ def _check_stage(name: Any, stage: Any) -> None:
         raise UserError(f"{name!r} cannot name a stage, because it names a folder; use letters, digits, _ and -")
     if isinstance(stage, type):
         raise UserError(f"stage {name!r} is the class {stage.__name__}; make an instance: {stage.__name__}(...)")
-    members = ("makes", "check", "network", "exposure", "programs", "run")
+    members = ("makes", "meanings", "check", "network", "exposure", "programs", "run")
     if not dataclasses.is_dataclass(stage) or (missing := [m for m in members if m not in dir(stage)]):
         lacks = f"lacks {missing[0]}" if dataclasses.is_dataclass(stage) else "is no dataclass"
         raise UserError(f"stage {name!r} is a {type(stage).__name__}, which {lacks}; see alignjax.pipeline.Stage")
@@ -274,4 +280,3 @@ def _inputs_first(name: str, stages: Mapping[str, Any], users: tuple[str, ...]) 
 def ancestors(stages: Mapping[str, Any], names: Iterable[str]) -> set[str]:
     """Returns the named stages and everything that they are made from."""
     return {source for name in names for source in _inputs_first(name, stages, ())}
-

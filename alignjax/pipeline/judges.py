@@ -120,7 +120,9 @@ class LanguageModelJudge:
         """Raises UserError when the question lacks an answer, or an answer is known not to be one token."""
         template, spec = self.template(context), context.spec(self.stage)
         if not template.other:
-            raise UserError(f"{context.name}: the question of a language-model judge needs both answers; give ``other``")
+            raise UserError(
+                f"{context.name}: the question of a language-model judge needs both answers; give ``other``"
+            )
         if spec and spec.tokenizer:
             template_tokens(spec.tokenizer, template)
 

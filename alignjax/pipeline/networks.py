@@ -109,7 +109,8 @@ def save(folder: Path, network: Network) -> None:
         str(backbone[0].dtype) if backbone else "float32",
         head_shapes(network.heads),
         network.chat,
-        network.over and dataclasses.replace(network.over, fingerprint=stage_fingerprint(folder.parent / network.over.base)),
+        network.over
+        and dataclasses.replace(network.over, fingerprint=stage_fingerprint(folder.parent / network.over.base)),
     )
     storage.write_json(folder / "model.json", {**dataclasses.asdict(record), "config": to_json(record.config)})
 
@@ -122,7 +123,7 @@ def head_shapes(heads: Params) -> dict[str, Any]:
 def stage_fingerprint(folder: Path) -> str:
     """Returns the fingerprint of the stage that made a folder; empty where no record names it."""
     path = folder / "stage.json"
-    text = storage.read(path)
+    text = storage.read_text(path)
     return "" if text is None else str(storage.parse_json(text, path).get("fingerprint", ""))
 
 

@@ -120,7 +120,7 @@ def say(context: Context, words: str) -> None:
 def keep_compiled(folder: Path) -> None:
     """Keeps compiled programs in the folder, for other stages and for a resumed run. A cache that the user has set up is
     left alone."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(storage.absolute(folder)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
         if storage.is_bucket(folder):  # XLA's own part of the cache knows no buckets

@@ -22,7 +22,7 @@ _NOT_WORK = (RECORD, "metrics.jsonl", "tensorboard", "wandb")  # what a resumed 
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns a stage's record, empty when there is none. Raises UserError when it is damaged."""
     path = folder / RECORD
-    text = storage.read(path)
+    text = storage.read_text(path)
     if text is None:
         return {}
     record = storage.parse_json(text, path)
@@ -47,7 +47,7 @@ def has_work(folder: Path) -> bool:
     if read_record(folder).get("finished"):
         return True
     files = (path for path in storage.list_files(folder) if path.parts[len(folder.parts)] not in _NOT_WORK)
-    return not all(map(storage.is_empty, files))
+    return not all(map(storage.is_empty_file, files))
 
 
 def prepare(folder: Path, record: dict[str, Any], stage: Any, redo: bool) -> bool:
@@ -123,7 +123,7 @@ def move(folder: Path, target: Path) -> None:
         folder.rename(target)
         return
     remove(target)
-    storage.copy(folder, target, last=RECORD)
+    storage.copy_tree(folder, target, last=RECORD)
     remove(folder)
 
 

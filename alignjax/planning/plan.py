@@ -90,7 +90,7 @@ def on_mesh(
     devices, chip = topology.devices(where), topology.chip(where)
     told = ",".join(f"{axis}={getattr(sizes, axis)}" for axis in sharding.AXES)
     try:
-        shape = sharding.shape_of(sizes, len(devices))
+        shape = sharding.mesh_shape(sizes, len(devices))
     except UserError as error:
         yield Row(where, told, len(devices), "", "", 0.0, 0, None, str(error))
         return
@@ -133,7 +133,7 @@ def compiled(
 ) -> tuple[cost.Analysis | None, str]:
     """(what it costs, with what lives beside it among its arguments, or None and why not). Programs that are the same
     text are compiled once."""
-    if (held := sharding.held_by((program.arguments, program.beside))) > chip.hbm:
+    if (held := sharding.bytes_per_device((program.arguments, program.beside))) > chip.hbm:
         return None, f"its arguments alone are {held / topology.GIB:.2f} of {chip.hbm / topology.GIB:.2f} GiB a device"
     with jax.set_mesh(mesh):
         try:
@@ -149,7 +149,7 @@ def compiled(
                 seen[text] = None, str(reason)
     found, refused = seen[text]
     if found:
-        found = found._replace(memory=found.memory.beside(held - sharding.held_by(program.arguments)))
+        found = found._replace(memory=found.memory.beside(held - sharding.bytes_per_device(program.arguments)))
     return found, refused
 
 

@@ -24,7 +24,14 @@ def oracle_judge(oracle: Oracle) -> Judge:
 
 
 def model_judge(
-    ask: Any, params: Params, tokenizer: Tokenizer, reply_format: Format, *, batch: int, mesh: jax.sharding.Mesh, owner: str
+    ask: Any,
+    params: Params,
+    tokenizer: Tokenizer,
+    reply_format: Format,
+    *,
+    batch: int,
+    mesh: jax.sharding.Mesh,
+    owner: str,
 ) -> Judge:
     """Returns the judge of a preference model; ``ask`` is a ``preference_asker``.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from alignjax.errors import UserError
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, decode_reply, pad
 from alignjax.sampling.process import Sampling, StopSequences, sample
-from alignjax.types import Completion, Key, LogProb, Params, Prompt
+from alignjax.types import Array, Completion, Key, LogProb, Params, Prompt
 
 
 class Reply(NamedTuple):
@@ -59,7 +59,7 @@ def generator(
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     small = max(batch // 8 // rows, 1) * rows
 
-    def log_ratios(prompt: Prompt, completion: Completion, logp: jax.Array) -> np.ndarray:
+    def log_ratios(prompt: Prompt, completion: Completion, logp: Array) -> np.ndarray:
         if score is None:
             return np.full(len(logp), np.nan)
         return np.asarray(score[0](score[1], prompt, completion, logp))
@@ -90,8 +90,8 @@ class Written(NamedTuple):
 
     completion: Completion  # [B, T], by rows
     replicated: Completion  # the same on every host
-    logp: jax.Array  # [B, T] nats, by rows
-    finite: jax.Array  # [] bool: every log-prob is finite
+    logp: Array  # [B, T] nats, by rows
+    finite: Array  # [] bool: every log-prob is finite
 
 
 def reply_writer(
@@ -100,16 +100,13 @@ def reply_writer(
     """Returns a jitted (params, prompt, example numbers [B], key) -> Written. Row b draws with fold_in(key, number)."""
     rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
 
-    @partial(
-        jax.jit, in_shardings=(None, rows, rows, None), out_shardings=Written(rows, everywhere, rows, everywhere),
-        keep_unused=True,
-    )  # fmt: skip
     def write(params: Params, prompt: Prompt, numbers: jax.Array, key: Key) -> Written:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
         drawn = sample(model.prefill(params, prompt, max_new_tokens), keys, max_new_tokens, stop, sampling)
         return Written(drawn.completion, drawn.completion, drawn.logp, jnp.all(jnp.isfinite(drawn.logp)))
 
-    return write
+    places: Any = Written(*cast(Any, (rows, everywhere, rows, everywhere)))
+    return jax.jit(write, in_shardings=(None, rows, rows, None), out_shardings=places, keep_unused=True)
 
 
 def reply_scorer(log_prob: LogProb, mesh: jax.sharding.Mesh) -> Any:

@@ -18,7 +18,6 @@ import numpy as np
 
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
-from alignjax.types import Batch
 
 PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "float"}
 """The columns of a dataset of pairs: p is the probability that ``first`` is preferred to ``second``."""
@@ -73,18 +72,18 @@ def _plan_epoch(
 
 def load_batches(
     plan: Callable[[int], BatchPlan],
-    make: Callable[[BatchPlan], Batch],
+    make: Callable[[BatchPlan], Any],
     mesh: jax.sharding.Mesh,
     start: int,
     stop: int,
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
     """Returns an iterator over the batches of steps start <= step < stop, as global arrays sharded by rows.
 
     A thread of Grain's makes the batches ahead of their use. ``make`` returns host arrays [B', ...] for the B' examples
     of its plan. Each process calls it for its own rows alone, so a row may depend on its example and the step only.
     """
 
-    def load(step: int) -> Batch:
+    def load(step: int) -> Any:
         whole = plan(step)
         size = len(whole.indices)
         local = sharding.local_rows(mesh, size)

@@ -278,8 +278,8 @@ class _Hooks:
         """Saves the state; a due save has a value that ``Loop.best`` compares."""
         self.writer.flush()
         best = self.loop.best
-        rated = best is not None and due
-        self.saver.save(state, best.value([float(row[best.metric]) for row in self.since_save]) if rated else None)
+        value = best.value([float(row[best.metric]) for row in self.since_save]) if best and due else None
+        self.saver.save(state, value)
 
 
 def check_metrics(name: str, loop: Loop, adam: Adam, step: int, row: Metrics) -> None:

@@ -88,7 +88,7 @@ def test_what_we_write_peft_opens(tmp_path, case):
     found = drawn(case)
     names = ("q", "v", "down") if not case.encodes else ("q", "cross_v", "down")
     spec = Lora(rank=3, alpha=5.0, targets=names)
-    small = away_from_zero(lora.init(spec, found.params, jax.random.key(0)))
+    small = away_from_zero(lora.init_adapters(spec, found.params, jax.random.key(0)))
     peft.write_adapters(tmp_path / "a", found.config, small, spec, "base")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # it only warns of adapters that it misses

@@ -35,7 +35,7 @@ from alignjax.pipeline.stages.writing import check_positions
 from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
 from alignjax.preferences import judges
 from alignjax.preferences.preference_models import PreferenceForm, PreferenceModel, choice, pairwise, template_tokens
-from alignjax.tasks.task import Task
+from alignjax.tasks.task import Task, Template
 from alignjax.training.collect import Frozen
 from alignjax.training.loop import Learner, Learning, Loop, Trained, train
 from alignjax.training.optimizer import Adam
@@ -70,7 +70,7 @@ class FitPreference:
 
     def preference_model(self, task: Task, network: Network) -> PreferenceModel:
         """Returns the form over the network's backbone."""
-        return self.form(network.model, template_tokens(network.tokenizer, task.template))
+        return self.form(network.model, template_tokens(network.tokenizer, require_template(task)))
 
     def network(self, context: Context) -> NetworkSpec | None:
         """Returns the start's network, trained, with the form's heads."""
@@ -78,7 +78,7 @@ class FitPreference:
             return None
         model = build(start.record.config)
         tokenizer = placeholder_tokenizer(start.record.config.vocab_size)
-        heads = self.form(model, template_tokens(tokenizer, context.task.template)).init_heads()
+        heads = self.form(model, template_tokens(tokenizer, require_template(context.task))).init_heads()
         return trained_spec(start, self.start, self.lora, networks.head_shapes(heads))
 
     def exposure(self, context: Context) -> Exposure:
@@ -206,7 +206,7 @@ class ZeroShotPreference:
 
     def preference_model(self, task: Task, network: Network) -> PreferenceModel:
         """Returns the form over the network's backbone."""
-        return self.form(network.model, template_tokens(network.tokenizer, task.template))
+        return self.form(network.model, template_tokens(network.tokenizer, require_template(task)))
 
     def network(self, context: Context) -> NetworkSpec | None:
         """Returns the start's network; only its heads are this stage's own."""
@@ -256,13 +256,18 @@ def check_template(context: Context, start: str, form: PreferenceForm) -> None:
 
     (Pretrain checks its own tokenizer, as soon as that is trained.)
     """
-    task, spec = context.task, context.spec(start)
-    if task.template is None:
-        raise UserError(f"{context.name}: task {task.name!r} has no template to show two replies in; give it one")
-    if form is choice and not task.template.other:
+    task, spec, template = context.task, context.spec(start), require_template(context.task)
+    if form is choice and not template.other:
         raise UserError(f"{context.name}: form=choice needs both answers; give task {task.name!r} a template.other")
     if spec and spec.tokenizer:
-        template_tokens(spec.tokenizer, task.template)
+        template_tokens(spec.tokenizer, template)
+
+
+def require_template(task: Task) -> Template:
+    """Returns the task's template. Raises UserError when it has none."""
+    if task.template is None:
+        raise UserError(f"task {task.name!r} has no template to show two replies in; give it one")
+    return task.template
 
 
 def form_name(form: PreferenceForm) -> str:
@@ -273,5 +278,5 @@ def form_name(form: PreferenceForm) -> str:
 def describe_form(context: Context, form: PreferenceForm) -> None:
     """Writes preference.json: how an exported preference model is asked."""
     task = context.task
-    description = {"form": form_name(form), "template": task.template._asdict(), "format": task.format._asdict()}
+    description = {"form": form_name(form), "template": require_template(task)._asdict(), "format": task.format._asdict()}
     storage.write_json(context.folder / "preference.json", description)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from alignjax.checkpoints import huggingface, peft, weights
+from alignjax.checkpoints import folders, huggingface, peft, weights
 from alignjax.distributed import sharding
 from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.fields import Kind, no_effect, stage_input
@@ -51,13 +51,12 @@ class LoadCheckpoint:
         check_choice(self, "dtype", COMPUTE_DTYPES)
         check_choice(self, "compute_dtype", COMPUTE_DTYPES)
         check_choice(self, "remat", tuple(REMAT_POLICIES))
-        object.__setattr__(self, "digest", weights.folder_digest(Path(self.path)))
+        object.__setattr__(self, "digest", folders.folder_digest(Path(self.path)))
 
     @property
     def makes(self) -> Kind:
         """A reward model where the folder holds a scalar head, else a policy."""
-        has_score = self.digest and weights.SCORE in weights.tensor_files(Path(self.path))
-        return Kind.REWARD if has_score else Kind.POLICY
+        return Kind.REWARD if self.digest and weights.has_reward_head(Path(self.path)) else Kind.POLICY
 
     def config(self) -> ModelConfig:
         """Returns the model's configuration. Raises UserError when the folder holds another than ``model`` names."""
@@ -68,7 +67,7 @@ class LoadCheckpoint:
             options["decode"] = self.decode
         if found is self.model:
             return dataclasses.replace(found, **options)
-        if weights.SCORE in weights.tensor_files(folder):  # such a checkpoint has no output projection
+        if weights.has_reward_head(folder):  # such a checkpoint has no output projection
             found = dataclasses.replace(found, tied=True)
         found = dataclasses.replace(found, **options)
         if self.model and found != (named := dataclasses.replace(self.model, **options)):
@@ -103,7 +102,7 @@ class LoadCheckpoint:
             huggingface.read_config(folder)  # says what is missing, where ``model`` would stand in for it
         config = self.config()
         weights.check_tensors(folder, config)
-        weights.read_reward(folder, config.width)
+        weights.read_reward_head(folder, config.width)
         tokenizer = self.tokenizer()
         if tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -121,7 +120,7 @@ class LoadCheckpoint:
         folder, config = Path(self.path), self.config()
         model = build(config)
         params = weights.read_params(folder, config, parameter_places(model, context.mesh), np.dtype(self.dtype))
-        heads = weights.read_reward(folder, config.width)
+        heads = weights.read_reward_head(folder, config.width)
         tokenizer = huggingface.read_tokenizer(folder)
         networks.save(context.folder, Network(context.name, model, tokenizer, "", params, heads=heads, chat=self.chat))
         return {"parameters": parameter_count({**params, **heads})}
@@ -149,13 +148,13 @@ def parameter_count(params: Any) -> int:
 class LoadAdapter:
     """Reads a folder of the PEFT library's: adapters over the network of ``start``."""
 
-    start: str = stage_input(Kind.POLICY)
     path: str
+    start: str = stage_input(Kind.POLICY)
     digest: str = dataclasses.field(init=False)  # of the folder's content
     makes: ClassVar[Kind] = Kind.POLICY
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digest", weights.folder_digest(Path(self.path)))
+        object.__setattr__(self, "digest", folders.folder_digest(Path(self.path)))
 
     def network(self, context: Context) -> NetworkSpec | None:
         """Returns the start's network under the folder's adapters."""
@@ -169,7 +168,7 @@ class LoadAdapter:
 
     def check(self, context: Context) -> None:
         """Raises UserError when the folder is missing or damaged."""
-        peft.read_lora(Path(self.path))
+        peft.read_adapter_config(Path(self.path))
 
     def programs(self, context: Context) -> tuple[Program, ...]:
         """Returns nothing: reading compiles nothing."""

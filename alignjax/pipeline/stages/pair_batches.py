@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
-from alignjax.pipeline.experiment import Context, abstract_tokens
+from alignjax.pipeline.experiment import Context, abstract_array, abstract_tokens
 from alignjax.pipeline.stages.load import PAIR_DATA
 from alignjax.tasks.task import Task, reply_text
 from alignjax.training import data
-from alignjax.types import PreferenceBatch, Response
+from alignjax.types import PreferenceBatch, Prompt, Response
 
 Row = dict[str, Any]
 """{"prompt", "first", "second": text, "p": P(first is preferred)}."""
@@ -26,6 +25,13 @@ class PairBatches(NamedTuple):
     plan: Callable[[int], data.BatchPlan]
     make_batch: Callable[[data.BatchPlan], PreferenceBatch]
     figures: dict[str, Any]
+
+
+class PairLimits(NamedTuple):
+    """The lengths in tokens that are compiled for."""
+
+    buckets: tuple[int, ...]  # of prompts
+    response: int
 
 
 def read_pairs(context: Context, stage: str, split: str) -> list[Row]:
@@ -42,17 +48,10 @@ def pair_batches(
 
     def make_batch(chosen: data.BatchPlan) -> PreferenceBatch:
         prompts, first, second, p = zip(*(encoded[i] for i in chosen.indices), strict=True)
-        sides = (Response(pad(side, limits.response)) for side in (first, second))
-        return host_pair_batch(pad(prompts, chosen.length), *sides, np.asarray(p, np.float32))
+        sides = Response(pad(first, limits.response)), Response(pad(second, limits.response))
+        return host_pair_batch(pad(prompts, chosen.length), sides, np.asarray(p, np.float32))
 
     return PairBatches(plan, make_batch, {"pairs": len(fitting), "too_long": len(rows) - len(fitting)})
-
-
-class PairLimits(NamedTuple):
-    """The lengths in tokens that are compiled for."""
-
-    buckets: tuple[int, ...]  # of prompts
-    response: int
 
 
 def encode_pairs(
@@ -77,14 +76,14 @@ def encode_pairs(
     return encoded, fitting
 
 
-def host_pair_batch(prompt: Any, first: Response, second: Response, p: np.ndarray) -> PreferenceBatch:
+def host_pair_batch(prompt: Prompt, sides: tuple[Response, Response], p: np.ndarray) -> PreferenceBatch:
     """Returns a batch of pairs with P(first > second) = p [B], on the host. (``types.pair_batch`` on NumPy arrays.)"""
     preference = np.full((len(p), 2, 2), 0.5, np.float32)
     preference[:, 0, 1], preference[:, 1, 0] = p, 1 - p
-    return PreferenceBatch(prompt, (first, second), preference)
+    return PreferenceBatch(prompt, sides, preference)
 
 
 def abstract_pair_batch(batch: int, prompt: int, response: int) -> PreferenceBatch:
     """Returns what ``make_batch`` makes, as shapes."""
     side = Response(abstract_tokens(batch, response))
-    return PreferenceBatch(abstract_tokens(batch, prompt), (side, side), jax.ShapeDtypeStruct((batch, 2, 2), "float32"))
+    return PreferenceBatch(abstract_tokens(batch, prompt), (side, side), abstract_array("float32", batch, 2, 2))

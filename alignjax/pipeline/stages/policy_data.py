@@ -14,7 +14,7 @@ from alignjax.distributed import sharding
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, no_effect, stage_input
 from alignjax.models.tokenizer import pad
-from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_tokens, function_of
+from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_pairs
 from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops, writing_model
@@ -87,7 +87,9 @@ class OnlineData:
     prompts: int
     preference: str = stage_input(Kind.PREFERENCE)
     unfinished_loses: bool = True  # a response without a stop sequence loses to one with it
-    response: int | None = None  # the most tokens for a preference model of another tokenizer; None: twice max_new_tokens
+    response: int | None = (
+        None  # the most tokens for a preference model of another tokenizer; None: twice max_new_tokens
+    )
     gather: bool = no_effect(True)  # gather the weights over data and fsdp before writing; False saves memory
 
     def __post_init__(self) -> None:
@@ -134,10 +136,8 @@ class OnlineData:
         rows = sharding.row_sharding(context.mesh)
         collector, size = self.collector(context, setup), setup.loop.batch
         functions = collect_functions(collector, setup.parts)
-        if shares_tokens(context.task, setup.start, network):
-            names = ("collect",)
-        else:
-            names = ("draw", "compare")
+        shared = shares_tokens(context.task, setup.start, network)
+        names = ["collect"] if shared else ["draw", "compare"]
         jitted = {
             name: jax.jit(functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows, keep_unused=True)
             for name, count in (("collect", 1), ("draw", 1), ("compare", 3))
@@ -156,7 +156,7 @@ class OnlineData:
     def abstract_view(self, size: int, length: int, setup: PolicySetup) -> PreferenceView:
         """Returns what a preference model of another tokenizer reads, as shapes."""
         response = abstract_tokens(size, self.response or 2 * setup.max_new_tokens)
-        accepted = jax.ShapeDtypeStruct((size,), "bool")
+        accepted = abstract_array("bool", size)
         count = len(self.samplers)
         return PreferenceView(abstract_tokens(size, judged_length(length)), (response,) * count, (accepted,) * count)
 
@@ -168,9 +168,7 @@ class OnlineData:
         if not kept:
             raise UserError(f"{context.name}: all {len(ids)} prompts are longer than {max(setup.buckets)} tokens; "
                             f"add a larger one to {context.name}.buckets")  # fmt: skip
-        plan = data.plan_batches(
-            [len(ids[i]) for i in kept], setup.buckets, setup.loop.batch, context.seed(setup.seed)
-        )
+        plan = data.plan_batches([len(ids[i]) for i in kept], setup.buckets, setup.loop.batch, context.seed(setup.seed))
 
         def make_batch(chosen: data.BatchPlan) -> Tokens:
             return pad([ids[kept[i]] for i in chosen.indices], chosen.length)
@@ -254,7 +252,10 @@ class OfflineData:
         def collect(state: TrainState, frozen: SharedTree, batch: PreferenceBatch) -> PreferenceBatch:
             return score(frozen.tree().reference, batch)
 
-        jitted, size = jax.jit(collect, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True), setup.loop.batch
+        jitted, size = (
+            jax.jit(collect, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True),
+            setup.loop.batch,
+        )
         return tuple(
             Program(
                 f"collect {length}", jitted, (setup.state, frozen, abstract_pair_batch(size, length, setup.max_new_tokens)),

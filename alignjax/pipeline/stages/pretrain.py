@@ -101,7 +101,11 @@ class Pretrain:
         learner = self.learner(context)._replace(learn=function_of(programs, "learn"))
         init = jax.jit(model.init, out_shardings=parameter_places(model, context.mesh))
         trained = train(
-            context.training_run(self.seed), learner, lambda: (init(context.key(self.seed)), ()), rows.plan, rows.make_batch
+            context.training_run(self.seed),
+            learner,
+            lambda: (init(context.key(self.seed)), ()),
+            rows.plan,
+            rows.make_batch,
         )
         networks.save(context.folder, Network(context.name, model, tokenizer, "", trained.params))
         sizes = {"vocabulary": tokenizer.vocab_size, "parameters": parameter_count(trained.params)}
@@ -182,8 +186,7 @@ def split_corpus(documents: list[list[int]], row: int, batch: int, seed: int) ->
 
 
 def pack_documents(documents: list[list[int]], length: int) -> PackedTokens:
-    """Returns documents side by side in rows of ``length`` tokens, [R, length]. A document longer than a row is left out.
-    """
+    """Returns documents side by side in rows of ``length`` tokens, [R, length]. A document longer than a row is left out."""
     rows: list[list[list[int]]] = [[]]
     for document in documents:
         if len(document) <= length:

@@ -57,7 +57,9 @@ class Tournament:
                 raise UserError(f"Tournament.{field} is empty; name one")
         for name in (*self.policies, *self.judges):
             if not re.fullmatch(r"[\w. +-]+", name):
-                raise UserError(f"{name!r} cannot name a policy or a judge, because it names files; use letters and digits")
+                raise UserError(
+                    f"{name!r} cannot name a policy or a judge, because it names files; use letters and digits"
+                )
 
     def network(self, context: Context) -> None:
         """Returns None: tables are no network."""
@@ -110,7 +112,12 @@ class Tournament:
         return {"prompts": len(prompts), "too_long": too_long}
 
     def table(
-        self, name: str, judge: JudgeSpec, rates: tournament.WinRates, written: Mapping[str, Any], scores: list[float | None]
+        self,
+        name: str,
+        judge: JudgeSpec,
+        rates: tournament.WinRates,
+        written: Mapping[str, Any],
+        scores: list[float | None],
     ) -> dict[str, Any]:
         """Returns one judge's table as JSON."""
         return {
@@ -162,7 +169,13 @@ class Tournament:
                 yield name, read_replies(path, len(prompts))
 
     def draw(
-        self, context: Context, programs: tuple[Program, ...], name: str, policy: Network, reference: Network, prompts: Sequence[str]
+        self,
+        context: Context,
+        programs: tuple[Program, ...],
+        name: str,
+        policy: Network,
+        reference: Network,
+        prompts: Sequence[str],
     ) -> Iterator[tuple]:
         """Returns the columns of a policy's replies. Without plain sampling no KL is measured."""
         write = next(program.function for program in programs if program.name.startswith(f"write {name} "))

@@ -79,7 +79,9 @@ class TrainPolicy:
         """Returns what the programs are made from, and the compiled training."""
         start, reference = context.abstract(self.start), context.abstract(self.reference)
         if reference.model.config != start.model.config or reference.token_digest != start.token_digest:
-            raise UserError(f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start")
+            raise UserError(
+                f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
+            )
         score = log_prob(start.model)
         parts = trainable(start, self.lora, {}, start.model.rules, context.key(self.seed))
         loss = functools.partial(self.objective, log_prob=score)
@@ -147,4 +149,3 @@ def check_objective(name: str, objective: Objective) -> None:
         raise UserError(f"{name}.objective: {error}") from None
     except Exception:  # of any kind: the objective may be a user's function, which was given almost nothing
         return
-

@@ -15,7 +15,7 @@ from alignjax.models.decoder import TransformerConfig
 from alignjax.models.log_probs import log_prob
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
-from alignjax.pipeline.experiment import Context, Program, abstract_tokens
+from alignjax.pipeline.experiment import Context, Program, abstract_array, abstract_tokens
 from alignjax.pipeline.networks import Network
 from alignjax.sampling.generate import Generate, ReplyFormat, generator, reply_scorer, reply_writer
 from alignjax.sampling.process import Sampling, StopSequences
@@ -48,12 +48,14 @@ class Writing:
     def writer(self, context: Context, network: Network) -> Any:
         """Returns the jitted function that writes with a network (``sampling.generate.reply_writer``)."""
         stop = stop_tokens(context.task, network.tokenizer)
-        return reply_writer(writing_model(network.model, self.gather), stop, self.max_new_tokens, self.sampling, context.mesh)
+        return reply_writer(
+            writing_model(network.model, self.gather), stop, self.max_new_tokens, self.sampling, context.mesh
+        )
 
     def programs(self, context: Context, name: str, network: Network, resident: Any = ()) -> tuple[Program, ...]:
         """Returns the programs that write, one a bucket; ``resident`` are arrays that live meanwhile."""
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
-        write, numbers = self.writer(context, network), jax.ShapeDtypeStruct((self.batch,), "int32")
+        write, numbers = self.writer(context, network), abstract_array("int32", self.batch)
         key = jax.eval_shape(context.key)
         return tuple(
             Program(
@@ -69,7 +71,7 @@ class Writing:
             return ()
         score = reply_scorer(log_prob(reference.model), context.mesh)
         reply = abstract_tokens(self.batch, self.max_new_tokens)
-        logp = jax.ShapeDtypeStruct((self.batch, self.max_new_tokens), "float32")
+        logp = abstract_array("float32", self.batch, self.max_new_tokens)
         return tuple(
             Program(
                 f"{name} {length}", score, (reference.params, abstract_tokens(self.batch, length), reply, logp),
@@ -79,7 +81,13 @@ class Writing:
         )  # fmt: skip
 
     def generator(
-        self, context: Context, network: Network, write: Any, key: jax.Array, score: Any = None, reference: Network | None = None
+        self,
+        context: Context,
+        network: Network,
+        write: Any,
+        key: jax.Array,
+        score: Any = None,
+        reference: Network | None = None,
     ) -> Generate:
         """Returns text in, text out by a network; with ``score`` and ``reference`` replies have their log-ratio."""
         if reference and reference.token_digest != network.token_digest:
