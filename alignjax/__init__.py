@@ -62,7 +62,7 @@ _PUBLIC = {
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _ROOMS = ("games", "losses", "tasks")
 
-__all__ = sorted([*_MODULE_OF, *_ROOMS])  # noqa: PLE0605
+__all__ = sorted([*_MODULE_OF, *_ROOMS])
 
 
 def __getattr__(name: str) -> Any:

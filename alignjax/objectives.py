@@ -127,13 +127,9 @@ class DirectAlignment:
         p = batch.probability(0, 1)
         loss, sign = jnp.mean(self.loss(*ratios, p)), jnp.sign(p - 0.5)
         margin = sign * (ratios[0] - ratios[1])
-        metrics = {
-            "loss": loss,
-            "accuracy": jnp.mean(0.5 + 0.5 * jnp.sign(margin)),
-            "log_ratio_margin": jnp.mean(margin),
-        }
-        first = batch.responses[0]
-        return loss, {**metrics, **_response_metrics(logps[0], first.reference_logp, first.completion.mask)}
+        accuracy = jnp.mean(0.5 + 0.5 * jnp.sign(margin))
+        metrics = {"loss": loss, "accuracy": accuracy, "log_ratio_margin": jnp.mean(margin)}
+        return loss, {**metrics, **_response_metrics(logps[0], batch.responses[0])}
 
 
 def score_responses(log_prob: LogProb, params: Params, batch: PreferenceBatch, numbers: tuple[int, ...]) -> list[Array]:

@@ -136,9 +136,9 @@ class Roles(NamedTuple):
     """The parameters of the networks that take part in collecting a batch."""
 
     policy: Params  # pi, the network that learns
-    reference: Params = {}  # mu, frozen
-    average: Params = {}  # the exponential moving average of pi; empty when nothing reads it
-    preference: Params = {}  # of the preference model, frozen
+    reference: Params  # mu, frozen
+    average: Params  # the exponential moving average of pi; empty when nothing reads it
+    preference: Params  # of the preference model, frozen
 
 
 @jax.tree_util.register_dataclass

@@ -95,7 +95,9 @@ def write_folder(
         options |= {"num_labels": 1} if "reward" in params else {}
         _write_config(partial, config, options | dict(tokenizer.specials))
         tokenizer.save(partial)
-        generation = dict(tokenizer.specials) | ({"eos_token_id": list(tokenizer.end_tokens)} if tokenizer.end_tokens else {})
+        generation = dict(tokenizer.specials) | (
+            {"eos_token_id": list(tokenizer.end_tokens)} if tokenizer.end_tokens else {}
+        )
         generation |= {"decoder_start_token_id": config.start_token} if isinstance(config, T5Config) else {}
         transformers.GenerationConfig(**generation).save_pretrained(partial)
 

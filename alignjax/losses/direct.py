@@ -6,7 +6,6 @@ p [B] is P(first > second): a hard (0, 1) or soft label, or a preference model's
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
 from alignjax.errors import UserError
 from alignjax.types import Array

@@ -223,6 +223,11 @@ class Context:
         return networks.assemble(network, record, base, self.mesh, read)
 
 
+def load_network(folder: Path, mesh: jax.sharding.Mesh) -> Network:
+    """Returns the network of a finished stage WORKDIR/NAME, without its experiment."""
+    return Context(Experiment(None, {}), folder.parent, folder.name, mesh).load(folder.name)
+
+
 def abstract_array(dtype: str, *shape: int) -> Any:
     """Returns an array's shape and dtype, in the place of the array."""
     return jax.ShapeDtypeStruct(shape, dtype)

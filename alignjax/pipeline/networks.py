@@ -20,7 +20,7 @@ from alignjax.checkpoints import huggingface
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError, one_line
 from alignjax.models import lora
-from alignjax.models.build import ModelConfig, build, from_json, to_json
+from alignjax.models.build import ModelConfig, from_json, to_json
 from alignjax.models.lora import Lora
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, with_chat_template

@@ -21,7 +21,7 @@ class Trainable:
     """A network's parameters in two parts, each of which may be abstract."""
 
     params: Params  # trained; arrays of its own, in float32
-    base: Params  # frozen under adapters; empty where everything is trained
+    base: Params | None  # frozen under adapters; None where everything is trained
     assemble: Assemble  # (params, a tree with ``base``) -> the parameters that an objective takes
     rules: Rules  # sharding rules of the trained parameters
     over: Over | None
@@ -45,7 +45,7 @@ def trainable(start: Network, spec: Lora | None, heads: Params, rules: Rules, ke
     heads = {**heads, **to_float32({name: start.heads[name] for name in heads.keys() & start.heads.keys()})}
     if spec is None:
         params = to_float32(start.merged())
-        return Trainable({**params, **heads}, {}, trained_alone, rules, None)
+        return Trainable({**params, **heads}, None, trained_alone, rules, None)
     adapters = apply_or_abstract(lambda base: lora.init_adapters(spec, base, key), start.base)
     if start.adapters:
         if start.over is None or start.over.lora != spec:

@@ -40,11 +40,11 @@ from alignjax.types import (
 
 
 class Frozen(NamedTuple):
-    """The parameters that a stage reads and does not train."""
+    """The parameters that a stage reads and does not train. None: the stage has no such network."""
 
-    base: Params = {}  # under the trained adapters; empty where the policy is trained whole
-    reference: Params = {}
-    preference: Params = {}  # of the preference model, its heads included
+    base: Params | None = None  # under the trained adapters; None where the policy is trained whole
+    reference: Params | None = None
+    preference: Params | None = None  # of the preference model, its heads included
 
 
 @jax.tree_util.register_dataclass
@@ -60,7 +60,7 @@ class PreferenceView:
 def roles_of(state: TrainState, frozen: Frozen, assemble: Assemble) -> Roles:
     """Returns the parameters of every role at the state."""
     average = assemble(state.average, frozen) if state.average else {}
-    return Roles(assemble(state.params, frozen), frozen.reference, average, frozen.preference)
+    return Roles(assemble(state.params, frozen), frozen.reference or {}, average, frozen.preference or {})
 
 
 class Collector(NamedTuple):

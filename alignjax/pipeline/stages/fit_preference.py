@@ -278,5 +278,9 @@ def form_name(form: PreferenceForm) -> str:
 def describe_form(context: Context, form: PreferenceForm) -> None:
     """Writes preference.json: how an exported preference model is asked."""
     task = context.task
-    description = {"form": form_name(form), "template": require_template(task)._asdict(), "format": task.format._asdict()}
+    description = {
+        "form": form_name(form),
+        "template": require_template(task)._asdict(),
+        "format": task.format._asdict(),
+    }
     storage.write_json(context.folder / "preference.json", description)

@@ -25,7 +25,7 @@ from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program
 from alignjax.pipeline.networks import Network, Record
 from alignjax.pipeline.stages.load import parameter_count, parameter_places
 from alignjax.preferences.preference_models import template_tokens
-from alignjax.tasks.task import EOS, Task
+from alignjax.tasks.task import EOS
 from alignjax.training import data
 from alignjax.training.loop import Learner, Learning, Loop, train
 from alignjax.training.optimizer import Adam

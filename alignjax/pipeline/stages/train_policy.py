@@ -117,7 +117,7 @@ class TrainPolicy:
             preference = self.data.preference_network(context, context.load)
             parts = trainable(start, self.lora, {}, start.model.rules, context.key(self.seed))
             context.release()
-            judged = preference.all_params if preference else {}
+            judged = preference.all_params if preference else None
             return parts.params, Frozen(parts.base, reference.params, judged)
 
         trained = train(
