@@ -19,7 +19,7 @@ from jax import lax
 
 from alignjax.distributed.sharding import constrain_rows
 from alignjax.errors import UserError
-from alignjax.models.config import UNBOUNDED as UNBOUNDED
+from alignjax.models.config import UNBOUNDED as UNBOUNDED  # "as": exported from here too
 from alignjax.models.config import TransformerConfig as TransformerConfig
 from alignjax.models.decoder_modules import DecoderBlock, EmbeddingAndHead
 from alignjax.models.functional import Functional, functional

@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from alignjax.distributed.sharding import constrain_rows
-from alignjax.models.config import T5Config as T5Config
+from alignjax.models.config import T5Config as T5Config  # "as": exported from here too
 from alignjax.models.functional import Functional, functional
 from alignjax.models.kv_cache import LayerCache
 from alignjax.models.layers import REMAT_POLICIES

@@ -110,7 +110,7 @@ def reply_writer(
 
 
 def reply_scorer(log_prob: LogProb, mesh: jax.sharding.Mesh) -> Any:
-    """Returns a jitted (params of mu, prompt, completion, log pi [B, T]) -> log pi(y) - log mu(y), [B] on every host."""
+    """Returns a jitted (params of mu, prompt, y, log pi [B, T]) -> log pi(y) - log mu(y), [B] nats on every host."""
     rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
 
     @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)

@@ -102,7 +102,10 @@ def over_minibatches(
     batch: Any,
     key: Key,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after ``schedule.updates`` updates, and the mean metrics. Every epoch shuffles the rows anew."""
+    """Returns the state after ``schedule.updates`` updates, and the mean metrics.
+
+    Every epoch shuffles the rows anew.
+    """
     rows = len(jax.tree.leaves(batch)[0])
 
     def one(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:

@@ -172,8 +172,8 @@ def train(
     """Trains for ``learner.loop.steps`` steps, or on from the newest save of an interrupted run.
 
     ``parameters`` makes (first parameters, frozen trees). The loop is their only owner: it updates the first in place.
-    Raises UserError where a gradient is not finite, or the metric that ``Loop.best`` names is not logged; RunAgain after
-    a save when the run is preempted.
+    Raises UserError where a gradient is not finite, or the metric that ``Loop.best`` names is not logged; RunAgain
+    after a save when the run is preempted.
     """
     first, frozen = parameters()
     first, frozen_arguments = _unaliased(first, frozen), SharedTree(frozen)

@@ -121,14 +121,11 @@ class FitPreference:
     def programs(self, context: Context) -> tuple[Program, ...]:
         """Returns the programs that learn, one a bucket, and the one that measures."""
         learner, parts = self.learner(context)
-        frozen, batch = SharedTree(Frozen(base=parts.base)), self.loop.batch
-        learn = tuple(
-            Program(
-                f"learn {length}", learner.learn, (learner.state, frozen, abstract_pair_batch(batch, length, self.response)),
-                batch * 2 * (length + 2 * self.response),
-            )
-            for length in self.buckets
-        )  # fmt: skip
+        frozen, size = SharedTree(Frozen(base=parts.base)), self.loop.batch
+        learn = []
+        for length in self.buckets:
+            arguments = learner.state, frozen, abstract_pair_batch(size, length, self.response)
+            learn.append(Program(f"learn {length}", learner.learn, arguments, size * 2 * (length + 2 * self.response)))
         return (*learn, *((self.measuring_program(context, learner, parts),) if self.truth else ()))
 
     def measuring_program(self, context: Context, learner: Learner, parts: Trainable) -> Program:
@@ -175,7 +172,8 @@ class FitPreference:
         return {**judges.calibration(p, np.array([row["p"] for row in rows])), "too_long": too_long}
 
     def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[Row], int]:
-        """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is compiled.
+        """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is
+        compiled.
 
         Raises UserError when none is left.
         """
