@@ -93,9 +93,10 @@ class Writing:
         if reference and reference.token_digest != network.token_digest:
             raise UserError(f"{context.name}: the policy and the reference have different tokenizers; use one start")
         reply_format = ReplyFormat(stop_tokens(context.task, network.tokenizer), context.task.format.end)
+        scoring = (score, reference.params) if score is not None and reference else None
         return generator(
             write, network.params, network.tokenizer, reply_format, buckets=tuple(sorted(self.buckets)),
-            batch=self.batch, key=key, mesh=context.mesh, score=(score, reference.params) if score is not None and reference else None,
+            batch=self.batch, key=key, mesh=context.mesh, score=scoring,
             owner=f"{context.name}: the network of {network.stage!r}",
         )  # fmt: skip
 
