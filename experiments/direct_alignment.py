@@ -4,9 +4,9 @@
     ... --set ipo_md.data.samplers.0.beta=0.5 --set ipo_md.data.samplers.1.beta=0.5    # another mixture
 
 DPO (2305.18290) learns from the very pairs that the preference model is fitted to, and needs no preference model.
-Online IPO and IPO-MD (2403.08635) have one loss and differ in who writes the pairs: the policy itself, or its mixture
-with the reference. Their tau is that of Nash-MD and self-play, so that online IPO has the stationary point of self-play,
-and IPO-MD with the same beta has that of Nash-MD.
+Online IPO and IPO-MD (2403.08635) share one loss. The policy writes online IPO's pairs; its mixture with the reference
+writes IPO-MD's. With the tau and beta of the quickstart, online IPO has the stationary point of self-play, and IPO-MD
+has that of Nash-MD.
 """
 
 from dataclasses import replace

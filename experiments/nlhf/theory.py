@@ -133,8 +133,8 @@ def sampled(tau: float, evaluations: int, records: int, batch: int, seeds: int) 
 def mixtures(seeds: int, scale: float) -> aj.Finding:
     """Returns how far the mixture that decoding makes token by token is from that of whole sequences (App. F.1).
 
-    The world has three tokens and length three. Figures are total variation and KL(sequences, tokens), means over random
-    policies.
+    The world has three tokens and length three. The figures, total variation and KL(sequences, tokens), are means over
+    random policies.
     """
     world, rows = text.completions(3, 3, eos=2), []
     prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular(world)
