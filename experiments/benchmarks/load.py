@@ -1,13 +1,14 @@
-"""What reading a checkpoint takes: time, and memory beyond the parameters, against transformers' own reader.
+"""Time and memory of reading a checkpoint, against transformers' own reader.
 
     python experiments/benchmarks/load.py [--parameters 1e9] [--stored bfloat16] [--dtype bfloat16] [--folder F]
 
-Writes a random Llama checkpoint (a file a layer and an index; in a temporary folder, or in F, where it stays and is
-used again), then reads it in two processes of their own: with ``read_params`` onto eight emulated devices, fsdp=4 and
-tensor=2, and, where PyTorch is installed, with transformers' ``from_pretrained`` into the same dtype, every page of its
-parameters touched. Memory is sampled every 2 ms, less what the process had after its imports and less the parameters.
-Anonymous memory is what the kernel cannot take back. Resident memory counts the pages of the mapped files too, which
-it can. A figure below zero: the parameters are those very pages, which PyTorch does where the dtype is the file's.
+It writes a random Llama checkpoint, one file a layer and an index, in a temporary folder, or in F, where it stays and
+is used again. Two processes read it: one with ``read_params`` onto eight emulated devices, fsdp=4 and tensor=2; the
+other, where PyTorch is installed, with transformers' ``from_pretrained`` into the same dtype, and it touches every page
+of the parameters. Memory is sampled every 2 ms, less what the process had after its imports and less the parameters.
+The kernel cannot take back anonymous memory. Resident memory also counts the pages of mapped files, which the kernel
+can take back. A figure below zero means that the parameters are those pages: PyTorch does this where the dtype is the
+file's.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.f
 
 
 def sizes(parameters: float) -> dict[str, int]:
-    """A Llama of about so many parameters; 1e9 gives 1.01e9."""
+    """Returns the configuration of a Llama with about ``parameters`` parameters; 1e9 gives 1.01e9."""
     scale = (parameters / 1e9) ** (1 / 3)
     heads = max(4 * round(8 * scale), 4)
     return {
@@ -42,7 +43,7 @@ def sizes(parameters: float) -> dict[str, int]:
 
 
 def write(folder: Path, parameters: float, dtype: str) -> None:
-    """The checkpoint, layer by layer."""
+    """Writes the checkpoint, layer by layer."""
     c, rng, index = sizes(parameters), np.random.default_rng(0), {}
     width, hidden, kv = c["hidden_size"], c["intermediate_size"], 64 * c["num_key_value_heads"]
     (folder / "config.json").write_text(json.dumps({
@@ -69,7 +70,7 @@ def write(folder: Path, parameters: float, dtype: str) -> None:
 
 
 def ours(folder: Path, dtype: str):
-    """-> what reads the checkpoint and returns its bytes, everything imported and begun."""
+    """Returns a function that reads the checkpoint and returns its bytes; all imports are done before it is called."""
     import jax
 
     from alignjax.checkpoints import huggingface, weights
@@ -90,6 +91,7 @@ def ours(folder: Path, dtype: str):
 
 
 def theirs(folder: Path, dtype: str):
+    """Returns the same function for transformers."""
     import torch
     import transformers
     from transformers.models.llama import modeling_llama
@@ -109,7 +111,7 @@ def theirs(folder: Path, dtype: str):
 
 
 def memory(pid: int) -> dict[str, int]:
-    """Bytes of a process that are resident, and of those the anonymous ones; none when it has ended."""
+    """Returns the resident bytes of a process and, of those, the anonymous ones; nothing when it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -119,6 +121,7 @@ def memory(pid: int) -> dict[str, int]:
 
 
 def child(which: str, folder: Path, dtype: str) -> None:
+    """Reads the checkpoint in this process and prints time and bytes as JSON."""
     read = {"ours": ours, "theirs": theirs}[which](folder, dtype)
     before, begun = memory(os.getpid()), time.perf_counter()
     held = read()
@@ -126,7 +129,7 @@ def child(which: str, folder: Path, dtype: str) -> None:
 
 
 def measure(which: str, folder: Path, dtype: str) -> dict[str, float]:
-    """Seconds, and peak bytes of either kind beyond the parameters."""
+    """Returns the seconds, and the peak bytes of either kind beyond the parameters."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, "--child", which, "--folder", str(folder), "--dtype", dtype]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **flags})
@@ -141,6 +144,7 @@ def measure(which: str, folder: Path, dtype: str) -> dict[str, float]:
 
 
 def machine() -> str:
+    """Returns one line about this machine and the versions of the libraries."""
     names = [n for n in ("jax", "numpy", "safetensors", "transformers", "torch") if importlib.util.find_spec(n)]
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -148,6 +152,7 @@ def machine() -> str:
 
 
 def main() -> None:
+    """Measures both readers and prints their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1e9)
     parser.add_argument("--stored", choices=DTYPES, default="bfloat16", help="the file's dtype")
