@@ -24,9 +24,9 @@ HH = DATA / "hh_harmless_base_test.jsonl.gz"
 needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="ALIGNJAX_TEST_DATA names no folder")
 
 
-def row(number, turns=1, chosen="Yes.", rejected="No."):
+def row(number, turn_count=1, chosen="Yes.", rejected="No."):
     """Returns a row whose prompt names the number."""
-    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turns - 1))
+    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turn_count - 1))
     talk += f"\n\nHuman: Question {number}?\n\nAssistant:"
     return {"chosen": f"{talk} {chosen}", "rejected": f"{talk} {rejected}"}
 
@@ -40,11 +40,15 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_prompt_ends_at_the_last_role_marker_of_the_chosen_dialogue(tmp_path, name):
-    path = write_rows(tmp_path / name, [row(0), row(1, turns=3), row(2, chosen="Assistant: is a word.\u2028Here too.")])
-    one, three, two = dialogue.read_dialogue_prompts(path)
-    assert one == "Human: Question 0?\n\nAssistant:" and two == "Human: Question 2?\n\nAssistant:"
-    assert three.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three.endswith("1?\n\nAssistant:")
-    assert three.count("Assistant:") == 3
+    path = write_rows(
+        tmp_path / name, [row(0), row(1, turn_count=3), row(2, chosen="Assistant: is a word.\u2028Here too.")]
+    )
+    plain, three_turns, with_marker = dialogue.read_dialogue_prompts(path)
+    assert plain == "Human: Question 0?\n\nAssistant:" and with_marker == "Human: Question 2?\n\nAssistant:"
+    assert three_turns.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three_turns.endswith(
+        "1?\n\nAssistant:"
+    )
+    assert three_turns.count("Assistant:") == 3
 
 
 def test_the_first_thousand_of_the_test_file_are_validation_and_the_next_test(tmp_path):
@@ -172,7 +176,7 @@ def context(task, stages, folder, name):
 def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_path):
     task, writing = dialogue.dialogue_task(), Writing(8, (8,), 8)
     stage = Label("base", labeling.rlcd, "train", 4, writing, held_out=0.25)
-    prompts = [dialogue.read_hh_prompt(row(i, turns=2)) for i in range(4)]
+    prompts = [dialogue.read_hh_prompt(row(i, turn_count=2)) for i in range(4)]
     asked = []
 
     def generate(texts, numbers, seed):

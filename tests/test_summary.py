@@ -122,8 +122,8 @@ def test_given_pairs_are_the_dataset_that_a_labelling_stage_writes(tmp_path):
     stage.check(context)
     assert stage.run(context) == {"pairs": 10, "skipped": 0, "different_prompts": 5}
     train, held_out = (data.read_pairs(tmp_path / "pairs" / "data", split) for split in ("train", "held_out"))
-    found = sorted([*train, *held_out], key=lambda row: row["first"])
-    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == found
+    pairs = sorted([*train, *held_out], key=lambda row: row["first"])
+    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == pairs
     assert {row["prompt"] for row in held_out} == {"x3", "x4"} and len(train) == 6  # no prompt on both sides
 
 
@@ -149,8 +149,8 @@ def test_a_file_that_is_missing_empty_or_lacks_a_field_is_named(tmp_path):
         context, stage = given(tmp_path, path=path)
         with pytest.raises(UserError, match=words):
             stage.check(context)
-    ask = write_rows(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
-    context, stage = given(tmp_path, path=ask, read=dialogue.read_hh_comparison)
+    unrelated = write_rows(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
+    context, stage = given(tmp_path, path=unrelated, read=dialogue.read_hh_comparison)
     with pytest.raises(UserError, match=r"no line of .*apart\.jsonl compares two replies"):
         stage.check(context)
 

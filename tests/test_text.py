@@ -58,15 +58,15 @@ def test_a_decoder_is_a_policy_over_the_world(model, params):
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_both_mixtures_agree_at_their_ends(beta):
-    one, other = policy(table(1)), policy(table(2))
-    want = other if beta else one
-    np.testing.assert_allclose(text.token_mixture(WORLD, one, other, beta, 3), want, atol=1e-12)
-    np.testing.assert_allclose(games.mixture_policy(one, other, beta), want, atol=1e-12)
+    first, second = policy(table(1)), policy(table(2))
+    want = second if beta else first
+    np.testing.assert_allclose(text.token_mixture(WORLD, first, second, beta, 3), want, atol=1e-12)
+    np.testing.assert_allclose(games.mixture_policy(first, second, beta), want, atol=1e-12)
 
 
 def test_the_token_mixture_is_the_sampled_one_and_differs_from_the_mixture_of_sequences():
     """Against ``sampling.process.geometric_mixture``, prefix by prefix over the same tables."""
-    one, other, beta = table(1), table(2), 0.3
+    first, second, beta = table(1), table(2), 0.3
 
     def process(params):
         index = {}
@@ -81,7 +81,7 @@ def test_the_token_mixture_is_the_sampled_one_and_differs_from_the_mixture_of_se
 
         return decoding.Process(step, (), params["logits"][0][None])
 
-    mixed = decoding.geometric_mixture(process(one), process(other), beta)
+    mixed = decoding.geometric_mixture(process(first), process(second), beta)
     for y in range(len(WORLD.tokens)):
         carry, logits, total = mixed.carry, mixed.logits, 0.0
         for n in range(int(WORLD.mask[y].sum())):
@@ -89,11 +89,11 @@ def test_the_token_mixture_is_the_sampled_one_and_differs_from_the_mixture_of_se
             total += float(jax.nn.log_softmax(logits)[0, token[0]])
             if n + 1 < WORLD.mask[y].sum():
                 carry, logits = mixed.step(carry, token)
-        want = text.token_mixture(WORLD, policy(one), policy(other), beta, 3)[0, y]
+        want = text.token_mixture(WORLD, policy(first), policy(second), beta, 3)[0, y]
         assert total == pytest.approx(float(want), abs=1e-6)
     step, whole = (
-        text.token_mixture(WORLD, policy(one), policy(other), beta, 3),
-        games.mixture_policy(policy(one), policy(other), beta),
+        text.token_mixture(WORLD, policy(first), policy(second), beta, 3),
+        games.mixture_policy(policy(first), policy(second), beta),
     )
     assert 0.5 * float(abs(jnp.exp(step) - jnp.exp(whole)).sum()) > 1e-3
 

@@ -69,10 +69,12 @@ def simulate(
         """Returns the trace [records] of one game and one seed."""
 
         def advance(_: Array, state: State) -> State:
+            """Returns the state after one update, with the exact or newly sampled preferences."""
             wins = sampled_win_probability(game, jax.random.fold_in(key, state.step), batch) if batch else None
             return update_state(dynamic, state, game, wins)
 
         def record(state: State, count: Array) -> tuple[State, Trace]:
+            """Returns the state after ``count`` updates, and its figures."""
             state = jax.lax.fori_loop(0, count, advance, state)
             policy = dynamic.proposal(state)
             figures = kl(game, target, policy), duality_gap(game, policy), exploitability(game, policy)
