@@ -34,7 +34,7 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.f
 
 
 def sizes(parameters: float) -> dict[str, int]:
-    """Returns the sizes in config.json of a Llama with about so many parameters; 1e9 gives 1.01e9."""
+    """Returns the sizes in config.json of a Llama with about this number of parameters; 1e9 gives 1.01e9."""
     scale = (parameters / 1e9) ** (1 / 3)
     heads = max(4 * round(8 * scale), 4)
     return {
@@ -86,6 +86,7 @@ def alignjax_reader(folder: Path, dtype: str) -> Callable[[], int]:
     jax.block_until_ready(jax.device_put(np.zeros(8), sharding.replicated(mesh)))
 
     def read() -> int:
+        """Reads the checkpoint; returns its bytes."""
         params = jax.block_until_ready(weights.read_params(folder, config, shardings, DTYPES[dtype]))
         return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
@@ -102,6 +103,7 @@ def transformers_reader(folder: Path, dtype: str) -> Callable[[], int]:
     transformers.utils.logging.disable_progress_bar()
 
     def read() -> int:
+        """Reads the checkpoint; returns its bytes."""
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), local_files_only=True
         )
