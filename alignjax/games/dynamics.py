@@ -131,8 +131,8 @@ def inpo() -> Dynamic:
 def mmd(h: float, magnet_every: int | None = None) -> Dynamic:
     """Returns magnetic mirror descent: pi' ~ [pi rho^(h tau) e^(h p_t)]^(1/(1 + h tau)), the magnet rho being mu.
 
-    With ``magnet_every`` = n it is MPO (2410.16714): rho <- pi after every n updates, which converges to the Nash policy
-    without regularisation.
+    With ``magnet_every`` = n it is MPO (2410.16714): rho <- pi after every n updates, which converges to the Nash
+    policy without regularisation.
     """
 
     def update(wins: WinProbability, game: Game, t: Array, policy: Array, magnet: Array) -> tuple[Array, Array]:

@@ -5,8 +5,8 @@
 Writes a random Llama checkpoint: a file for each layer and an index, in a temporary folder or in F, where it is kept
 and used again. Then reads it in two separate processes: with ``read_params`` onto eight emulated devices, fsdp=4 and
 tensor=2, and, when PyTorch is installed, with transformers' ``from_pretrained`` into the same dtype, touching every
-page of its parameters. Memory is sampled every 2 ms; reported is the peak minus what the process had after its imports and
-minus the parameters. Anonymous memory is what the kernel cannot take back. Resident memory also counts the pages of
+page of its parameters. Memory is sampled every 2 ms; reported is the peak minus what the process had after its imports
+and minus the parameters. Anonymous memory is what the kernel cannot take back. Resident memory also counts the pages of
 mapped files, which it can. A figure below zero means that the parameters are those pages, as PyTorch does when the
 dtype is the file's.
 """
