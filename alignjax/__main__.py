@@ -7,20 +7,23 @@ from types import FrameType
 
 
 def main() -> int:
-    """The command's exit status; 130 when interrupted and 75 when told to terminate, at any moment. (A stage that
-    trains saves first, see ``runtime.hosts``.)"""
-    signal.signal(signal.SIGINT, interrupted)
-    signal.signal(signal.SIGTERM, interrupted)
-    from alignjax import commands  # takes a second or two: after the handler is there
+    """Returns the command's exit status. SIGINT ends the process with status 130 and SIGTERM with 75, at any moment;
+    a stage that trains handles SIGTERM itself and saves first, see ``Hosts.preemption``."""
+    signal.signal(signal.SIGINT, _exit_on_signal)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    from alignjax import cli  # imported after the handlers are set: it takes a second or two
 
-    return commands.main()
+    return cli.main()
 
 
-def interrupted(number: int, frame: FrameType | None) -> None:
-    """Ends the process at once. Files are whole at any moment, as after a kill. An exception instead could be lost in
-    a library's callback and the run go on, and a tidy exit would take the interpreter from under threads at work."""
-    what = "interrupted" if number == signal.SIGINT else "preempted"
-    os.write(2, f"\nalignjax: {what}; the same command goes on from the last save\n".encode())
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Ends the process at once. Every file is whole at any moment, so this is as safe as a kill.
+
+    An exception could get lost in a library's callback, and the run would continue. A normal exit would stop the
+    interpreter while threads are at work.
+    """
+    cause = "interrupted" if number == signal.SIGINT else "preempted"
+    os.write(2, f"\nalignjax: {cause}; the same command goes on from the last save\n".encode())
     os._exit(130 if number == signal.SIGINT else 75)
 
 

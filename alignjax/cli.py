@@ -14,7 +14,7 @@ from typing import Any
 import alignjax
 from alignjax.distributed import storage
 from alignjax.errors import RUN_AGAIN, RunAgain, UserError, one_line
-from alignjax.pipeline import config, run
+from alignjax.pipeline import config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,51 +125,59 @@ def sampling_options(sub: argparse.ArgumentParser) -> None:
 
 
 def export_command(arguments: argparse.Namespace) -> int:
+    """Writes a stage's network as a folder."""
     from alignjax.pipeline import export
 
-    stage = storage.at(arguments.stage)
-    with storage.reached(stage):
-        print(export.export(stage, Path(arguments.folder), arguments.merge))
+    stage = storage.parse_path(arguments.stage)
+    with storage.bucket_errors(stage):
+        print(export.export(stage, Path(arguments.folder).expanduser(), arguments.merge))
     return 0
 
 
 def sample_command(arguments: argparse.Namespace) -> int:
-    from alignjax.pipeline import preview as sample
+    """Streams what a checkpoint says after a prompt."""
+    from alignjax.pipeline import preview
 
-    network = opened(arguments.folder, arguments.chat)
-    sample.stream(network, arguments.prompt, *how(arguments))
+    network, options = open_network(arguments.folder, arguments.chat), preview_options(arguments)
+    preview.stream(network, arguments.prompt, options)
     return 0
 
 
 def compare_command(arguments: argparse.Namespace) -> int:
-    from alignjax.pipeline import preview as sample
+    """Shows two checkpoints' replies side by side."""
+    from alignjax.pipeline import preview
 
-    prompts = sample.read_prompts(Path(arguments.prompts))[: arguments.count]
-    networks = [opened(folder, arguments.chat) for folder in arguments.folders]
-    sample.compare(networks, prompts, *how(arguments))
+    options = preview_options(arguments)
+    if arguments.count < 1:
+        raise UserError(f"--count={arguments.count} must be at least 1")
+    prompts = preview.read_prompts(Path(arguments.prompts).expanduser())[: arguments.count]
+    networks = [open_network(folder, arguments.chat) for folder in arguments.folders]
+    preview.compare(networks, prompts, options)
     return 0
 
 
-def opened(folder: str, chat: bool) -> Any:
-    from alignjax.pipeline import preview as sample
+def open_network(folder: str, chat: bool) -> Any:
+    """Opens a Hugging Face folder or a finished stage's network."""
+    from alignjax.pipeline import preview
 
-    path = storage.at(folder)
-    with storage.reached(path):
-        return sample.opened(path, chat)
+    path = storage.parse_path(folder)
+    with storage.bucket_errors(path):
+        return preview.open_network(path, chat)
 
 
-def how(arguments: argparse.Namespace) -> tuple[Any, ...]:
-    """(stop, most new tokens, sampling, seed)."""
+def preview_options(arguments: argparse.Namespace) -> Any:
+    """Returns PreviewOptions. Raises UserError when one is out of range."""
+    from alignjax.pipeline.preview import PreviewOptions
     from alignjax.sampling.process import Sampling
 
-    for name in ("max_new_tokens", "count"):
-        if getattr(arguments, name, 1) < 1:
-            raise UserError(f"--{name.replace('_', '-')}={getattr(arguments, name)} must be at least 1")
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    return arguments.stop, arguments.max_new_tokens, sampling, arguments.seed
+    return PreviewOptions(arguments.stop, arguments.max_new_tokens, sampling, arguments.seed)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns what --set says, path -> text."""
     return dict(split_setting(text) for text in arguments.set)
 
 
@@ -205,14 +213,12 @@ def show_leaves(path: str, settings: Mapping[str, str]) -> int:
 
 def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
     """Raises UserError when the file makes no experiment."""
-    from alignjax.pipeline.stages import Experiment, order
+    from alignjax.pipeline.experiment import Experiment, order
 
     experiment = config.load(path, settings)
     if not isinstance(experiment, Experiment):
         kind = type(experiment).__name__
-        raise UserError(
-            f"{path}: get_config() returned a {kind}; it must return an alignjax.pipeline.stages.Experiment"
-        )
+        raise UserError(f"{path}: get_config() returned a {kind}; it must return an alignjax.Experiment")
     order(experiment.stages)  # refuses what is no stage
     return experiment
 
@@ -221,24 +227,26 @@ def run_command(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     if arguments.help:
         return show_leaves(arguments.file, settings)
-    from alignjax.distributed.hosts import Launch, connect, leave
+    from alignjax.distributed.hosts import Launch, connect
+    from alignjax.distributed.watchdog import exit_now
+    from alignjax.pipeline import run
 
     workdir = workdir_of(arguments)
     hosts = connect(Launch(arguments.coordinator, arguments.processes, arguments.process))
     try:
-        with storage.reached(workdir):
+        with storage.bucket_errors(workdir):
             run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
     except (UserError, RunAgain, OSError) as error:
-        hosts.end(status_of(error), one_line(error))  # goes on where there are no others
+        hosts.end_all(status_of(error), one_line(error))  # goes on where there are no others
         if storage.is_bucket(workdir) and not isinstance(error, BrokenPipeError):
             # A tidy exit would wait for threads that go on trying to reach the bucket.
-            leave(status_of(error), one_line(error))
+            exit_now(status_of(error), one_line(error))
         raise
     except Exception as error:  # of any kind: the others would wait for this process for ever
         if hosts.count > 1:
             traceback.print_exc()
-            hosts.listen()
-            hosts.end(1, f"{type(error).__name__}: {one_line(error)}")
+            hosts.confirm_others_alive()
+            hosts.end_all(1, f"{type(error).__name__}: {one_line(error)}")
         raise
     return 0
 
@@ -251,8 +259,10 @@ def table_command(arguments: argparse.Namespace) -> int:
     settings = settings_of(arguments)
     if arguments.help:
         return show_leaves(arguments.file, settings)
+    from alignjax.pipeline import run
+
     experiment, workdir = load_experiment(arguments.file, settings), workdir_of(arguments)
-    with storage.reached(workdir):
+    with storage.bucket_errors(workdir):
         run.show_report(experiment, workdir)
     return 0
 
@@ -278,4 +288,4 @@ def plan_command(arguments: argparse.Namespace) -> int:
 def workdir_of(arguments: argparse.Namespace) -> Path:
     if not arguments.workdir:
         raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
-    return storage.at(arguments.workdir)
+    return storage.parse_path(arguments.workdir)

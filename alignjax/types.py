@@ -1,81 +1,220 @@
-"""The records that everything else is written in: four pytrees and five function types."""
+"""The records that everything is written in, and the call signatures of its functions.
+
+Shape letters: B prompts (rows), T tokens, K responses a prompt, V vocabulary, D width.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Params = dict[str, Any]
-"""Nested dict of arrays."""
+"""A nested dict of arrays."""
 Key = jax.Array
 """A typed PRNG key (``jax.random.key``)."""
 Array = jax.Array | np.ndarray
-"""On the device, or on the host on its way there."""
+"""An array on the device, or on the host before it is placed."""
 Metrics = dict[str, Array]
-Batch = Any
+"""Scalars by name; each is a mean over the rows of a batch."""
+Rules = tuple[tuple[str, jax.sharding.PartitionSpec], ...]
+"""Sharding rules: (regular expression over a parameter's path, its PartitionSpec). The first match wins."""
+Pairs = tuple[tuple[int, int], ...]
+"""Indices (i, j) of responses to one prompt."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Padded token ids. Where a prompt's padding lies (left, right, between) never changes a number."""
+    """Padded token ids. Padding may stand left, right or between; it never changes a number."""
 
     tokens: Array  # [B, T] int32
     mask: Array  # [B, T] bool, false on padding
 
 
 Prompt = Tokens
-"""What is conditioned on; at least one token a row is real."""
+"""The tokens that a model conditions on; each row has at least one real token."""
 Completion = Tokens
-"""What is scored; its mask is true through the stop token, and right-padded."""
+"""The tokens that a model is scored on, right-padded; the mask is true through the stop token."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Pair:
-    """Two responses to one prompt and the probability that the first is preferred."""
+class PackedTokens:
+    """Documents side by side in rows."""
 
-    prompt: Prompt
-    first: Completion
-    second: Completion
-    p: Array  # [B] P(first > second | prompt), a hard (0, 1) or soft label
+    tokens: Array  # [B, T] int32
+    segments: Array  # [B, T] int32: each token's document number in its row, from 1; 0 on padding
+
+
+class Process(NamedTuple):
+    """A distribution over token sequences. The next token has log-probs ``log_softmax(logits)``."""
+
+    step: Step
+    carry: Any
+    logits: Array  # [B, V]
+
+
+class Sample(NamedTuple):
+    """Sequences drawn from a Process."""
+
+    completion: Completion  # [B, T]
+    logp: Array  # [B, T] nats under the process at temperature 1, unfiltered; 0 on padding
+    finished: Array  # [B] bool: a stop sequence was drawn
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Rollout:
-    """On-policy data: ``y`` from the policy, ``opponent`` from whom it is compared with."""
+class Response:
+    """One response to each of B prompts, and what is known about it. None: not known, or not needed."""
 
-    prompt: Prompt
-    y: Completion
-    opponent: Completion
-    p: Array  # [B] P(y > opponent | prompt)
-    ref_logp: Array  # [B, T] nats, log-probs of y under the reference, zero on padding
+    completion: Completion  # [B, T]
+    behavior_logp: Array | None = None  # [B, T] nats at temperature 1 under the process that wrote it; 0 on padding
+    reference_logp: Array | None = None  # [B, T] nats under the reference; 0 on padding
+    finished: Array | None = None  # [B] bool: the response met a stop sequence
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreferenceBatch:
+    """What every objective learns from: K responses to each of B prompts, and how they compare.
+
+    Drawn responses and pairs read from disk (K = 2) have this one form.
+    """
+
+    prompt: Prompt  # [B, S]
+    responses: tuple[Response, ...]  # K of them
+    preference: Array  # [B, K, K] P(y_i > y_j | x); 1/2 where i = j and where the pair was not compared
+    reward: Array | None = None  # [B, K] r(x, y_i) nats; -inf for a response that loses outright. None: no reward model
+    compared: Pairs = dataclasses.field(default=((0, 1),), metadata={"static": True})  # i < j
+
+    def probability(self, i: int, j: int) -> Array:
+        """Returns P(y_i > y_j | x), [B]. Raises ValueError when the pair was not compared."""
+        if i != j and (min(i, j), max(i, j)) not in self.compared:
+            raise ValueError(f"responses {i} and {j} were not compared; this batch compares {self.compared}")
+        return self.preference[:, i, j]
+
+    def margin(self, i: int, j: int) -> Array:
+        """Returns r(x, y_i) - r(x, y_j), [B] nats, 0 where they are equal. Raises ValueError without rewards."""
+        if self.reward is None:
+            raise ValueError("this batch has no rewards: its preference model is not a reward model")
+        first, second = self.reward[:, i], self.reward[:, j]
+        return jnp.where(first == second, 0.0, first - second)
+
+
+def pair_batch(prompt: Prompt, first: Response, second: Response, p: Array) -> PreferenceBatch:
+    """Returns the batch of two responses with P(first > second) = p, [B]."""
+    return PreferenceBatch(prompt, (first, second), preference_matrix({(0, 1): p}, 2))
+
+
+def preference_matrix(probabilities: dict[tuple[int, int], Array], count: int) -> Array:
+    """Returns P(y_i > y_j), [B, K, K], from the probabilities [B] of some pairs i < j; 1/2 elsewhere.
+
+    P + P' = 1 exactly: 1 - p has no rounding for p in [1/2, 1], nor has 1 - (1 - p).
+    """
+    rows = len(next(iter(probabilities.values())))
+    matrix = jnp.full((rows, count, count), 0.5, jnp.float32)
+    for (i, j), p in probabilities.items():
+        matrix = matrix.at[:, i, j].set(p).at[:, j, i].set(1 - p)
+    return matrix
+
+
+class Role(enum.IntEnum):
+    """Indexes ``Roles``."""
+
+    POLICY = 0
+    REFERENCE = 1
+    AVERAGE = 2
+
+
+class Roles(NamedTuple):
+    """The parameters of the networks that take part in collecting a batch."""
+
+    policy: Params  # pi, the network that learns
+    reference: Params  # mu, frozen
+    average: Params  # the exponential moving average of pi; empty when nothing reads it
+    preference: Params  # of the preference model, frozen
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that an update changes. ``key`` is the root: keys are ``fold_in(key, step)``."""
+    """Everything that learning changes. Keys are ``fold_in(key, step)``."""
 
-    step: Array  # [] int32, updates done
-    params: Params
+    step: Array  # [] int32, steps done
+    params: Params  # the trained parameters
     opt_state: Any
-    average: Params  # exponential moving average of params; an empty dict when nobody asks for it
-    key: Key  # never advanced
+    average: Params  # the exponential moving average of params; empty when nothing reads it
+    key: Key  # the root key; it never advances
 
 
-Objective = Callable[[Params, Batch, Key], tuple[Array, Metrics]]
-"""(params, batch, key) -> (scalar loss, metrics), metrics being means over the batch."""
-LogProb = Callable[[Params, Prompt, Completion], Array]
-"""-> [B, T] nats, zero on padding."""
-PreferenceLogit = Callable[[Params, Prompt, Completion, Completion], Array]
-"""-> [B] logit of P(first > second | prompt), odd under exchange of the two responses."""
-Step = Callable[[Any, Array], tuple[Any, Array]]
-"""(carry, token [B] int32) -> (carry, logits [B, V]): one step of a sequential process."""
-Rules = tuple[tuple[str, jax.sharding.PartitionSpec], ...]
-"""(regular expression over a parameter's path, its PartitionSpec); the first match wins."""
+class Step(Protocol):
+    """One step of a sequential process."""
+
+    def __call__(self, carry: Any, token: Array, /) -> tuple[Any, Array]:
+        """Takes a token [B] int32; returns the next carry and the next logits [B, V]."""
+        ...
+
+
+class LogProb(Protocol):
+    """Scores completions."""
+
+    def __call__(self, params: Params, prompt: Prompt, completion: Completion, /) -> Array:
+        """Returns log pi(y_n | x, y_<n), [B, T] nats at temperature 1, 0 on padding."""
+        ...
+
+
+class PreferenceLogit(Protocol):
+    """Compares two responses."""
+
+    def __call__(self, params: Params, prompt: Prompt, first: Completion, second: Completion, /) -> Array:
+        """Returns the logit of P(first > second | prompt), [B]; it is odd under exchange of the responses."""
+        ...
+
+
+class Reward(Protocol):
+    """Scores one response."""
+
+    def __call__(self, params: Params, prompt: Prompt, response: Completion, /) -> Array:
+        """Returns r(x, y), [B] nats."""
+        ...
+
+
+class Loss(Protocol):
+    """What ``learn`` minimises: an objective with its model bound."""
+
+    def __call__(self, params: Params, batch: Any, key: Key, /) -> tuple[Array, Metrics]:
+        """Returns the scalar loss and metrics."""
+        ...
+
+
+class Objective(Protocol):
+    """Scores a PreferenceBatch under params and hands arrays to a loss (see ``alignjax.objectives``)."""
+
+    scored: tuple[int, ...]  # the responses whose reference log-probs it reads
+    compared: Pairs  # the pairs whose preference it reads
+    rewarded: bool  # whether it reads rewards
+    meanings: dict[str, str]  # metric -> what it shows
+
+    def __call__(
+        self, params: Params, batch: PreferenceBatch, key: Key, /, *, log_prob: LogProb
+    ) -> tuple[Array, Metrics]:
+        """Returns the scalar loss and metrics."""
+        ...
+
+
+Judge = Callable[[list[str], list[str], list[str]], np.ndarray]
+"""(prompts, replies, others) -> P(reply > other), [N]. A judge compares texts, so it needs nobody's tokenizer."""
+
+
+def stack_rows(trees: Sequence[Any]) -> Any:
+    """Returns the tree with rows a0, b0, ..., a1, b1, ...: n trees [B, ...] -> [B * n, ...].
+
+    Rows that belong together stay side by side, so that a sharded batch stays where it is.
+    """
+    return jax.tree.map(lambda *xs: jnp.stack(xs, 1).reshape(-1, *xs[0].shape[1:]), *trees)

@@ -11,7 +11,7 @@ from tests import QUICK
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# What one process of this test run has compiled, the others take: empty at its start, gone at its end.
+# The processes of one test run share compiled programs. The folder is empty at the start and deleted at the end.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="alignjax-tests-"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import pytest
 
-from alignjax.models.decoder import TransformerConfig, transformer
+from alignjax.models.decoder import TransformerConfig, decoder
 from alignjax.types import Tokens
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -31,19 +31,25 @@ TINY = TransformerConfig(vocab_size=24, width=16, layers=2, heads=4, kv_heads=2,
 @pytest.fixture(scope="session")
 def model():
     """The tiny decoder, its functions compiled: tests call them many times."""
-    plain = transformer(TINY)
-    compiled = {name: jax.jit(getattr(plain, name)) for name in ("init", "causal", "predict", "final", "unembed")}
-    return plain._replace(**compiled)
+    plain = decoder(TINY)
+    return plain._replace(
+        init=jax.jit(plain.init),
+        forward=jax.jit(plain.forward),
+        completion_states=jax.jit(plain.completion_states),
+        last_state=jax.jit(plain.last_state),
+        logits=jax.jit(plain.logits),
+    )
 
 
 @pytest.fixture(scope="session")
 def params(model):
-    """Large enough that every path through the network matters."""
+    """Parameters of ``model``, scaled up so that every path through the network changes its result."""
     return jax.tree.map(lambda x: x * 1.5, model.init(jax.random.key(0)))
 
 
 @pytest.fixture(scope="session")
 def other_params(model):
+    """As ``params``, from another key."""
     return jax.tree.map(lambda x: x * 1.5, model.init(jax.random.key(1)))
 
 
@@ -54,50 +60,51 @@ def prompt():
 
 
 def pytest_unconfigure():
+    """Deletes the folder of compiled programs, once, in the process that created it."""
     if "PYTEST_XDIST_WORKER" not in os.environ and "alignjax-tests-" in os.environ["JAX_COMPILATION_CACHE_DIR"]:
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items):
-    """The file that takes longest first, so that two processes end together."""
+    """Puts the slowest file first, so that parallel processes end at the same time."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
 @pytest.fixture(scope="session")
 def environment():
-    """(devices) -> the environment of a subprocess."""
+    """Returns (devices) -> the environment of a subprocess with that many emulated devices."""
 
-    def of(devices=1):
+    def make(devices=1):
         return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         }
 
-    return of
+    return make
 
 
 @contextlib.contextmanager
 def compilations():
-    """A list that grows by one with every program XLA compiles meanwhile."""
-    seen = []
+    """Yields a list that receives the duration, in seconds, of every compilation inside the context."""
+    durations = []
 
     def listen(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            seen.append(duration)
+            durations.append(duration)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        yield seen
+        yield durations
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def ragged(rows, length=None, side="right", filler=0):
-    """Rows of ids -> Tokens, with any token in the padding."""
+    """Returns rows of ids as Tokens [B, length], padded on ``side`` with the token ``filler``."""
     length = length or max(map(len, rows))
     tokens, mask = np.full((len(rows), length), filler, np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        tokens[i, where], mask[i, where] = row, True
+        columns = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens[i, columns], mask[i, columns] = row, True
     return Tokens(tokens, mask)

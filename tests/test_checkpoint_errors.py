@@ -18,7 +18,7 @@ from alignjax.checkpoints import huggingface, weights
 from alignjax.cli import main
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from tests.conftest import TINY
 from tests.test_huggingface import TEXTS, write_checkpoint
 
@@ -27,10 +27,11 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 NORM = "model.norm.weight"
 PROGRESS = r"\w+: +\d+%\||\w+: [\d.]+ s;"
 EXPERIMENT = """
-from alignjax.pipeline.stages import Experiment, Pretrained
+from alignjax.pipeline.experiment import Experiment
+from alignjax.pipeline.stages import LoadCheckpoint
 
 def get_config(checkpoint: str):
-    return Experiment(task=None, stages={"base": Pretrained(checkpoint)})
+    return Experiment(task=None, stages={"base": LoadCheckpoint(checkpoint)})
 """
 
 
@@ -281,7 +282,7 @@ def test_a_tensor_that_is_not_finite_is_warned_of_once(folder, value, axes):
     shapes = weights.abstract_params(CONFIG)
     where = None
     if axes:
-        rules = sharding.live(transformer(CONFIG).rules, shapes)
+        rules = sharding.matching_rules(decoder(CONFIG).rules, shapes)
         where = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(**axes)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Data and metrics: batches are pure functions of (seed, step); what is written survives a kill."""
+"""Data, metrics and storage: batches are pure functions of (seed, step); files that are written survive a kill."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from operator import itemgetter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,25 +43,25 @@ cases = pytest.mark.parametrize(("lengths", "buckets", "batch"), CASES)
 
 
 def epochs(plan, count, batch, number):
-    """The plans of each of the first epochs of count // batch batches."""
+    """Returns the plans of the first epochs, each of count // batch batches."""
     size = count // batch
     return [[plan(epoch * size + i) for i in range(size)] for epoch in range(number)]
 
 
 @cases
 def test_a_plan_is_a_pure_function_of_seed_and_step(lengths, buckets, batch):
-    plan, again = data.planned(lengths, buckets, batch, 5), data.planned(lengths, buckets[::-1], batch, 5)
+    plan, again = data.plan_batches(lengths, buckets, batch, 5), data.plan_batches(lengths, buckets[::-1], batch, 5)
     forward = [plan(step) for step in range(40)]
     for step in np.random.default_rng(0).permutation(40):
         assert again(step).length == forward[step].length
         np.testing.assert_array_equal(again(step).indices, forward[step].indices)
-    other = data.planned(lengths, buckets, batch, 6)
+    other = data.plan_batches(lengths, buckets, batch, 6)
     assert any(not np.array_equal(other(step).indices, forward[step].indices) for step in range(40))
 
 
 @cases
 def test_every_batch_is_whole_and_fits_its_bucket(lengths, buckets, batch):
-    plan = data.planned(lengths, buckets, batch, 0)
+    plan = data.plan_batches(lengths, buckets, batch, 0)
     for step in range(60):
         indices, length, _ = plan(step)
         assert indices.shape == (batch,) and length in buckets
@@ -68,8 +69,8 @@ def test_every_batch_is_whole_and_fits_its_bucket(lengths, buckets, batch):
 
 
 @cases
-def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(lengths, buckets, batch):
-    plan = data.planned(lengths, buckets, batch, 1)
+def test_an_epoch_repeats_no_example_and_leaves_out_less_than_a_batch(lengths, buckets, batch):
+    plan = data.plan_batches(lengths, buckets, batch, 1)
     orders = []
     for epoch in epochs(plan, len(lengths), batch, 4):
         seen = np.concatenate([p.indices for p in epoch])
@@ -79,8 +80,8 @@ def test_an_epoch_shows_no_example_twice_and_leaves_out_less_than_a_batch(length
 
 
 @cases
-def test_few_examples_are_padded_beyond_their_own_bucket(lengths, buckets, batch):
-    for epoch in epochs(data.planned(lengths, buckets, batch, 2), len(lengths), batch, 3):
+def test_few_examples_move_to_a_larger_bucket(lengths, buckets, batch):
+    for epoch in epochs(data.plan_batches(lengths, buckets, batch, 2), len(lengths), batch, 3):
         moved = Counter()
         for indices, length, _ in epoch:
             moved[length] += sum(min(b for b in buckets if b >= lengths[i]) < length for i in indices)
@@ -88,30 +89,30 @@ def test_few_examples_are_padded_beyond_their_own_bucket(lengths, buckets, batch
 
 
 @cases
-def test_every_example_is_seen_over_the_epochs(lengths, buckets, batch):
-    plan = data.planned(lengths, buckets, batch, 3)
+def test_the_epochs_together_contain_every_example(lengths, buckets, batch):
+    plan = data.plan_batches(lengths, buckets, batch, 3)
     seen = Counter(i for epoch in epochs(plan, len(lengths), batch, 60) for p in epoch for i in p.indices)
     assert set(seen) == set(range(len(lengths)))
 
 
 def test_examples_that_cannot_be_planned_are_refused():
     with pytest.raises(UserError, match="7 examples do not fill one batch of 8"):
-        data.planned([1] * 7, [16], 8, 0)
+        data.plan_batches([1] * 7, [16], 8, 0)
     with pytest.raises(UserError, match="65 tokens"):
-        data.planned([1] * 20 + [65], [64, 16], 8, 0)
+        data.plan_batches([1] * 20 + [65], [64, 16], 8, 0)
 
 
 @pytest.mark.parametrize("start", [0, 1, 7, 23, 24])
-def test_batches_are_what_make_makes_from_any_start(start):
-    plan = data.planned(lengths_of(50), (16, 64), 8, 4)
+def test_batches_are_those_of_their_steps_from_any_start(start):
+    plan = data.plan_batches(lengths_of(50), (16, 64), 8, 4)
 
     def make(chosen):
         return {"step": np.full(len(chosen.indices), chosen.step), "rows": chosen.indices[:, None] * [1, 2]}
 
-    found = list(data.batches(plan, make, MESH, start, 24))
+    found = list(data.load_batches(plan, make, MESH, start, 24))
     assert len(found) == 24 - start
     for step, batch in enumerate(found, start):
-        assert np.all(np.asarray(batch["step"]) == step) and batch["rows"].sharding == sharding.rows(MESH)
+        assert np.all(np.asarray(batch["step"]) == step) and batch["rows"].sharding == sharding.row_sharding(MESH)
         np.testing.assert_array_equal(batch["rows"], plan(step).indices[:, None] * [1, 2])
 
 
@@ -121,7 +122,7 @@ def test_an_error_in_make_reaches_the_loop():
             raise UserError("row 2 is bad; drop it")
         return chosen.indices
 
-    found = data.batches(lambda step: data.Plan(np.arange(8), 1, step), make, MESH, 0, 5)
+    found = data.load_batches(lambda step: data.BatchPlan(np.arange(8), 1, step), make, MESH, 0, 5)
     assert [int(next(found).sum()), int(next(found).sum())] == [28, 28]
     with pytest.raises(UserError, match="row 2 is bad"):
         next(found)
@@ -158,7 +159,7 @@ def test_the_same_pairs_make_the_same_bytes_and_order(written, tmp_path):
     assert data.read_pairs(tmp_path, "train") == data.read_pairs(written, "train")
 
 
-def test_what_is_written_last_is_what_is_read(tmp_path):
+def test_a_second_write_replaces_the_first(tmp_path):
     for rows in (ROWS, ROWS[:2]):
         data.write_pairs(tmp_path, {"train": rows}, {"count": len(rows)})
         assert len(data.read_pairs(tmp_path, "train")) == len(rows)
@@ -183,7 +184,7 @@ def test_a_truncated_dataset_is_refused(tmp_path, cut):
 
 
 def test_tensorflow_is_never_imported(tmp_path):
-    """Not even where it is installed: a package of that name here ends whoever imports it."""
+    """A package of that name, which ends the process that imports it, stands for an installed TensorFlow."""
     (tmp_path / "tensorflow.py").write_text("import os\nprint('imported', flush=True)\nos._exit(3)\n")
     program = f"""if True:
         from pathlib import Path
@@ -196,15 +197,15 @@ def test_tensorflow_is_never_imported(tmp_path):
         data.write_pairs(folder / "pairs", dict(train=[row]), dict(n=1))
         assert data.read_pairs(folder / "pairs", "train") == [row]
         mesh = sharding.make_mesh(sharding.Mesh())
-        plan = lambda step: data.Plan(np.arange(step, step + 8), 1, step)
-        assert [int(b[0]) for b in data.batches(plan, lambda p: p.indices, mesh, 2, 4)] == [2, 3]
+        plan = lambda step: data.BatchPlan(np.arange(step, step + 8), 1, step)
+        assert [int(b[0]) for b in data.load_batches(plan, lambda p: p.indices, mesh, 2, 4)] == [2, 3]
         metrics.MetricsWriter(folder, 0).close()
         assert "tensorflow" not in sys.modules
-        print("never")
+        print("not imported")
     """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "never\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "not imported\n"), done.stderr
 
 
 def written_metrics(folder, steps, resume_step=0):
@@ -255,3 +256,11 @@ def test_an_interrupted_write_leaves_the_old_text(tmp_path, monkeypatch):
     monkeypatch.undo()
     storage.write_atomic(path, "new")
     assert path.read_text() == "new"
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.parse_path("~/runs/a") == tmp_path / "runs" / "a"
+    assert storage.parse_path("runs/~a") == Path("runs/~a")
+    with pytest.raises(UserError, match="unknown user"):
+        storage.parse_path("~no-such-user-of-this-machine/a")

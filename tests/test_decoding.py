@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.sampling.process import Process, Sampling, geometric_mixture, keep, sample
 from alignjax.types import Completion

@@ -50,7 +50,7 @@ def workdir(tmp_path_factory, tokenizer):
         model = build(config)
         base = jax.jit(model.init)(jax.random.key(0))
         spec = Lora(2, 8.0, ("q", "v", "o", "up"))
-        small = drawn(lora.init(spec, base, jax.random.key(1)))
+        small = drawn(lora.init_adapters(spec, base, jax.random.key(1)))
         head = {"kernel": np.linspace(-1, 1, config.width, dtype=np.float32)}
         networks.save(folder / name, config, base, tokenizer, False, None)
         networks.save(folder / f"{name}_lora", config, small, tokenizer, False, Adapter(name, spec))
@@ -177,7 +177,7 @@ def test_adapters_over_another_base_than_theirs_are_refused(workdir, tmp_path, t
     base = jax.jit(build(LLAMA).init)(jax.random.key(0))
     networks.save(tmp_path / "base", LLAMA, base, tokenizer, False, None)
     spec = Lora(2, 4.0)
-    small = lora.init(spec, base, jax.random.key(0))
+    small = lora.init_adapters(spec, base, jax.random.key(0))
     networks.save(tmp_path / "policy", LLAMA, small, tokenizer, False, Adapter("base", spec))
     loaded(tmp_path, "policy")
     (tmp_path / "base" / "stage.json").write_text('{"fingerprint": "b"}')
@@ -212,7 +212,7 @@ def test_a_head_is_trained_beside_adapters_and_starts_from_the_backbone(workdir)
     np.testing.assert_array_equal(found.params["reward"]["kernel"], start.heads["reward"]["kernel"])  # it goes on
     assert set(found.params) == {"blocks", "reward"} and "reward" not in found.frozen["base"]
     specs = sharding.shardings(
-        found.params, sharding.live(found.rules, found.params), sharding.make_mesh(sharding.Mesh())
+        found.params, sharding.matching_rules(found.rules, found.params), sharding.make_mesh(sharding.Mesh())
     )
     assert jax.tree.structure(specs) == jax.tree.structure(found.params)
 
@@ -229,7 +229,7 @@ def test_what_cannot_be_exported_is_named(workdir, tmp_path, tokenizer, capfd, a
     if argv[0] == "llama_both" and not (workdir / "llama_both").exists():
         (start,) = loaded(workdir, "llama")
         small = {
-            **lora.init(Lora(2, 4.0), start.params, jax.random.key(0)),
+            **lora.init_adapters(Lora(2, 4.0), start.params, jax.random.key(0)),
             "reward": {"kernel": np.zeros(16, np.float32)},
         }
         networks.save(workdir / "llama_both", LLAMA, small, tokenizer, False, Adapter("llama", Lora(2, 4.0)))

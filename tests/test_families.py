@@ -22,7 +22,7 @@ from alignjax.models.build import build
 from alignjax.models.decoder import UNBOUNDED
 from alignjax.models.t5 import T5Config, encoder
 from alignjax.models.tokenizer import Tokenizer
-from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.sampling.process import Sampling, sample
 from alignjax.types import Tokens
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -32,7 +32,7 @@ TOLERANCE = 1e-4  # of logits and states
 NEW_TOKENS = 64
 TOKENIZER = Tokenizer(
     encode=None, encode_bare=None, decode_all=None, token_id=None, vocab_size=0, save=lambda folder: None,
-    specials={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, ends=(2, 3),
+    specials={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, end_tokens=(2, 3),
 )  # fmt: skip
 
 
@@ -70,8 +70,8 @@ def outputs(name):
 
     @jax.jit
     def everything(params, prompt, completion):
-        logits = model.unembed(params, model.predict(params, prompt, completion))
-        process = Process(*model.start(params, prompt, NEW_TOKENS))
+        logits = model.logits(params, model.completion_states(params, prompt, completion))
+        process = model.prefill(params, prompt, NEW_TOKENS)
         keys = jax.random.split(jax.random.key(0), len(prompt.tokens))
         written = sample(process, keys, NEW_TOKENS, (), Sampling(temperature=0.0)).completion.tokens
         return logits, written, encoder(config)(params, prompt)[0] if isinstance(config, T5Config) else None
@@ -114,7 +114,7 @@ def test_a_written_folder_is_read_back_bit_for_bit(tmp_path, name):
         folder = tmp_path / str(shard)
         huggingface.write_folder(folder, config, params, TOKENIZER, shard)
         assert huggingface.read_config(folder) == config
-        assert huggingface.read_end_tokens(folder) == TOKENIZER.ends
+        assert huggingface.read_end_tokens(folder) == TOKENIZER.end_tokens
         jax.tree.map(np.testing.assert_array_equal, weights.read_params(folder, config), params)
         assert (folder / "model.safetensors.index.json").exists() == several
 

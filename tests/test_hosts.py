@@ -1,4 +1,4 @@
-"""Several processes for real: who they are, what they agree on, and what the others do when one is gone."""
+"""Several real processes: how they are found, what they agree on, and how the others end when one fails."""
 
 import signal
 import socket
@@ -9,12 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from alignjax.distributed.hosts import Hosts, Launch, missing, resolved
+from alignjax.distributed.hosts import Hosts, Launch, resolve_launch
+from alignjax.distributed.watchdog import missing_processes
 from alignjax.errors import RUN_AGAIN, UserError
 from alignjax.training.metrics import read_metrics
 from tests.conftest import ROOT
 
-THREE = Launch("host:1234", 4, 3)
+FOURTH = Launch("host:1234", 4, 3)
 SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
 
 
@@ -22,8 +23,8 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
     ("launch", "environment", "expected"),
     [
         (Launch(), {}, None),
-        (THREE, {}, THREE),
-        (THREE, SLURM, THREE),  # what is said goes before what is found
+        (FOURTH, {}, FOURTH),
+        (FOURTH, SLURM, FOURTH),  # the command line goes before the environment
         (Launch(count=1), SLURM, None),
         (Launch(), SLURM, Launch()),  # JAX knows the rest
         (Launch(), {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
@@ -40,8 +41,8 @@ SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
         (Launch(), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"}, None),
     ],
 )
-def test_processes_are_told_by_flags_or_found_in_the_environment(launch, environment, expected):
-    assert resolved(launch, environment) == expected
+def test_processes_are_given_by_flags_or_by_the_environment(launch, environment, expected):
+    assert resolve_launch(launch, environment) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,22 +55,22 @@ def test_processes_are_told_by_flags_or_found_in_the_environment(launch, environ
         (Launch(), {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two'"),
     ],
 )
-def test_what_is_half_said_is_refused(launch, environment, words):
+def test_an_incomplete_launch_is_refused(launch, environment, words):
     with pytest.raises(UserError, match=words):
-        resolved(launch, environment)
+        resolve_launch(launch, environment)
 
 
 def test_one_process_agrees_with_itself():
     hosts = Hosts()
-    assert hosts.leads and hosts.first(lambda: {"a": 1}) == {"a": 1}
-    hosts.meet("nowhere")
-    hosts.end(2, "goes on")
+    assert hosts.is_first and hosts.broadcast(lambda: {"a": 1}) == {"a": 1}
+    hosts.barrier("nowhere")
+    hosts.end_all(2, "nothing happens")
 
 
-def test_a_barriers_message_is_read_for_the_missing():
-    said = "DEADLINE_EXCEEDED: ... Some timed out task names:\n3\n11\n\n\nRPC: /Barrier"
-    assert missing(said) == "processes 3, 11"
-    assert missing("something else") == "some process"
+def test_missing_processes_are_read_from_a_barriers_message():
+    message = "DEADLINE_EXCEEDED: ... Some timed out task names:\n3\n11\n\n\nRPC: /Barrier"
+    assert missing_processes(message) == "processes 3, 11"
+    assert missing_processes("something else") == "some process"
 
 
 def free_port():
@@ -80,150 +81,151 @@ def free_port():
 
 PREPARATION = """if True:
     import sys, time
-    from alignjax.distributed import hosts
+    from alignjax.distributed import hosts, watchdog
     from alignjax.errors import RunAgain, UserError
-    (me, count, port, wait), hosts.BEAT = map(int, sys.argv[1:5]), float(sys.argv[5])
-    here = hosts.connect(hosts.Launch(f"127.0.0.1:{port}", count, me), wait, silence=8)
+    (me, count, port, wait), watchdog.HEARTBEAT = map(int, sys.argv[1:5]), float(sys.argv[5])
+    peers = hosts.connect(hosts.Launch(f"127.0.0.1:{port}", count, me), wait, silence=8)
     print("up", flush=True)
 """
 
 
 @pytest.fixture
-def start(environment):
-    """(program, which of how many) -> those processes, each running the program as one of several."""
+def launch_processes(environment):
+    """Returns a function that starts the given ones of ``count`` processes, each running the program."""
     running = []
 
-    def begin(program, processes=(0, 1), count=2, wait=60, beat=2.0):
+    def start_processes(program, processes=(0, 1), count=2, wait=60, beat=2.0):
         port, code = free_port(), PREPARATION + program
         words = [[sys.executable, "-c", code, str(i), str(count), str(port), str(wait), str(beat)] for i in processes]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         running.extend(subprocess.Popen(line, env=environment(2), **pipes) for line in words)
         return running[-len(words) :]
 
-    yield begin
+    yield start_processes
     for process in running:
         process.kill()
         process.communicate()
 
 
-def ended(process, within=60):
-    """(status, stdout, the lines that are ours)."""
+def exited(process, within=60):
+    """Waits; returns (exit status, stdout, the lines of stderr that alignjax printed)."""
     out, error = process.communicate(timeout=within)
     return process.returncode, out, [line for line in error.splitlines() if line.startswith("alignjax:")]
 
 
-def test_the_first_decides_for_all_and_its_refusal_is_everyones(start):
+def test_process_0_decides_for_all_and_its_errors_are_raised_in_all(launch_processes):
     program = """
     def refuse():
-        raise UserError("no; mend it")
+        raise UserError("no; correct it")
     def only_the_first():
         assert me == 0
         return [me, "x" * 1000]
-    assert here.first(only_the_first) == [0, "x" * 1000]
+    assert peers.broadcast(only_the_first) == [0, "x" * 1000]
     try:
-        here.first(refuse)
+        peers.broadcast(refuse)
     except UserError as error:
         print(error)
-    here.meet("the end")
+    peers.barrier("the end")
     """
-    for process in start(program):
-        assert ended(process)[:2] == (0, "up\nno; mend it\n")
+    for process in launch_processes(program):
+        assert exited(process)[:2] == (0, "up\nno; correct it\n")
 
 
-def test_who_does_not_come_to_a_meeting_is_named(start):
+def test_a_process_missing_at_a_barrier_is_named(launch_processes):
     program = """
     import dataclasses
-    here = dataclasses.replace(here, patience=3.0)
+    peers = dataclasses.replace(peers, timeout=3.0)
     if me == 0:
         try:
-            here.meet("the end of the stage")
+            peers.barrier("the end of the stage")
         except RunAgain as error:
-            here.end(75, str(error))
+            peers.end_all(75, str(error))
     time.sleep(60)
     """
-    first, second = start(program)
-    status, _, _ = ended(first)
+    first, second = launch_processes(program)
+    status, _, _ = exited(first)
     assert status == RUN_AGAIN
-    status, _, lines = ended(second)
+    status, _, lines = exited(second)
     assert status == RUN_AGAIN
     assert "process 0 (" in lines[0] and "process 1 did not come to the end of the stage in 3 s" in lines[0]
 
 
-def test_an_error_in_one_process_ends_the_others_with_its_words(start):
+def test_an_error_in_one_process_ends_the_others_with_its_message(launch_processes):
     program = """
     if me == 1:
-        here.end(2, "row 7 is bad; mend it")
+        peers.end_all(2, "row 7 is bad; correct it")
     time.sleep(60)
     """
-    first, second, third = start(program, processes=(0, 1, 2), count=3)
-    assert ended(second)[0] == 2
+    first, second, third = launch_processes(program, processes=(0, 1, 2), count=3)
+    assert exited(second)[0] == 2
     for other in (first, third):
-        status, _, lines = ended(other)
-        assert status == 2 and lines[0].endswith("ended: row 7 is bad; mend it") and "process 1 (" in lines[0]
+        status, _, lines = exited(other)
+        assert status == 2 and lines[0].endswith("ended: row 7 is bad; correct it") and "process 1 (" in lines[0]
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_is_named_by_the_other_within_a_minute(start, killed):
-    processes = start("\n    time.sleep(200)")
+def test_a_killed_process_is_named_by_the_other_within_a_minute(launch_processes, killed):
+    processes = launch_processes("\n    time.sleep(200)")
     for process in processes:
         assert process.stdout.readline() == "up\n"
     processes[killed].send_signal(signal.SIGKILL)
-    status, _, lines = ended(processes[1 - killed], within=60)
+    status, _, lines = exited(processes[1 - killed], within=60)
     assert status == RUN_AGAIN
     assert f"process {killed} of 2 (" in lines[0] and "is gone; start all processes again" in lines[0]
 
 
-def test_of_three_the_others_name_the_killed_one_and_not_process_0(start):
-    processes = start("\n    time.sleep(200)", processes=(0, 1, 2), count=3)
+def test_of_three_the_others_name_the_killed_one_and_not_process_0(launch_processes):
+    processes = launch_processes("\n    time.sleep(200)", processes=(0, 1, 2), count=3)
     for process in processes:
         assert process.stdout.readline() == "up\n"
     processes[1].send_signal(signal.SIGKILL)
     for other in (processes[0], processes[2]):
-        status, _, lines = ended(other, within=60)
+        status, _, lines = exited(other, within=60)
         assert status == RUN_AGAIN and lines[0].startswith("alignjax: process 1 of 3 (") and "is gone" in lines[0]
 
 
-def test_who_does_not_come_to_the_end_is_named(start):
-    early, late = start("""
-    hosts.PARTING = 3
+def test_a_process_missing_at_the_end_is_named(launch_processes):
+    early, late = launch_processes("""
+    watchdog.EXIT_WAIT = 3
     time.sleep(200 * (1 - me))
     """, processes=(1, 0))  # fmt: skip
-    status, _, lines = ended(early, within=30)
+    status, _, lines = exited(early, within=30)
     assert status == RUN_AGAIN and lines[0].startswith("alignjax: process 0 did not come to the end in 3 s")
-    status, _, lines = ended(late, within=60)
+    status, _, lines = exited(late, within=60)
     assert status == RUN_AGAIN and "process 1 of 2 (" in lines[0] and "is gone" in lines[0]
 
 
-def test_a_process_that_never_comes_is_told_in_time(start):
-    (alone,) = start("", processes=(0,), wait=3)
+def test_a_process_that_never_connects_is_reported_in_time(launch_processes):
+    (alone,) = launch_processes("", processes=(0,), wait=3)
     begun = time.monotonic()
-    status, out, lines = ended(alone)
+    status, out, lines = exited(alone)
     assert status == RUN_AGAIN and "up" not in out and time.monotonic() - begun < 60
     assert "the 2 processes did not all connect" in lines[0] and "in 3 s" in lines[0]
 
 
-def test_a_preemption_of_one_is_known_to_all_at_the_same_step(start):
+def test_a_preemption_of_one_stops_all_at_the_same_step(launch_processes):
     program = """
-    with here.preemption() as asked:
+    with peers.preemption() as asked:
         step = 0
         while not asked():
             step += 1
             time.sleep(0.02)
     print("stopped at", step)
-    here.meet("the end")
+    peers.barrier("the end")
     """
-    processes = start(program)
+    processes = launch_processes(program)
     for process in processes:
         assert process.stdout.readline() == "up\n"
     time.sleep(1)
     processes[1].send_signal(signal.SIGTERM)
-    (a, one, _), (b, other, _) = map(ended, processes)
+    (a, one, _), (b, other, _) = map(exited, processes)
     assert a == b == 0 and one == other and one.startswith("stopped at")
 
 
-def test_no_thread_is_taken_down_inside_xla_at_the_exit(start):
-    for process in start("", processes=(0, 1, 2, 3), count=4, beat=1e-5):  # it is hardly ever elsewhere
-        assert ended(process)[0] == 0
+def test_the_watchdog_thread_stops_before_python_exits(launch_processes):
+    beat = 1e-5  # seconds: the thread is inside XLA most of the time
+    for process in launch_processes("", processes=(0, 1, 2, 3), count=4, beat=beat):
+        assert exited(process)[0] == 0
 
 
 FILE = str(ROOT / "experiments" / "quickstart.py")
@@ -232,10 +234,10 @@ FEW = {"small": "True", "base.model.layers": "1", "base.loop.steps": "120", "bas
 
 @pytest.fixture
 def pretrain(environment):
-    """(workdir, processes, devices of each) -> the processes that pretrain the small quickstart's base."""
+    """Returns a function that starts processes which pretrain the base of the small quickstart."""
     running = []
 
-    def begin(workdir, processes=1, devices=1, fsdp=-1):
+    def start_run(workdir, processes=1, devices=1, fsdp=-1):
         port, several = free_port(), []
         for me in range(processes):
             if processes > 1:
@@ -247,44 +249,44 @@ def pretrain(environment):
             running.append(subprocess.Popen(argv, env=environment(devices), **pipes))
         return running[-processes:]
 
-    yield begin
+    yield start_run
     for process in running:
         process.kill()
         process.communicate()
 
 
 def wait_for_save(workdir, process, step):
-    """Until a save of that step or a later one is whole."""
+    """Waits until a save of that step or a later one is whole."""
     while not any(int(p.name) >= step for p in (workdir / "base" / "checkpoints").glob("*") if p.name.isdigit()):
         assert process.poll() is None, process.stderr.read()[-2000:]
         time.sleep(0.02)
 
 
-def test_a_run_goes_on_with_fewer_processes_and_devices_and_loses_no_step(pretrain, tmp_path):
+def test_a_run_continues_with_fewer_processes_and_devices_and_loses_no_step(pretrain, tmp_path):
     """Two processes of two devices, one killed; two again, one of them preempted; one of two, preempted; one of one."""
     (undisturbed,), moved = pretrain(tmp_path / "whole"), tmp_path / "moved"
-    assert ended(undisturbed, 200)[0] == 0
+    assert exited(undisturbed, 200)[0] == 0
     first, second = pretrain(moved, processes=2, devices=2)
     wait_for_save(moved, first, 10)
     second.send_signal(signal.SIGKILL)
-    status, _, lines = ended(first, 60)
+    status, _, lines = exited(first, 60)
     assert status == RUN_AGAIN and "process 1 of 2 (" in lines[0] and "is gone" in lines[0]
     both = pretrain(moved, processes=2, devices=2)
     wait_for_save(moved, both[0], 30)
     both[1].send_signal(signal.SIGTERM)
     for process in both:
-        assert ended(process, 60)[0] == RUN_AGAIN
+        assert exited(process, 60)[0] == RUN_AGAIN
     saved = max(int(p.name) for p in (moved / "base" / "checkpoints").glob("*") if p.name.isdigit())
     assert 30 <= saved < 120
     (alone,) = pretrain(moved, devices=2)
     wait_for_save(moved, alone, saved + 10)
     alone.send_signal(signal.SIGTERM)
-    status, _, lines = ended(alone, 60)
+    status, _, lines = exited(alone, 60)
     assert status == RUN_AGAIN and "preempted; step" in lines[0] and "is saved" in lines[0]
     step = int(lines[0].split("step ")[1].split()[0])
     assert (moved / "base" / "checkpoints" / str(step)).is_dir() and step > saved
     (last,) = pretrain(moved)
-    assert ended(last, 200)[0] == 0
+    assert exited(last, 200)[0] == 0
     want, got = (read_metrics(folder / "base" / "metrics.jsonl") for folder in (tmp_path / "whole", moved))
     assert [row["step"] for row in got] == list(range(120))
     for a, b in zip(want, got, strict=True):

@@ -11,10 +11,10 @@ import safetensors.numpy
 
 from alignjax.checkpoints import huggingface, weights
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad, single_token
 from alignjax.pipeline.config import describe, leaves
-from alignjax.pipeline.stages import Pretrained
+from alignjax.pipeline.stages import LoadCheckpoint
 from tests.conftest import TINY
 
 TEXTS = [
@@ -70,7 +70,7 @@ def llama_json(config):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_is_read_back_bit_for_bit(tmp_path, tied, shards):
     config = dataclasses.replace(TINY, tied=tied)
-    params = transformer(config).init(jax.random.key(4))
+    params = decoder(config).init(jax.random.key(4))
     write_checkpoint(tmp_path, params, config, shards=shards)
     assert huggingface.read_config(tmp_path) == config
     jax.tree.map(np.testing.assert_array_equal, weights.read_params(tmp_path, config), params)
@@ -135,9 +135,12 @@ def test_a_folder_s_digest_changes_with_a_weight_and_is_no_setting(tmp_path):
     for position, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
         values[position] = 1.0
         safetensors.numpy.save_file({name: values}, weights)
-        digests += [describe(Pretrained(str(tmp_path)))["content"], describe(Pretrained(str(tmp_path)))["content"]]
+        digests += [
+            describe(LoadCheckpoint(str(tmp_path)))["digest"],
+            describe(LoadCheckpoint(str(tmp_path)))["digest"],
+        ]
     assert digests[::2] == digests[1::2] and len(set(digests)) == 3
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert describe(Pretrained(str(tmp_path)))["content"] not in digests
-    assert "content" not in dict(leaves(Pretrained(str(tmp_path))))
-    assert Pretrained(str(tmp_path / "nowhere")).content == ""
+    assert describe(LoadCheckpoint(str(tmp_path)))["digest"] not in digests
+    assert "digest" not in dict(leaves(LoadCheckpoint(str(tmp_path))))
+    assert LoadCheckpoint(str(tmp_path / "nowhere")).digest == ""

@@ -14,7 +14,7 @@ import pytest
 from alignjax.cli import main
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from alignjax.pipeline import config, stages
 from alignjax.pipeline.experiment import ids_of, shape
 from alignjax.pipeline.networks import gathering
@@ -111,7 +111,7 @@ def test_gathered_weights_leave_the_decoding_loop_nothing_to_gather():
         params = jax.jit(lambda k: jax.tree.map(lambda x: 1.5 * x, model.init(k)), out_shardings=where)(key)
         for name, one in {"lying": model, "gathered": gathering(model)}.items():
             write = writer(one, stop=((2,),), max_new_tokens=6, sampling=Sampling(), mesh=mesh)
-            arguments = params, *sharding.place(mesh, (prompt, numbers)), key
+            arguments = params, *sharding.place_rows(mesh, (prompt, numbers)), key
             drawn[name] = [np.asarray(x) for x in jax.tree.leaves(write(*arguments))]
             module = hlo.parse(write.lower(*arguments).compile().as_text())
             loops = [one for one in hlo.executed(module) if one.times > 1]
@@ -145,14 +145,16 @@ def test_of_buckets_the_largest_is_kept():
 
 
 def test_what_lies_on_a_device_is_counted_by_its_shard():
-    where = sharding.rows(mesh_of(2, 4, 1))
+    where = sharding.row_sharding(mesh_of(2, 4, 1))
     tree = {"a": jax.ShapeDtypeStruct((16, 8), "float32", sharding=where), "b": shape("bfloat16", 5), "c": ids_of(2, 3)}
-    assert sharding.held_by(tree) == sharding.held_by([tree, tree["a"]]) == 16 * 8 * 4 // 8 + 10 + 24 + 6
+    assert (
+        sharding.bytes_per_device(tree) == sharding.bytes_per_device([tree, tree["a"]]) == 16 * 8 * 4 // 8 + 10 + 24 + 6
+    )
 
 
 def test_what_lives_beside_a_program_is_counted_once():
     mesh = mesh_of(1, 8, 1)
-    where = sharding.rows(mesh)
+    where = sharding.row_sharding(mesh)
     x, y = (jax.ShapeDtypeStruct((n, 1024), "float32", sharding=where) for n in (8, 32))
     program = stages.experiment.Program("add", jax.jit(lambda x: x + 1, out_shardings=where), (x,), 1)
     alone, beside, again = (

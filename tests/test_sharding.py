@@ -12,7 +12,7 @@ import pytest
 from alignjax import objectives
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
-from alignjax.models.decoder import transformer
+from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import Tokenizer, pad
 from alignjax.preferences import models as preference
@@ -68,7 +68,7 @@ def test_optimiser_moments_lie_as_their_parameters_do(model, params):
     mesh = sharding.make_mesh(sharding.Mesh(2, 2, 2))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     shapes = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(0), True), params)
-    layout = sharding.shardings(shapes, sharding.live(model.rules, shapes.params), mesh, strict=False)
+    layout = sharding.shardings(shapes, sharding.matching_rules(model.rules, shapes.params), mesh, strict=False)
     moments = layout.opt_state[1][0].mu
     assert jax.tree.leaves(moments) == jax.tree.leaves(layout.params) == jax.tree.leaves(layout.average)
     assert layout.step.spec == P()
@@ -92,10 +92,10 @@ def nash_md_update(params, other_params):
         devices = jax.devices()[: max(1, int(np.prod(sizes)))]
         mesh = sharding.make_mesh(sharding.Mesh(*sizes), devices)
         shapes = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(0), False), params)
-        layout = sharding.shardings(shapes, sharding.live(model.rules, shapes.params), mesh, strict=False)
+        layout = sharding.shardings(shapes, sharding.matching_rules(model.rules, shapes.params), mesh, strict=False)
         update = jax.jit(
             train.make_update(objective, optimizer, collect, accumulate),
-            in_shardings=(layout, None, sharding.rows(mesh)), out_shardings=(layout, sharding.replicated(mesh)),
+            in_shardings=(layout, None, sharding.row_sharding(mesh)), out_shardings=(layout, sharding.replicated(mesh)),
         )  # fmt: skip
         with jax.set_mesh(mesh):
             place = partial(jax.device_put, device=layout.params)

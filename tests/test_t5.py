@@ -10,10 +10,10 @@ import pytest
 
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
-from alignjax.models import t5
 from alignjax.models.build import build, from_json, to_json
 from alignjax.models.log_probs import log_prob
-from alignjax.models.t5 import T5Config
+from alignjax.models.t5 import T5Config, _append_end_token
+from alignjax.models.t5_modules import relative_buckets
 from alignjax.preferences import models as preference
 from alignjax.types import Tokens
 from tests.conftest import ragged
@@ -38,35 +38,36 @@ def score(model):
 
 
 def test_relative_buckets_are_the_paper_s():
-    """Half the buckets one distance each, the others widening as its logarithm, counted here in plain Python."""
+    """Half of the buckets hold one distance each, the others widen as its logarithm; here in plain Python."""
 
-    def bucket(distance, both_ways, count=8, far=20):
-        start = 0
-        if both_ways:
+    def bucket(distance, bidirectional, count=8, farthest=20):
+        offset = 0
+        if bidirectional:
             count //= 2
-            start, distance = (count if distance > 0 else 0), abs(distance)
+            offset, distance = (count if distance > 0 else 0), abs(distance)
         else:
             distance = max(-distance, 0)
         exact = count // 2
         if distance < exact:
-            return start + distance
-        return start + min(exact + int(math.log(distance / exact) / math.log(far / exact) * (count - exact)), count - 1)
+            return offset + distance
+        growth = math.log(distance / exact) / math.log(farthest / exact)
+        return offset + min(exact + int(growth * (count - exact)), count - 1)
 
     config = dataclasses.replace(CONFIG, buckets=8, distance=20)
     distances = np.arange(-40, 41)
-    for both_ways in (True, False):
-        got = t5.relative_buckets(jnp.asarray(distances), config, both_ways)
-        assert got.tolist() == [bucket(int(d), both_ways) for d in distances]
+    for bidirectional in (True, False):
+        got = relative_buckets(jnp.asarray(distances), config, bidirectional)
+        assert got.tolist() == [bucket(int(d), bidirectional) for d in distances]
 
 
 def test_padding_anywhere_changes_no_number(params, score):
-    """Before, behind and between the prompt's tokens, as where a context is joined of padded pieces."""
+    """Before, after and between the prompt's tokens; padded pieces that are joined have padding in between."""
     want = score(params, ragged(ROWS, 8), ragged(REPLIES, 4))
     left = score(params, ragged(ROWS, 8, "left", filler=17), ragged(REPLIES, 4, filler=9))
     spread = np.full((4, 8), 19, np.int32), np.zeros((4, 8), bool)
     for i, row in enumerate(ROWS):
-        where = np.sort(np.random.default_rng(i).permutation(8)[: len(row)])
-        spread[0][i, where], spread[1][i, where] = row, True
+        columns = np.sort(np.random.default_rng(i).permutation(8)[: len(row)])
+        spread[0][i, columns], spread[1][i, columns] = row, True
     between = score(params, Tokens(*spread), ragged(REPLIES, 4))
     for got in (left, between):
         np.testing.assert_allclose(got, want, atol=1e-5)
@@ -77,39 +78,37 @@ def test_padding_anywhere_changes_no_number(params, score):
 def test_a_row_does_not_depend_on_its_neighbours(params, score):
     prompt, completion = ragged(ROWS, 8), ragged(REPLIES, 4)
     order = np.array([2, 0, 3, 1])
-    mixed = score(params, *jax.tree.map(lambda x: x[order], (prompt, completion)))
-    np.testing.assert_allclose(mixed, score(params, prompt, completion)[order], atol=1e-5)
+    permuted = score(params, *jax.tree.map(lambda x: x[order], (prompt, completion)))
+    np.testing.assert_allclose(permuted, score(params, prompt, completion)[order], atol=1e-5)
 
 
-def test_the_encoder_reads_the_end_token_behind_the_prompt():
-    read = t5.compact(ragged(ROWS, 6, "left", filler=17), end=1)
-    for row, tokens, mask in zip(ROWS, np.asarray(read.tokens), np.asarray(read.mask), strict=True):
-        assert tokens[mask].tolist() == [*row, 1] and mask.tolist() == [True] * (len(row) + 1) + [False] * (
-            6 - len(row)
-        )
+def test_the_encoder_reads_the_end_token_after_the_prompt():
+    source = _append_end_token(ragged(ROWS, 6, "left", filler=17), end_token=1)
+    for row, tokens, mask in zip(ROWS, np.asarray(source.tokens), np.asarray(source.mask), strict=True):
+        assert tokens[mask].tolist() == [*row, 1]
+        assert mask.tolist() == [True] * (len(row) + 1) + [False] * (6 - len(row))
 
 
 def test_cached_decoding_equals_the_full_pass(model, params):
     prompt, written = ragged(ROWS, 6, "left"), np.array([[3, 12, 4], [6, 1, 15], [9, 9, 9], [2, 7, 1]], np.int32)
 
     @jax.jit
-    def both(params):
-        start = model.start(params, prompt, 4)
-        logits, carry = [start.logits], start.carry
+    def cached_and_full(params):
+        process = model.prefill(params, prompt, 4)
+        logits, carry = [process.logits], process.carry
         for t in range(3):
-            carry, step = start.step(carry, written[:, t])
-            logits.append(step)
-        whole = Tokens(np.pad(written, ((0, 0), (0, 1))), np.ones((4, 4), bool))
-        return jnp.stack(logits, 1), model.unembed(params, model.predict(params, prompt, whole)), model.unembed(
-            params, model.final(params, prompt)
-        )  # fmt: skip
+            carry, next_logits = process.step(carry, written[:, t])
+            logits.append(next_logits)
+        completion = Tokens(np.pad(written, ((0, 0), (0, 1))), np.ones((4, 4), bool))
+        full = model.logits(params, model.completion_states(params, prompt, completion))
+        return jnp.stack(logits, 1), full, model.logits(params, model.last_state(params, prompt))
 
-    cached, full, first = both(params)
+    cached, full, first = cached_and_full(params)
     np.testing.assert_allclose(cached, full, atol=2e-5)
     np.testing.assert_allclose(first, full[:, 0], atol=2e-5)
 
 
-def test_a_later_token_changes_nothing_before_it(params, score):
+def test_a_later_token_changes_no_earlier_log_prob(params, score):
     a, b = (score(params, ragged([ROWS[0]], 8), ragged([reply], 4)) for reply in ([4, 5, 6, 7], [4, 5, 9, 7]))
     np.testing.assert_allclose(a[:, :2], b[:, :2], atol=1e-6)
     assert np.abs(a[:, 3] - b[:, 3]).max() > 1e-4
@@ -128,7 +127,7 @@ def test_preference_forms_are_antisymmetric_over_an_encoder_decoder(model, param
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rules_are_total_and_live(tied):
+def test_rules_claim_every_parameter_and_are_all_used(tied):
     config = dataclasses.replace(CONFIG, tied=tied, gated=not tied)
     model = build(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -137,7 +136,7 @@ def test_rules_are_total_and_live(tied):
     assert from_json(to_json(config)) == config
 
 
-def test_the_first_loss_is_near_uniform():
+def test_the_initial_loss_is_near_uniform():
     for change in ({"tied": False, "scaled_output": False, "gated": True},):
         config = dataclasses.replace(CONFIG, vocab_size=512, width=64, layers=1, decoder_layers=1, **change)
         model = build(config)
@@ -148,6 +147,6 @@ def test_the_first_loss_is_near_uniform():
 
 
 @pytest.mark.parametrize("change", [{"family": "bart"}, {"buckets": 2}, {"end_token": 24}, {"activation": "swish"}])
-def test_what_cannot_be_is_refused(change):
+def test_impossible_options_are_refused(change):
     with pytest.raises(UserError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change)

@@ -1,16 +1,19 @@
 """Games of text: enumerated worlds, both mixtures, and the gradient of the deep loss."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import objectives
+from alignjax import losses
 from alignjax.games import game as games
 from alignjax.games import solve, text
 from alignjax.models.log_probs import log_prob
+from alignjax.objectives import PreferenceGradient
 from alignjax.sampling import process as decoding
-from alignjax.types import Completion, Prompt, Rollout
+from alignjax.types import Completion, PreferenceBatch, Prompt, Response
 from tests.conftest import ragged
 from tests.test_games import float64
 
@@ -122,25 +125,28 @@ def test_an_oracle_and_a_reference_make_a_game():
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
 def test_the_deep_loss_has_the_enumerated_gradient(beta):
-    """objectives.nash_md on every (y, y') with its exact weight, completions of unequal length and all."""
-    game, params = oracle_game(), table(1)
+    """Nash-MD's objective on every (y, y') with its exact weight; completions have unequal lengths."""
+    game, params, log_prob = oracle_game(), table(1), text.tabular_log_prob(WORLD)
     opponent = text.token_mixture(WORLD, policy(params), game.log_mu, beta, 3)
     want = text.nash_md_gradient(policy, params, game, opponent)["logits"]
     count = len(WORLD.tokens)
     prompts = Prompt(*(np.repeat(x, count, 0) for x in vars(PROMPT).values()))
-    ref = text.tabular_log_prob(WORLD)(table(2), prompts, WORLD)
-    p = games.win_probability(game, opponent)[0]  # linear in p, so that y' may be averaged out first
-    rollout = Rollout(prompts, WORLD, WORLD, p, ref)
+    p = games.win_probability(game, opponent)[0]  # the loss is linear in p, so that y' may be averaged out first
+    response = Response(WORLD, reference_logp=log_prob(table(2), prompts, WORLD))
+    preference = jnp.stack(
+        [jnp.stack([jnp.full_like(p, 0.5), p], -1), jnp.stack([1 - p, jnp.full_like(p, 0.5)], -1)], 1
+    )
+    batch = PreferenceBatch(prompts, (response, Response(WORLD)), preference)
+    objective = PreferenceGradient(partial(losses.nash_md, tau=0.3))
 
     def weighted(theta):
         """The objective is a mean over rows: each row alone, weighted by pi(y)."""
-        rows = jax.vmap(
-            lambda i: objectives.nash_md(
-                theta, jax.tree.map(lambda x: jnp.asarray(x)[i][None], rollout), None,
-                log_prob=text.tabular_log_prob(WORLD), tau=0.3,
-            )[0]
-        )(jnp.arange(count))  # fmt: skip
-        return jnp.sum(jax.lax.stop_gradient(jnp.exp(policy(theta)[0])) * rows)
+
+        def loss(i):
+            row = jax.tree.map(lambda x: jnp.asarray(x)[i][None], batch)
+            return objective(theta, row, None, log_prob=log_prob)[0]
+
+        return jnp.sum(jax.lax.stop_gradient(jnp.exp(policy(theta)[0])) * jax.vmap(loss)(jnp.arange(count)))
 
     np.testing.assert_allclose(-jax.grad(weighted)(params)["logits"], want, atol=1e-10)
 

@@ -1,4 +1,4 @@
-"""Planning without the accelerator: what is counted is what the equations say, what is predicted is what is used."""
+"""Planning without the accelerator: counts equal the equations, and predicted memory equals measured memory."""
 
 import importlib.util
 import json
@@ -27,8 +27,8 @@ def mesh():
     return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
-def counted(f, *shapes, mesh=None, **options):
-    """f compiled for float32 arguments ((shape, spec), ...) and analysed."""
+def analysed(f, *shapes, mesh=None, **options):
+    """Returns the analysis of f, compiled for float32 arguments of these (shape, spec)."""
     arguments = [
         jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec) if mesh else None)
         for shape, spec in shapes
@@ -36,7 +36,7 @@ def counted(f, *shapes, mesh=None, **options):
     return cost.analyse(jax.jit(f, **options).lower(*arguments).compile(), CHIP, mesh)
 
 
-def mapped(f, mesh, specs, out):
+def over_shards(f, mesh, specs, out):
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
 
 
@@ -47,7 +47,7 @@ def test_products_in_a_scan_count_as_often_as_they_run():
     def chain(x, w):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
 
-    assert counted(chain, ((16, 32), P()), ((5, 32, 32), P())).cost.flops == 5 * 2 * 16 * 32 * 32
+    assert analysed(chain, ((16, 32), P()), ((5, 32, 32), P())).cost.flops == 5 * 2 * 16 * 32 * 32
 
 
 def test_nested_loops_multiply():
@@ -56,17 +56,17 @@ def test_nested_loops_multiply():
         outer = lambda x, _: (lax.scan(inner, x, length=3)[0] + 1, None)  # noqa: E731
         return lax.scan(outer, x, length=7)[0] @ w
 
-    assert counted(grid, ((8, 16), P()), ((16, 16), P())).cost.flops == (7 * 3 + 1) * 2 * 8 * 16 * 16
+    assert analysed(grid, ((8, 16), P()), ((16, 16), P())).cost.flops == (7 * 3 + 1) * 2 * 8 * 16 * 16
 
 
 def test_batched_products_and_convolutions():
     attention = partial(jnp.einsum, "bthk,bshk->bhts")
-    assert counted(attention, ((2, 6, 3, 8), P()), ((2, 5, 3, 8), P())).cost.flops == 2 * (2 * 3 * 6 * 5) * 8
+    assert analysed(attention, ((2, 6, 3, 8), P()), ((2, 5, 3, 8), P())).cost.flops == 2 * (2 * 3 * 6 * 5) * 8
 
     def valid(x, w):
         return lax.conv_general_dilated(x, w, (2,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"))
 
-    assert counted(valid, ((2, 11, 4), P()), ((3, 4, 6), P())).cost.flops == 2 * (2 * 5 * 6) * (3 * 4)
+    assert analysed(valid, ((2, 11, 4), P()), ((3, 4, 6), P())).cost.flops == 2 * (2 * 5 * 6) * (3 * 4)
 
 
 def test_a_training_step_takes_six_flops_a_parameter_and_token(mesh):
@@ -76,7 +76,7 @@ def test_a_training_step_takes_six_flops_a_parameter_and_token(mesh):
         return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0].sum()
 
     spec, rows = P(None, "fsdp", "tensor"), P("fsdp", None)
-    both = counted(jax.grad(loss, (0, 1)), ((layers, width, width), spec), ((batch, width), rows), mesh=mesh)
+    both = analysed(jax.grad(loss, (0, 1)), ((layers, width, width), spec), ((batch, width), rows), mesh=mesh)
     assert both.cost.flops * mesh.size == pytest.approx(6 * layers * width**2 * batch, rel=1e-9)
 
 
@@ -91,7 +91,7 @@ def test_a_loop_that_may_stop_early_counts_as_its_longest():
     def until(x, w):
         return lax.while_loop(lambda s: (s[0] < 9) & (s[1].sum() < 5), body, (0, x, w))[1]
 
-    found = counted(until, ((8, 8), P()), ((8, 8), P())).cost
+    found = analysed(until, ((8, 8), P()), ((8, 8), P())).cost
     assert found.flops == 9 * 2 * 8**3
     assert list(found.loops.values()) == ["at most 9"]
 
@@ -100,7 +100,7 @@ def test_a_loop_without_a_bound_counts_once_and_is_named():
     def until(x, w):
         return lax.while_loop(lambda x: x.sum() < 5, lambda x: jnp.tanh(x @ w), x)
 
-    found = counted(until, ((8, 8), P()), ((8, 8), P())).cost
+    found = analysed(until, ((8, 8), P()), ((8, 8), P())).cost
     assert found.flops == 2 * 8**3
     assert list(found.loops.values()) == ["unknown"]
 
@@ -123,26 +123,26 @@ def test_collectives_in_a_scan_move_known_bytes(mesh, kind, operation, sent):
         return lax.scan(lambda x, _: (jnp.sin(operation(x)), None), x, length=6)[0]
 
     spec = P("fsdp", "tensor")
-    found = counted(mapped(loop, mesh, spec, spec), ((64, 32), spec), mesh=mesh).cost.collectives
+    found = analysed(over_shards(loop, mesh, spec, spec), ((64, 32), spec), mesh=mesh).cost.collectives
     assert found == {kind: cost.Collective(6, int(6 * sent * (16 * 16 * 4)), 0)}
 
 
-def test_what_crosses_hosts_counts_towards_the_network(mesh):
-    """Two hosts of four: over fsdp (4 devices, 2 a host) half of a device's operand leaves its host."""
+def test_bytes_between_hosts_count_as_network(mesh):
+    """Two hosts of four devices: over fsdp (4 devices, 2 on each host) half of a device's operand leaves its host."""
     spec = P("fsdp", "tensor")
-    reduce = mapped(lambda x: lax.psum(x, "fsdp"), mesh, spec, spec)
+    reduce = over_shards(lambda x: lax.psum(x, "fsdp"), mesh, spec, spec)
     text = jax.jit(reduce).lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text()
-    found = cost.cost(hlo.parse(text), np.repeat([0, 1], 4)).collectives["all-reduce"]
+    found = cost.count_cost(hlo.parse_module(text), np.repeat([0, 1], 4)).collectives["all-reduce"]
     assert found == cost.Collective(1, 2 * 1024 * 3 // 4, 2 * 1024 // 2 // 2)
 
 
 @pytest.mark.parametrize(
-    "written",
+    "groups",
     ["[2,4]<=[4,2]T(1,0)", "{{0,2,4,6},{1,3,5,7}}", "mesh['a'=4,'b'=2] {'a'}"],
 )
-def test_every_way_to_write_groups(written):
-    one = hlo.Instruction("r", "all-reduce", (), (), "", f", replica_groups={written}, to_apply=%add", False)
-    np.testing.assert_array_equal(counting.groups(one, 8), [[0, 2, 4, 6], [1, 3, 5, 7]])
+def test_every_way_to_write_groups(groups):
+    instruction = hlo.Instruction("r", "all-reduce", (), (), "", f", replica_groups={groups}, to_apply=%add", False)
+    np.testing.assert_array_equal(counting.device_groups(instruction, 8), [[0, 2, 4, 6], [1, 3, 5, 7]])
 
 
 # Memory and traffic
@@ -152,7 +152,7 @@ def test_the_largest_arrays_are_found_by_name():
     def f(x, y):
         return jnp.sort(jnp.outer(x, y), 0)[0] + y
 
-    found = counted(f, ((512,), P()), ((1024,), P()))
+    found = analysed(f, ((512,), P()), ((1024,), P()))
     assert found.largest[0].bytes == 512 * 1024 * 4
     assert not found.largest[0].argument and "jit(f)" in found.largest[0].name
     assert {(h.shape, h.name) for h in found.largest if h.argument} >= {("f32[1024]", "y")}
@@ -161,16 +161,16 @@ def test_the_largest_arrays_are_found_by_name():
 
 
 def test_donated_arguments_are_held_once():
-    plain = counted(lambda x: x + 1, ((1 << 16,), P())).memory
-    donated = counted(lambda x: x + 1, ((1 << 16,), P()), donate_argnums=0).memory
+    plain = analysed(lambda x: x + 1, ((1 << 16,), P())).memory
+    donated = analysed(lambda x: x + 1, ((1 << 16,), P()), donate_argnums=0).memory
     assert plain.peak - donated.peak == donated.aliased == 4 << 16
 
 
 def test_a_scan_reads_its_stack_once():
     x, stack = ((256,), P()), ((50, 256), P())
-    once = counted(lambda x: jnp.sin(x) + 1, x).cost.bytes
+    once = analysed(lambda x: jnp.sin(x) + 1, x).cost.bytes
     assert once == 2 * 256 * 4
-    scanned = counted(lambda x, w: lax.scan(lambda x, w: (jnp.sin(x + w), None), x, w)[0], x, stack).cost.bytes
+    scanned = analysed(lambda x, w: lax.scan(lambda x, w: (jnp.sin(x + w), None), x, w)[0], x, stack).cost.bytes
     assert 50 * 3 * 1024 <= scanned < 2 * 50 * 3 * 1024
 
 
@@ -232,16 +232,16 @@ for short, long in (
 
 
 def test_programs_as_a_tpu_compiler_writes_them():
-    """A batched product as a dilated convolution, a reduce-scatter as a fusion, a loop without a note of its length,
-    tiles of 8 x 128, an operand in on-chip memory."""
-    module = hlo.parse(TPU)
-    found = cost.cost(module)
+    """A batched product is a dilated convolution, a reduce-scatter is a fusion, a loop has no note of its length, tiles
+    are 8 x 128, and an operand is in on-chip memory."""
+    module = hlo.parse_module(TPU)
+    found = cost.count_cost(module)
     assert found.flops == 6 * 2 * 4 * 8 * 16 * 32
     assert found.collectives == {"reduce-scatter": cost.Collective(6, 6 * 3 * 8 * 32 * 2, 0)}
     tile = 8 * 128 * 2
     assert found.bytes == 6 * (4 * 2 * tile + 4 * tile + 4 * tile + tile)  # w, product out and in, sum
     assert not found.loops
-    assert str(cost.largest(module, 1)[0]) == "1 x bf16[4,16,32] 0.0 MiB p['w']"
+    assert str(cost.largest_buffers(module, 1)[0]) == "1 x bf16[4,16,32] 0.0 MiB p['w']"
 
 
 PART = """
@@ -272,12 +272,12 @@ ENTRY %main (shard: SS, room: WW, x: XX) -> WW {{
 
 
 def test_a_collective_spread_over_fusions_counts_once():
-    """Each part is handed the whole collective's arrays and hands them on; what it computes beside is its own."""
+    """Each part takes the whole collective's arrays and returns them; the other things it computes are its own."""
     shapes = {"SS": "bf16[8,128]", "WW": "bf16[32,128]", "XX": "bf16[16,128]"}
     text = SPREAD
     for short, shape in shapes.items():
         text = text.replace(short, shape + "{1,0:T(8,128)(2,1)}")
-    found = cost.cost(hlo.parse(text))
+    found = cost.count_cost(hlo.parse_module(text))
     shard, gathered, x = 2 * 8 * 128, 2 * 32 * 128, 2 * 16 * 128
     assert found.collectives == {"all-gather": cost.Collective(1, 3 * shard, 0)}
     assert found.bytes == shard + gathered + 2 * (x + x)
@@ -300,7 +300,7 @@ def test_a_refusal_states_both_figures():
         "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (20.52G) exceeds "
         "available HBM (15.75G)."
     )
-    found = cost.refusal(RuntimeError(brief))
+    found = cost.parse_refusal(RuntimeError(brief))
     assert found is not None and str(found) == "does not fit: needs 20.52 of 15.75 GiB a device"
     long = (
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.01G of 15.48G hbm. Exceeded hbm capacity "
@@ -308,20 +308,20 @@ def test_a_refusal_states_both_figures():
         '     Operator: op_name="jit(f)/dot_general" source_file="x.py"\n     Shape: f32[2048,1048576]{1,0:T(8,128)}\n'
         "  2. Size: 512.00M\n     Shape: bf16[256]{0}\n"
     )
-    found = cost.refusal(RuntimeError(long))
+    found = cost.parse_refusal(RuntimeError(long))
     assert found is not None and (found.needed, found.limit) == (round(24.01 * 2**30), round(15.48 * 2**30))
     assert [(h.bytes, h.shape, h.name) for h in found.largest] == [
         (8 << 30, "f32[2048,1048576]", "jit(f)/dot_general"),
         (512 << 20, "bf16[256]", ""),
     ]
-    assert cost.refusal(RuntimeError("INTERNAL: something else")) is None
+    assert cost.parse_refusal(RuntimeError("INTERNAL: something else")) is None
 
 
 # Topologies
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "words"),
     [
         ("v9:2x2", "unknown kind"),
         ("v5e", "write KIND:SHAPE"),
@@ -332,22 +332,22 @@ def test_a_refusal_states_both_figures():
         ("h100:2x16", "at most 8 GPUs"),
     ],
 )
-def test_bad_topologies_are_refused_in_one_line(name, said):
-    with pytest.raises(UserError, match=said) as caught:
-        topology.devices(name)
+def test_bad_topologies_are_refused_in_one_line(name, words):
+    with pytest.raises(UserError, match=words) as caught:
+        topology.compile_only_devices(name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h100:8"])
-def test_a_missing_compiler_is_named_with_its_mend(name, monkeypatch):
-    monkeypatch.setattr(topology, "installed", lambda module: False)
+def test_a_missing_compiler_is_named_with_its_package(name, monkeypatch):
+    monkeypatch.setattr(topology, "_is_installed", lambda module: False)
     with pytest.raises(
         UserError, match=r"not installed; pip install ('alignjax\[plan\]'|jax-cuda12-plugin==[\d.]+ jax-)"
     ):
-        topology.devices(name)
+        topology.compile_only_devices(name)
 
 
-def test_the_environment_is_prepared_once_and_keeps_what_is_set(monkeypatch):
+def test_preparing_the_environment_keeps_what_is_set_and_can_be_repeated(monkeypatch):
     environ = {"TPU_MIN_LOG_LEVEL": "0", "XLA_FLAGS": "--xla_gpu_autotune_level=4"}
     monkeypatch.setattr(topology.os, "environ", environ)
     for _ in range(2):
@@ -358,26 +358,28 @@ def test_the_environment_is_prepared_once_and_keeps_what_is_set(monkeypatch):
 
 
 def test_meshes_keep_hosts_together():
-    assert topology.arrange(jax.devices()[::-1], (4, 2))[0, 1] is jax.devices()[1]
+    assert topology.arrange_devices(jax.devices()[::-1], (4, 2))[0, 1] is jax.devices()[1]
     with pytest.raises(UserError, match="does not make up 8 devices"):
-        topology.arrange(jax.devices(), (3, 2))
+        topology.arrange_devices(jax.devices(), (3, 2))
 
 
 @LIBTPU
-def test_a_program_for_a_tpu_that_is_not_here():
+def test_a_program_for_a_tpu_that_this_machine_does_not_have():
     topology.prepare_environment(["v5e:2x2"])
-    mesh = jax.sharding.Mesh(topology.arrange(topology.devices("v5e:2x2"), (2, 2)), ("fsdp", "tensor"))
+    mesh = jax.sharding.Mesh(
+        topology.arrange_devices(topology.compile_only_devices("v5e:2x2"), (2, 2)), ("fsdp", "tensor")
+    )
 
     def chain(x, w):
         return lax.scan(lambda x, w: (jnp.tanh(jnp.einsum("btd,bde->bte", x, w)), None), x, w)[0]
 
     shapes = ((8, 128, 256), P("fsdp")), ((3, 8, 256, 256), P(None, "fsdp", None, "tensor"))
-    found = counted(chain, *shapes, mesh=mesh)
+    found = analysed(chain, *shapes, mesh=mesh)
     assert found.cost.flops == 3 * 2 * 4 * 128 * 256 * 128
     assert found.cost.collectives["all-gather"].calls >= 3 and not found.cost.loops
     with pytest.raises(jax.errors.JaxRuntimeError) as caught:
-        counted(lambda x: jnp.sort(x, 0).sum(), ((1 << 17, 1 << 17), P("fsdp")), mesh=mesh)
-    refused = cost.refusal(caught.value)
+        analysed(lambda x: jnp.sort(x, 0).sum(), ((1 << 17, 1 << 17), P("fsdp")), mesh=mesh)
+    refused = cost.parse_refusal(caught.value)
     assert refused is not None and refused.limit == CHIP.hbm < refused.needed
 
 
@@ -385,10 +387,10 @@ def test_a_program_for_a_tpu_that_is_not_here():
 
 
 def test_predicted_memory_is_what_the_process_takes(environment):
-    """A training step of 290 MB: XLA's assignment against the resident set at its highest, in a fresh process."""
+    """A training step of 290 MB: XLA's assignment against the peak of the resident set, in a new process."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc to measure")
-    # Arrays go back to the system when they are freed.
+    # Freed arrays go back to the system at once.
     limits = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment() | limits, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -408,7 +410,7 @@ def status(name):
 
 optimiser = optax.adam(1e-3)
 
-def start():
+def initial():
     params = jnp.full((4, 2048, 2048), 0.01)
     return params, optimiser.init(params), jnp.ones((64, 2048))
 
@@ -418,11 +420,11 @@ def step(params, state, x):
     updates, state = optimiser.update(gradient, state)
     return optax.apply_updates(params, updates), state
 
-begin = jax.jit(start).lower().compile()
-compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(start)).compile()
-before = status("VmRSS")
+begin = jax.jit(initial).lower().compile()
+compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*jax.eval_shape(initial)).compile()
+baseline = status("VmRSS")
 arguments = jax.block_until_ready(begin())
-Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts anew
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the resident set
 result = jax.block_until_ready(compiled(*arguments))
-print(json.dumps([cost.memory(compiled, topology.CHIPS["v5e"]).needed, status("VmHWM") - before]))
+print(json.dumps([cost.read_memory(compiled, topology.CHIPS["v5e"]).needed, status("VmHWM") - baseline]))
 """

@@ -15,7 +15,7 @@ from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import (
-    as_chat,
+    with_chat_template,
     decode_continuation,
     decode_reply,
     encode_continuation,
@@ -116,21 +116,21 @@ def test_a_chat_model_is_asked_through_its_own_template(tmp_path):
     fast = KINDS["llama"]()
     fast.chat_template = CHAT
     plain = opened(fast, tmp_path / "chat")
-    tokenizer = as_chat(plain, dialogue_messages)
+    tokenizer = with_chat_template(plain, dialogue_messages)
     prompt = "Human: may I?\n\nAssistant: No.\n\nHuman: sing\n\nAssistant:"
     text = "<s>[user]may I?[assistant]No.[user]sing[assistant]"
     assert tokenizer.encode(prompt) == plain.encode_bare(text)  # one BOS, the template's
     affixed = prompt.removesuffix(":") + " (harmless, helpful response):"
     assert tokenizer.encode(affixed) == plain.encode_bare(text.replace("sing", "sing (harmless, helpful response)"))
     with pytest.raises(UserError, match="no chat template"):
-        as_chat(opened(KINDS["t5"](), tmp_path / "t5"), dialogue_messages)
+        with_chat_template(opened(KINDS["t5"](), tmp_path / "t5"), dialogue_messages)
     with pytest.raises(UserError, match="no dialogue"):
         dialogue_messages("Once upon a time")
     first = dialogue_messages(f"You are a pirate.\n\n{prompt}")[0]
     assert first == {"role": "system", "content": "You are a pirate."}
     fast.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(UserError, match="roles must alternate"):
-        as_chat(opened(fast, tmp_path / "strict"), dialogue_messages).encode(prompt)
+        with_chat_template(opened(fast, tmp_path / "strict"), dialogue_messages).encode(prompt)
 
 
 def test_every_end_token_of_a_generation_config_stops(tmp_path):

@@ -95,7 +95,9 @@ def write_folder(
         options |= {"num_labels": 1} if "reward" in params else {}
         _write_config(partial, config, options | dict(tokenizer.specials))
         tokenizer.save(partial)
-        generation = dict(tokenizer.specials) | ({"eos_token_id": list(tokenizer.ends)} if tokenizer.ends else {})
+        generation = dict(tokenizer.specials) | (
+            {"eos_token_id": list(tokenizer.end_tokens)} if tokenizer.end_tokens else {}
+        )
         generation |= {"decoder_start_token_id": config.start_token} if isinstance(config, T5Config) else {}
         transformers.GenerationConfig(**generation).save_pretrained(partial)
 
@@ -182,7 +184,7 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
         vocab_size=len(fast),
         save=save,
         specials={f"{kind}_token_id": token for kind, token in special_tokens.items() if token is not None},
-        ends=end_tokens,
+        end_tokens=end_tokens,
         render=render if fast.chat_template else None,
     )
 

@@ -1,1 +1,1 @@
-"""Meshes, shardings, processes and storage."""
+"""Meshes and shardings, several processes, and storage on disks and in buckets."""

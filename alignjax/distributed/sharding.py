@@ -1,8 +1,9 @@
-"""Meshes and shardings as data: a mesh by its axis sizes, parameters by rules over their paths."""
+"""Meshes and shardings as data: a mesh by the sizes of its axes, parameters by rules over their paths."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -15,11 +16,12 @@ from alignjax.errors import UserError
 from alignjax.types import Array, Params, Rules
 
 AXES = ("data", "fsdp", "tensor")
+_ROW_AXES = ("data", "fsdp")  # the rows of a batch are split over both
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Sizes of the mesh axes; one of them may be -1, "all the remaining devices"."""
+    """The sizes of the mesh axes. One of them may be -1, which means "all the remaining devices"."""
 
     data: int = -1
     fsdp: int = 1
@@ -27,66 +29,74 @@ class Mesh:
 
 
 def make_mesh(sizes: Mesh, devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """The device mesh. Raises UserError when the sizes do not make up the devices."""
+    """Returns the device mesh with axes ``AXES``, over all devices unless some are given.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
     devices = devices or jax.devices()
-    shape = shape_of(sizes, len(devices))
+    shape = mesh_shape(sizes, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def shape_of(sizes: Mesh, devices: int) -> tuple[int, ...]:
-    """The axes' sizes over so many devices. Raises UserError when they do not make them up."""
-    shape = [getattr(sizes, axis) for axis in AXES]
-    known = 1
-    for size in shape:
-        known *= size if size > 0 else 1
+def mesh_shape(sizes: Mesh, device_count: int) -> tuple[int, ...]:
+    """Returns the sizes of ``AXES`` over ``device_count`` devices, with -1 replaced by the devices that remain.
+
+    Raises UserError when the sizes do not multiply to ``device_count``.
+    """
+    shape = (sizes.data, sizes.fsdp, sizes.tensor)
+    fixed = math.prod(size for size in shape if size > 0)
     if shape.count(-1) > 1 or min(shape) < -1 or 0 in shape:
         raise UserError(f"mesh {dataclasses.asdict(sizes)} needs positive sizes and at most one -1")
-    if devices % known or (-1 not in shape and known != devices):
+    if device_count % fixed or (-1 not in shape and fixed != device_count):
         raise UserError(
-            f"mesh {dataclasses.asdict(sizes)} does not divide {devices} devices; "
+            f"mesh {dataclasses.asdict(sizes)} does not divide {device_count} devices; "
             "choose sizes whose product is the device count, or set one to -1"
         )
-    return tuple(devices // known if size == -1 else size for size in shape)
+    return tuple(device_count // fixed if size == -1 else size for size in shape)
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A key path as text: ("blocks", "q", "kernel") -> "blocks/q/kernel"."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+    """Returns a JAX key path as text: the path of ``tree["blocks"]["q"]["kernel"]`` is "blocks/q/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def shardings(tree: Any, rules: Rules, mesh: jax.sharding.Mesh, strict: bool = True) -> Any:
-    """A NamedSharding for every leaf, by the first rule whose expression is found in its path.
+    """Returns a NamedSharding for every leaf: that of the first rule whose regular expression matches its path.
 
-    With ``strict`` every leaf must be claimed and every rule used. Without (optimiser states, whose paths
-    end in parameters' paths) an unclaimed leaf is replicated. Raises UserError naming the leaf or rule,
-    and when a dimension does not divide.
+    A rule whose PartitionSpec is longer than the leaf has dimensions does not match. With ``strict`` every leaf needs
+    a rule and every rule a leaf. Without it a leaf that no rule matches is replicated; that serves optimiser states,
+    whose paths end in the paths of parameters.
+
+    Raises UserError that names the leaf or the rule, also when a dimension does not divide over the mesh.
     """
     used: set[str] = set()
 
-    def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def leaf_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = path_name(path)
-        for pattern, spec in rules:
-            if re.search(pattern, name) and len(spec) <= leaf.ndim:
-                used.add(pattern)
-                check_divisible(name, leaf.shape, spec, mesh)
-                return NamedSharding(mesh, spec)
-        if strict:
+        rule = _first_match(rules, name, leaf.ndim)
+        if rule is None and strict:
             raise UserError(f"no sharding rule claims {name}; add one to the model's rules")
-        return NamedSharding(mesh, PartitionSpec())
+        pattern, spec = rule or ("", PartitionSpec())
+        used.add(pattern)
+        _check_divisible(name, leaf.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
 
-    result = jax.tree_util.tree_map_with_path(one, tree)
-    idle = [pattern for pattern, _ in rules if pattern not in used]
-    if strict and idle:
-        raise UserError(f"sharding rule {idle[0]!r} claims nothing; remove it from the model's rules")
+    result = jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+    unused = [pattern for pattern, _ in rules if pattern not in used]
+    if strict and unused:
+        raise UserError(f"sharding rule {unused[0]!r} claims nothing; remove it from the model's rules")
     return result
 
 
-def check_divisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: jax.sharding.Mesh) -> None:
+def _first_match(rules: Rules, name: str, ndim: int) -> tuple[str, PartitionSpec] | None:
+    """Returns the first rule for a leaf of that path and number of dimensions, None without one."""
+    return next((rule for rule in rules if re.search(rule[0], name) and len(rule[1]) <= ndim), None)
+
+
+def _check_divisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: jax.sharding.Mesh) -> None:
     for size, axes in zip(shape, spec, strict=False):
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        parts = 1
-        for axis in names:
-            parts *= mesh.shape[axis]
+        names = _axis_names(axes)
+        parts = math.prod(mesh.shape[axis] for axis in names)
         if size % parts:
             raise UserError(
                 f"{name}: dimension {size} does not divide over {'*'.join(names)}={parts}; "
@@ -94,91 +104,120 @@ def check_divisible(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh
             )
 
 
-def live(rules: Rules, tree: Any) -> Rules:
-    """The rules that claim something in the tree: a tied model has no head to shard."""
+def _axis_names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes that one entry of a PartitionSpec names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def matching_rules(rules: Rules, tree: Any) -> Rules:
+    """Returns the rules that match at least one path of the tree. A model with tied embeddings has no head to shard."""
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return tuple(rule for rule in rules if any(re.search(rule[0], name) for name in names))
 
 
-def rows(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """How batches lie: the leading axis over ``data`` and ``fsdp``."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def row_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns the sharding of batches: the leading axis is split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(_ROW_AXES))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(x: Array) -> Array:
-    """Within a jitted function under ``jax.set_mesh``: x with its leading axis as batches lie. Activations have to be
-    told: left alone, XLA may split them as the parameters are and send them instead of these. A leading axis that does
-    not divide is left alone."""
+def constrain_rows(x: Array) -> Array:
+    """Returns x [B, ...] with its leading axis sharded as batches are. Call it in a jitted function under
+    ``jax.set_mesh``.
+
+    Without this constraint XLA may split activations as the parameters are split, and then sends activations between
+    devices instead of parameters. A leading axis that does not divide over the mesh is left to XLA.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in AXES[:2] if mesh.shape.get(axis, 1) > 1)
+    axes = tuple(axis for axis in _ROW_AXES if mesh.shape.get(axis, 1) > 1)
     if not axes or x.shape[0] % math.prod(mesh.shape[axis] for axis in axes):
         return x
-    free = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *free))
+    unconstrained = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes, *unconstrained))
 
 
-def gathered(params: Params, rules: Rules, dtype: str) -> Params:
-    """Within a jitted function under ``jax.set_mesh``: the parameters with their split over data and fsdp taken back,
-    that over tensor left, for a loop that would else gather them at every turn. What was split is cast first, as the
-    model does at its use, for half of the traffic."""
+def gather_params(params: Params, rules: Rules, dtype: str) -> Params:
+    """Returns the parameters gathered over ``data`` and ``fsdp``; their split over ``tensor`` stays. Call it in a
+    jitted function under ``jax.set_mesh``.
+
+    A loop over gathered parameters does not gather them again in every iteration. Parameters that were split are cast
+    to ``dtype`` first, where that is narrower: the model casts them anyway when it uses them, and less is sent.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if math.prod(mesh.shape.get(axis, 1) for axis in AXES[:2]) == 1:
+    if math.prod(mesh.shape.get(axis, 1) for axis in _ROW_AXES) == 1:
         return params
 
-    def one(path: tuple[Any, ...], leaf: Array) -> Array:
-        name = path_name(path)
-        spec = next((spec for pattern, spec in rules if re.search(pattern, name) and len(spec) <= leaf.ndim), ())
-        if not any(set(part if isinstance(part, tuple) else (part,)) & set(AXES[:2]) for part in spec):
+    def gather(path: tuple[Any, ...], leaf: Array) -> Array:
+        _, spec = _first_match(rules, path_name(path), leaf.ndim) or ("", PartitionSpec())
+        axes = [_axis_names(entry) for entry in spec]
+        if not any(set(names) & set(_ROW_AXES) for names in axes):
             return leaf
-        kept = [AXES[2] if AXES[2] in (part if isinstance(part, tuple) else (part,)) else None for part in spec]
         narrow = leaf.astype(dtype) if np.dtype(dtype).itemsize < leaf.dtype.itemsize else leaf
+        kept = ["tensor" if "tensor" in names else None for names in axes]
         return jax.lax.with_sharding_constraint(narrow, PartitionSpec(*kept))
 
-    return jax.tree_util.tree_map_with_path(one, params)
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
-def own_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
-    """Which rows of a batch of that size lie on this process's devices, ascending."""
-    held = rows(mesh).addressable_devices_indices_map((size,)).values()
-    return np.unique(np.concatenate([np.arange(size)[index] for index in held if index is not None]))
+def local_rows(mesh: jax.sharding.Mesh, size: int) -> np.ndarray:
+    """Returns the indices, ascending, of the rows that this process's devices hold of a batch of ``size`` rows."""
+    slices = row_sharding(mesh).addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[index] for index in slices if index is not None]))
 
 
-def place(mesh: jax.sharding.Mesh, batch: Any, own: np.ndarray | None = None, size: int | None = None) -> Any:
-    """A tree of host arrays as global arrays that lie by rows. Every process gives the whole batch; or, with ``own``,
-    only those of its ``size`` rows."""
+def place_rows(mesh: jax.sharding.Mesh, batch: Any, local: np.ndarray | None = None, size: int | None = None) -> Any:
+    """Returns a tree of host arrays [B, ...] as global arrays, sharded as ``row_sharding`` says.
 
-    def one(local: np.ndarray) -> jax.Array:
-        local = np.asarray(local)
-        shape = (size or len(local), *local.shape[1:])
+    Without ``local`` every process passes the whole batch. With ``local``, which is ``local_rows(mesh, size)``, each
+    process passes only those rows of a batch of ``size`` rows.
+    """
+
+    def place(array: np.ndarray) -> jax.Array:
+        array = np.asarray(array)
+        shape = (size or len(array), *array.shape[1:])
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
             first, last, _ = index[0].indices(shape[0]) if index else (0, shape[0], 1)
-            at = first if own is None else int(np.searchsorted(own, first))
-            return local[at : at + last - first]
+            offset = first if local is None else int(np.searchsorted(local, first))
+            return array[offset : offset + last - first]
 
-        return jax.make_array_from_callback(shape, rows(mesh), shard)
+        return jax.make_array_from_callback(shape, row_sharding(mesh), shard)
 
-    return jax.tree.map(one, batch)
+    return jax.tree.map(place, batch)
 
 
-def held_by(tree: Any) -> int:
-    """Bytes of a tree of arrays, or shapes with their places, on one device. A leaf that stands in several places is
-    one array."""
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that one device holds of a tree of arrays or of ShapeDtypeStructs with shardings.
 
-    def one(leaf: Any) -> int:
-        where = getattr(leaf, "sharding", None)
-        shape = where.shard_shape(leaf.shape) if where is not None else leaf.shape
-        size = leaf.dtype.itemsize if hasattr(leaf.dtype, "itemsize") else 4
-        return math.prod(shape) * size
+    An object that is several leaves of the tree counts once. A leaf without a sharding counts whole.
+    """
 
-    return sum(map(one, {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()))
+    def shard_bytes(leaf: Any) -> int:
+        sharding = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
+        shape = sharding.shard_shape(leaf.shape) if sharding is not None else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(shard_bytes, {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values()))
 
 
 def check_batch(name: str, size: int, mesh: jax.sharding.Mesh) -> None:
+    """Raises UserError when a batch of ``size`` rows, which the setting ``name`` gives, does not divide over the
+    mesh."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if size % parts:
         raise UserError(f"{name}={size} does not divide over data*fsdp={parts}; choose a multiple of {parts}")
+
+
+@functools.lru_cache(maxsize=4)
+def _replicator(mesh: jax.sharding.Mesh) -> Any:
+    """Returns the identity, jitted, with its result on every device."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+
+
+def gather_rows(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Returns a tree of arrays that lie by rows with every array on every device, so that every host can read it."""
+    return _replicator(mesh)(tree)

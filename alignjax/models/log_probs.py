@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, without ever holding logits [B, T, V]."""
+"""Log-probs of given tokens, computed without ever holding logits [B, T, V]."""
 
 from __future__ import annotations
 
@@ -14,67 +14,75 @@ from alignjax.models.model import Model
 from alignjax.types import Array, Completion, LogProb, Params, Prompt
 
 P = jax.sharding.PartitionSpec
-LOGITS = 2**27
-"""How many logits a device makes at once, half a gibibyte in float32: a thousand tokens of a vocabulary of 131072,
-enough that adding to the head's gradient, once a chunk, costs little beside computing what is added."""
+_LOGITS_PER_CHUNK = 2**27
+"""The most logits that a device holds at once by default: half a gibibyte in float32, a thousand tokens of a
+vocabulary of 131072. Every chunk adds to the head's gradient; chunks of this size keep that cost low."""
+
+LogitsFn = Callable[[Params, Array], Array]
+"""(params, states [..., D]) -> logits [..., V]; ``Model.logits`` is one."""
 
 
 def log_prob(model: Model, chunk: int | None = None) -> LogProb:
-    """(params, prompt, completion) -> log pi(y_n | x, y_<n) [B, T], nats at temperature 1, zero on padding."""
+    """Returns (params, prompt, completion) -> log pi(y_t | x, y_<t), [B, T] nats at temperature 1, 0 on padding.
 
-    def of(params: Params, prompt: Prompt, completion: Completion) -> Array:
-        states = model.predict(params, prompt, completion)
-        logp = token_log_probs(model.unembed, params, states, completion.tokens, chunk)
+    ``chunk`` is as in ``token_log_probs``.
+    """
+
+    def score(params: Params, prompt: Prompt, completion: Completion) -> Array:
+        states = model.completion_states(params, prompt, completion)
+        logp = token_log_probs(model.logits, params, states, completion.tokens, chunk)
         return jnp.where(completion.mask, logp, 0.0)
 
-    return of
+    return score
 
 
 def token_log_probs(
-    unembed: Callable[[Params, Array], Array],
-    params: Params,
-    states: Array,
-    targets: Array,
-    chunk: int | None = None,
+    logits_fn: LogitsFn, params: Params, states: Array, targets: Array, chunk: int | None = None
 ) -> Array:
-    """log pi(target) from states [B, T, D] and targets [B, T] -> [B, T] nats, never holding [B, T, V].
+    """Returns log softmax(logits)[target], [B, T] nats, from states [B, T, D] and targets [B, T].
 
-    ``chunk`` tokens at a time (None: as many as make LOGITS) are unembedded, and again in the backward pass. Under
-    ``jax.set_mesh`` each device goes through its own rows: the head is gathered over them once, before the loop, and
-    its gradient summed once, behind it; only the vocabulary's split over ``tensor`` talks within a chunk.
+    Logits are computed for ``chunk`` tokens at a time, and again in the backward pass. None takes chunks of at most
+    2^27 logits.
+
+    Under ``jax.set_mesh`` each device loops over its own rows. The head is gathered over data and fsdp once, before
+    the loop, and its gradient is summed once, after it. Within a chunk, devices communicate only over ``tensor``,
+    which splits the vocabulary.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in sharding.AXES[:2] if axis in mesh.axis_names)  # where sharding.rows lays rows
+    axes = tuple(axis for axis in sharding.AXES[:2] if axis in mesh.axis_names)  # the axes that split rows
     parts = math.prod(mesh.shape[axis] for axis in axes)
     if parts == 1 or len(states) % parts:
-        return in_chunks(unembed, params, states, targets, chunk)
+        return _log_probs_in_chunks(logits_fn, params, states, targets, chunk)
 
-    def mine(params: Params, states: Array, targets: Array) -> Array:
-        # Cast here, the sum over devices that is a cast's transpose comes behind the loop; left to JAX, in it.
-        return in_chunks(unembed, lax.pcast(params, axes, to="varying"), states, targets, chunk)
+    def score_own_rows(params: Params, states: Array, targets: Array) -> Array:
+        # The transpose of this cast sums the gradient over devices. It must lie here, outside the loop: JAX would
+        # otherwise insert the cast, and so the sum, inside the loop.
+        params = lax.pcast(params, axes, to="varying")
+        return _log_probs_in_chunks(logits_fn, params, states, targets, chunk)
 
-    spread = jax.shard_map(mine, in_specs=(P(), P(axes), P(axes)), out_specs=P(axes), axis_names=set(axes))
-    return spread(params, states, targets)
+    score = jax.shard_map(score_own_rows, in_specs=(P(), P(axes), P(axes)), out_specs=P(axes), axis_names=set(axes))
+    return score(params, states, targets)
 
 
-def in_chunks(
-    unembed: Callable[[Params, Array], Array], params: Params, states: Array, targets: Array, chunk: int | None
+def _log_probs_in_chunks(
+    logits_fn: LogitsFn, params: Params, states: Array, targets: Array, chunk: int | None
 ) -> Array:
-    """``token_log_probs`` on one device. (A custom VJP holds and computes just as much, and can less.)"""
+    """``token_log_probs`` on one device. A custom VJP would need as much memory and time, and be less general."""
     tokens, width = targets.size, states.shape[-1]
     if chunk is None:
-        chunk = max(1, LOGITS // jax.eval_shape(unembed, params, states[:1, 0]).shape[-1])
+        chunk = max(1, _LOGITS_PER_CHUNK // jax.eval_shape(logits_fn, params, states[:1, 0]).shape[-1])
     count = -(-tokens // chunk)
-    size = -(-tokens // count)  # as even as can be: the less is padding
+    size = -(-tokens // count)  # chunks as even as possible leave the least padding
 
-    def some(arguments: tuple[Array, Array]) -> Array:
-        logits = unembed(params, arguments[0])
-        # Summed and not gathered: a gather's gradient is scattered into as many zeros again.
-        chosen = jax.nn.one_hot(arguments[1], logits.shape[-1], dtype=bool)
+    def score_chunk(inputs: tuple[Array, Array]) -> Array:
+        states, targets = inputs
+        logits = logits_fn(params, states)
+        # A masked sum and not a gather: the gradient of a gather is a scatter into an array of zeros [N, V].
+        chosen = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
         return jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
     padded = count * size - tokens
-    x = jnp.pad(states.reshape(tokens, width), ((0, padded), (0, 0))).reshape(count, size, width)
-    y = jnp.pad(targets.reshape(tokens), (0, padded)).reshape(count, size)
-    logp = lax.map(jax.checkpoint(some, prevent_cse=False), (x, y))
+    chunked_states = jnp.pad(states.reshape(tokens, width), ((0, padded), (0, 0))).reshape(count, size, width)
+    chunked_targets = jnp.pad(targets.reshape(tokens), (0, padded)).reshape(count, size)
+    logp = lax.map(jax.checkpoint(score_chunk, prevent_cse=False), (chunked_states, chunked_targets))
     return logp.reshape(-1)[:tokens].reshape(targets.shape)

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, 2106.09685): a second, small tree of parameters over a frozen base.
 
-A model's functions take the base alone or the base with adapters beside its kernels; ``overlay`` puts them there
-without copying the base, so that a policy, its reference and a preference model can share one base in memory.
+A model's functions take the base alone, or the base with adapters beside its kernels. ``overlay`` puts the adapters
+there without a copy of the base, so that a policy, its reference and a preference model can share one base in memory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.models.functional import LORA
 from alignjax.types import Key, Params, Rules
 
+ADAPTER_RULES: Rules = ((rf"{LORA}/(a|b)$", jax.sharding.PartitionSpec()),)
+"""The sharding rules of adapters: they are small, so every device holds all of them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """What is adapted: y = x W + (alpha / rank) (x A) B, A [in, rank], B [rank, out] at zero first."""
+    """An adapted projection computes y = x W + (alpha / rank) (x A) B, with A [in, rank] and B [rank, out].
+
+    B starts at zero, so that new adapters change nothing.
+    """
 
     rank: int
     alpha: float
@@ -31,77 +37,84 @@ class Lora:
         check_range(self, 1, math.inf, "rank")
         check_range(self, POSITIVE, math.inf, "alpha")
         if not isinstance(self.rank, int) or not self.targets:
-            raise UserError(f"{self} adapts nothing; give a whole rank and at least one target")
-        object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))  # their order says nothing
+            raise UserError(f"{self} adapts nothing; give an integer rank and at least one target")
+        object.__setattr__(self, "targets", tuple(sorted(set(self.targets))))  # equal sets make equal adapters
 
     @property
     def scale(self) -> float:
+        """alpha / rank."""
         return self.alpha / self.rank
 
 
-def init(lora: Lora, base: Any, key: Key) -> Params:
-    """Adapters for the base's stacked kernels [L, in, out] (arrays or shapes): A uniform in +-1 / sqrt(in), B zero,
-    in float32. Raises UserError when a target is nowhere."""
-    found: set[str] = set()
+def init_adapters(lora: Lora, base: Any, key: Key) -> Params:
+    """Returns adapters {"a": A [L, in, rank], "b": B [L, rank, out]}, float32, for the base's kernels [L, in, out].
 
-    def walk(tree: Any, path: str) -> Params:
-        small: Params = {}
-        for name, part in tree.items():
-            if not isinstance(part, dict):
-                continue
-            kernel = part.get("kernel")
-            if name in lora.targets and kernel is not None and kernel.ndim == 3:
-                found.add(name)
-                layers, inputs, outputs = kernel.shape
-                draw = jax.random.fold_in(key, zlib.crc32(f"{path}/{name}".encode()))
-                a = jax.random.uniform(draw, (layers, inputs, lora.rank), minval=-1.0, maxval=1.0) * inputs**-0.5
-                small[name] = {LORA: {"a": a, "b": jnp.zeros((layers, lora.rank, outputs))}}
-            elif below := walk(part, f"{path}/{name}"):
-                small[name] = below
-        return small
-
-    small = walk(base, "")
-    if missing := set(lora.targets) - found:
-        raise UserError(f"Lora.targets names {min(missing)!r}, which this model has not; choose from "
-                        f"{', '.join(projections(base))}")  # fmt: skip
-    return small
+    A is uniform in +-1 / sqrt(in), B is zero. The base may be abstract. Raises UserError when the model has no
+    projection of a target's name.
+    """
+    projections = _projections(base)
+    if missing := set(lora.targets) - set(projections):
+        raise UserError(f"Lora.targets names {min(missing)!r}, which this model does not have; choose from "
+                        f"{', '.join(projections)}")  # fmt: skip
+    return _init_subtree(lora, base, key, "")
 
 
-def projections(base: Any) -> list[str]:
-    """The names that can be targets."""
-    names = {
-        name for stack in base.values() if isinstance(stack, dict) for name, part in stack.items()
-        if isinstance(part, dict) and getattr(part.get("kernel"), "ndim", 0) == 3
-    }  # fmt: skip
-    return sorted(names)
+def _init_subtree(lora: Lora, base: Any, key: Key, path: str) -> Params:
+    """Returns the adapters of the part of the base that lies at ``path``; parts without a target are left out."""
+    adapters: Params = {}
+    for name, part in base.items():
+        if not isinstance(part, dict):
+            continue
+        if name in lora.targets and _is_projection(part):
+            adapters[name] = {LORA: _init_adapter(lora, part["kernel"].shape, key, f"{path}/{name}")}
+        elif below := _init_subtree(lora, part, key, f"{path}/{name}"):
+            adapters[name] = below
+    return adapters
 
 
-def overlay(base: Params, small: Params, scale: float) -> Params:
-    """The base's own arrays, with the small tree's adapters (B times ``scale``) and heads beside them; of shapes, the
-    shapes."""
-    whole = dict(base)
-    for name, part in small.items():
+def _init_adapter(lora: Lora, shape: tuple[int, ...], key: Key, path: str) -> Params:
+    """Returns the adapter of one stacked kernel. Its key depends on the path alone, not on the other targets."""
+    layers, inputs, outputs = shape
+    path_key = jax.random.fold_in(key, zlib.crc32(path.encode()))
+    a = jax.random.uniform(path_key, (layers, inputs, lora.rank), minval=-1.0, maxval=1.0) * inputs**-0.5
+    return {"a": a, "b": jnp.zeros((layers, lora.rank, outputs))}
+
+
+def _projections(base: Any) -> list[str]:
+    """Returns the names that can be targets, in alphabetical order."""
+    stacks = [stack for stack in base.values() if isinstance(stack, dict)]
+    return sorted({name for stack in stacks for name, part in stack.items() if _is_projection(part)})
+
+
+def _is_projection(part: Any) -> bool:
+    return isinstance(part, dict) and "kernel" in part and part["kernel"].ndim == 3
+
+
+def overlay(base: Params, adapters: Params, scale: float) -> Params:
+    """Returns a tree of the base's own arrays with the adapters beside them, B multiplied by ``scale``.
+
+    Entries of ``adapters`` that the base does not have, such as heads, are added as they are. Abstract trees give an
+    abstract tree.
+    """
+    combined = dict(base)
+    for name, part in adapters.items():
         if name == LORA:
             b = part["b"]
-            whole[name] = {"a": part["a"], "b": b if isinstance(b, jax.ShapeDtypeStruct) else scale * b}
+            combined[name] = {"a": part["a"], "b": b if isinstance(b, jax.ShapeDtypeStruct) else scale * b}
         else:
-            whole[name] = overlay(base[name], part, scale) if name in base else part
-    return whole
+            combined[name] = overlay(base[name], part, scale) if name in base else part
+    return combined
 
 
-def merge(whole: Params) -> Params:
-    """What ``overlay`` made, as a tree without adapters: W + A B."""
+def merge(params: Params) -> Params:
+    """Returns the tree that ``overlay`` returned, without adapters: each adapted kernel becomes W + A B."""
     merged: Params = {}
-    for name, part in whole.items():
+    for name, part in params.items():
         if isinstance(part, dict) and LORA in part:
-            low = jnp.einsum("lir,lro->lio", part[LORA]["a"], part[LORA]["b"])
+            product = jnp.einsum("lir,lro->lio", part[LORA]["a"], part[LORA]["b"])
             kernel = part["kernel"]
-            rest = {k: v for k, v in part.items() if k != LORA}
-            merged[name] = {**rest, "kernel": (kernel + low.astype(jnp.float32)).astype(kernel.dtype)}
+            rest = {key: value for key, value in part.items() if key != LORA}
+            merged[name] = {**rest, "kernel": (kernel + product.astype(jnp.float32)).astype(kernel.dtype)}
         else:
             merged[name] = merge(part) if isinstance(part, dict) else part
     return merged
-
-
-RULES: Rules = ((rf"{LORA}/(a|b)$", jax.sharding.PartitionSpec()),)
-"""Adapters are small: every device holds them whole."""

@@ -1,36 +1,43 @@
-"""A language model as a record of pure functions, whatever is behind it."""
+"""The interface of a language model: a record of pure functions.
+
+Shape letters: B rows, T tokens, D model width, V vocabulary size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from alignjax.types import Array, Completion, Key, Params, Prompt, Rules, Step
-
-
-class Start(NamedTuple):
-    """A prefilled prompt: a Step, its first carry and the first logits [B, V]."""
-
-    step: Step
-    carry: Any
-    logits: Array
+from alignjax.types import Array, Completion, Key, Params, Process, Prompt, Rules
 
 
 class Model(NamedTuple):
-    """A language model as pure functions, decoder-only or encoder-decoder."""
+    """A language model, decoder-only or encoder-decoder.
 
-    config: Any  # a TransformerConfig or a T5Config
+    Every function selects the parameters that it knows by name. Other entries at the top level of ``params``, such as
+    a value head, change nothing.
+    """
+
+    config: Any
+    """A TransformerConfig or a T5Config."""
     init: Callable[[Key], Params]
-    causal: Callable[[Params, Array, Array], Array] | None
-    """(params, tokens [B, T], segments [B, T]) -> states [B, T, D]. Segment 0 is padding; a token
-    attends to earlier tokens of its own segment alone, so several texts can share a row. None: an encoder-decoder,
-    which reads a prompt and writes a completion."""
-    predict: Callable[[Params, Prompt, Completion], Array]
+    """key -> randomly initialised parameters, float32."""
+    forward: Callable[[Params, Array, Array], Array] | None
+    """(params, tokens [B, T], segments [B, T]) -> states [B, T, D], each after its token and all earlier ones.
+
+    Segment 0 is padding. A token attends only to its own segment, so that several texts can share a row. None for an
+    encoder-decoder, which reads a prompt and writes a completion.
+    """
+    completion_states: Callable[[Params, Prompt, Completion], Array]
     """(params, prompt, completion) -> [B, T, D]: the state that predicts each completion token."""
-    final: Callable[[Params, Prompt], Array]
-    """(params, prompt) -> [B, D]: the state after each row's last token; an encoder-decoder's before it writes."""
-    unembed: Callable[[Params, Array], Array]
+    last_state: Callable[[Params, Prompt], Array]
+    """(params, prompt) -> [B, D]: the state that predicts the first token after the prompt."""
+    logits: Callable[[Params, Array], Array]
     """(params, states [..., D]) -> logits [..., V], float32."""
-    start: Callable[[Params, Prompt, int], Start]
-    """(params, prompt, tokens to come) -> the process that continues the prompt."""
+    prefill: Callable[[Params, Prompt, int], Process]
+    """(params, prompt, max_new_tokens) -> the process that continues the prompt by at most ``max_new_tokens`` tokens.
+
+    The prompt is read once, into a cache with room for the new tokens.
+    """
     rules: Rules
+    """The sharding rules of the parameters that ``init`` returns."""

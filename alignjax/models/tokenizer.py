@@ -1,4 +1,7 @@
-"""Text <-> token ids, as a record of functions. Text is the interface between models that differ."""
+"""Tokenizers as records of functions: text <-> token ids.
+
+Text is the interface between models with different tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -12,123 +15,148 @@ import numpy as np
 from alignjax.errors import UserError, one_line
 from alignjax.types import Tokens
 
-ANCHORS = ("a", ".", "\n")
-
-
 Message = dict[str, str]
-"""{"role": "user", "content": text}: one turn of a chat."""
+"""{"role": "user", "content": text}: one message of a chat."""
+
+_ANCHORS = ("a", ".", "\n")
+"""Texts to encode a continuation after: the first whose own ids stay the same before the continuation is taken."""
+_PRECEDING = ("", ".", "!", "?", ",", ")", '"', "\n")
+"""What can stand between a word and a stop piece; a tokenizer may merge it with the piece's first characters."""
+_BYTES_PER_TOKEN = 4
 
 
 class Tokenizer(NamedTuple):
-    """``encode`` adds what the tokenizer puts before a text (BOS) and never what it puts behind one (an
-    encoder-decoder reads its end token by itself); ``encode_bare`` adds nothing."""
+    """A tokenizer. Ids are ints in [0, vocab_size)."""
 
     encode: Callable[[str], list[int]]
+    """text -> ids, after the tokens that the tokenizer puts before a text (BOS). It adds none at the end: an
+    encoder-decoder appends its end token itself."""
     encode_bare: Callable[[str], list[int]]
-    decode_all: Callable[[Sequence[int]], str]  # special tokens written out
-    token_id: Callable[[str], int | None]  # of a piece that is one token as it stands
+    """text -> ids, nothing added."""
+    decode_all: Callable[[Sequence[int]], str]
+    """ids -> text, special tokens included."""
+    token_id: Callable[[str], int | None]
+    """piece -> its id where the vocabulary holds exactly this piece, else None."""
     vocab_size: int
-    save: Callable[[Path], None]  # a Hugging Face tokenizer folder
-    specials: Mapping[str, int] = MappingProxyType({})  # {"bos_token_id": 1, ...}: those that it has
-    ends: tuple[int, ...] = ()  # tokens that end what the model writes
-    render: Callable[[Sequence[Message]], str] | None = None  # the chat template, the assistant's turn begun
+    save: Callable[[Path], None]
+    """Writes a Hugging Face tokenizer folder."""
+    specials: Mapping[str, int] = MappingProxyType({})
+    """Special tokens, {"bos_token_id": 1, ...}; only those that the tokenizer has."""
+    end_tokens: tuple[int, ...] = ()
+    """The tokens with which the model ends what it writes."""
+    render: Callable[[Sequence[Message]], str] | None = None
+    """The chat template: messages -> text that ends where the assistant's message begins. None: no template."""
 
 
-def stand_in(vocab_size: int) -> Tokenizer:
-    """For sizes alone, where a model's tokenizer is not at hand: about four bytes a token, all of them token 0."""
+def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
+    """Returns a tokenizer for lengths alone, used where a model's own is not available.
+
+    It encodes four bytes of text as one token, always token 0. Its ``save`` raises UserError.
+    """
 
     def encode(text: str) -> list[int]:
-        return [0] * -(-len(text.encode()) // 4)
+        return [0] * -(-len(text.encode()) // _BYTES_PER_TOKEN)
 
-    def nowhere(folder: Path) -> None:
-        raise UserError("a stand-in for a tokenizer cannot be saved")
+    def save(folder: Path) -> None:
+        raise UserError(f"{folder}: a placeholder tokenizer cannot be saved; run with the model's own tokenizer")
 
-    return Tokenizer(encode, encode, lambda ids: "", lambda piece: 0, vocab_size, nowhere, ends=(0,))
+    return Tokenizer(encode, encode, lambda ids: "", lambda piece: 0, vocab_size, save, end_tokens=(0,))
 
 
-def as_chat(tokenizer: Tokenizer, messages: Callable[[str], Sequence[Message]]) -> Tokenizer:
-    """The tokenizer of a chat model: ``encode`` puts a prompt's messages in the model's own template.
+def with_chat_template(tokenizer: Tokenizer, messages: Callable[[str], Sequence[Message]]) -> Tokenizer:
+    """Returns the tokenizer with an ``encode`` that renders ``messages(prompt)`` by the chat template first.
 
-    Raises UserError when it has none.
+    Raises UserError when the tokenizer has no chat template; its ``encode`` raises UserError when the template fails.
     """
     if tokenizer.render is None:
-        raise UserError("chat=True, and the tokenizer has no chat template; use a chat model, or chat=False")
+        raise UserError("chat=True, but the tokenizer has no chat template; use a chat model, or chat=False")
     render = tokenizer.render
 
     def encode(prompt: str) -> list[int]:
-        turns = messages(prompt)
+        chat = messages(prompt)
         try:
-            text = render(turns)
-        except Exception as error:  # a template's own words, of any kind
-            raise UserError(f"the chat template refuses {[turn['role'] for turn in turns]} ({one_line(error)}); "
-                            "prompt it otherwise") from None  # fmt: skip
+            text = render(chat)
+        except Exception as error:  # a template can raise an error of any type
+            raise UserError(f"the chat template refuses {[message['role'] for message in chat]} ({one_line(error)}); "
+                            "change the task's messages, or set chat=False") from None  # fmt: skip
         return tokenizer.encode_bare(text)
 
     return tokenizer._replace(encode=encode)
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of text that stands after other text: no BOS, no space put in front by the tokenizer."""
-    for anchor in ANCHORS:
-        head = tokenizer.encode_bare(anchor)
+    """Returns the ids of text that follows other text: no BOS, and no space that the tokenizer would add in front."""
+    for anchor in _ANCHORS:
+        anchor_ids = tokenizer.encode_bare(anchor)
         ids = tokenizer.encode_bare(anchor + text)
-        if ids[: len(head)] == head:
-            return ids[len(head) :]
+        if ids[: len(anchor_ids)] == anchor_ids:
+            return ids[len(anchor_ids) :]
     return tokenizer.encode_bare(text)
 
 
 def decode_continuation(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
-    """Text of ids that stand after other text, its first space kept."""
-    head = tokenizer.encode_bare(ANCHORS[0])
-    return tokenizer.decode_all([*head, *map(int, ids)]).removeprefix(tokenizer.decode_all(head))
+    """Returns the text of ids that follow other text; a leading space is kept."""
+    anchor_ids = tokenizer.encode_bare(_ANCHORS[0])
+    return tokenizer.decode_all([*anchor_ids, *map(int, ids)]).removeprefix(tokenizer.decode_all(anchor_ids))
 
 
 def decode_reply(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[Sequence[int]], end: str) -> str:
-    """Text of what a model wrote. Where it ends with one of the ``stop`` sequences that is the tokenizer's own end
-    token, the task's ``end`` marker stands for that."""
-    ended = len(ids) > 0 and ids[-1] in tokenizer.ends and (ids[-1],) in stop
+    """Returns the text of a completion.
+
+    Where its last token is one of the tokenizer's end tokens and also a sequence of ``stop``, the task's ``end``
+    marker replaces that token's text.
+    """
+    ended = len(ids) > 0 and ids[-1] in tokenizer.end_tokens and (ids[-1],) in stop
     return decode_continuation(tokenizer, ids[:-1]) + end if ended else decode_continuation(tokenizer, ids)
 
 
 def stop_sequences(tokenizer: Tokenizer, piece: str) -> tuple[tuple[int, ...], ...]:
-    """The token sequences in which a piece may end a text: it alone where it is a token, else each way in which it is
-    written behind a word or a punctuation mark, with which its first token may be one.
+    """Returns the token sequences in which ``piece`` can end a text.
 
-    Raises UserError when there are none.
+    A piece that is a token has one. Any other is encoded after a word and after several punctuation marks, since the
+    tokenizer may merge those with it. Raises UserError when no sequence decodes to the piece.
     """
-    known = tokenizer.token_id(piece)
-    if known is not None:
-        return ((known,),)
-    found: dict[tuple[int, ...], None] = {}
-    head = tokenizer.encode_bare("a")
-    for before in ("", ".", "!", "?", ",", ")", '"', "\n"):
-        ids = tokenizer.encode_bare(f"a{before}{piece}")
-        if ids[: len(head)] == head:
-            tails = (tuple(ids[at:]) for at in range(len(ids) - 1, len(head) - 1, -1))
-            covering = (tail for tail in tails if decode_continuation(tokenizer, tail).endswith(piece))
-            if tail := next(covering, None):
-                found[tail] = None
-    if not piece or not found:
-        raise UserError(f"{piece!r} ends nothing in this tokenizer, which does not write it; name another stop")
-    return tuple(found)
+    token = tokenizer.token_id(piece)
+    if token is not None:
+        return ((token,),)
+    sequences: dict[tuple[int, ...], None] = {}  # a set that keeps its order
+    for preceding in _PRECEDING:
+        if sequence := _shortest_ending(tokenizer, preceding, piece):
+            sequences[sequence] = None
+    if not piece or not sequences:
+        raise UserError(f"the tokenizer cannot write the stop piece {piece!r} at the end of a text; name another")
+    return tuple(sequences)
+
+
+def _shortest_ending(tokenizer: Tokenizer, preceding: str, piece: str) -> tuple[int, ...] | None:
+    """Returns the fewest last ids of "a" + preceding + piece whose text ends with the piece; None if there are none."""
+    letter = tokenizer.encode_bare("a")
+    ids = tokenizer.encode_bare(f"a{preceding}{piece}")
+    if ids[: len(letter)] != letter:
+        return None
+    endings = (tuple(ids[first:]) for first in range(len(ids) - 1, len(letter) - 1, -1))
+    return next((ending for ending in endings if decode_continuation(tokenizer, ending).endswith(piece)), None)
 
 
 def single_token(tokenizer: Tokenizer, piece: str) -> int:
-    """The id of a piece that must be one token. UserError names it and what it splits into."""
-    known = tokenizer.token_id(piece)
-    ids = [known] if known is not None else encode_continuation(tokenizer, piece)
+    """Returns the id of a piece that must be one token. Raises UserError when the piece is several."""
+    token = tokenizer.token_id(piece)
+    ids = [token] if token is not None else encode_continuation(tokenizer, piece)
     if len(ids) != 1:
-        raise UserError(f"{piece!r} is {len(ids)} tokens ({ids}) in this tokenizer; name a piece that is one")
+        raise UserError(f"{piece!r} is {len(ids)} tokens ({ids}) in this tokenizer; name a piece that is one token")
     return ids[0]
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, side: str = "right") -> Tokens:
-    """Ragged ids -> Tokens [B, length] of NumPy arrays. UserError when a row is longer."""
+    """Returns rows of ids as Tokens [B, length] of NumPy arrays, padded on ``side`` with 0.
+
+    Raises UserError when a row is longer than ``length``.
+    """
     longest = max(map(len, rows), default=0)
     if longest > length:
         raise UserError(f"a row of {longest} tokens does not fit {length}; raise the limit or drop the row")
     tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
     for i, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
-        tokens[i, where], mask[i, where] = row, True
+        columns = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        tokens[i, columns], mask[i, columns] = row, True
     return Tokens(tokens, mask)

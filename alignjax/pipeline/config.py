@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import enum
 import functools
 import hashlib
 import importlib.util
@@ -23,6 +24,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from alignjax.errors import UserError, one_line
+from alignjax.fields import has_no_effect, is_stage_input
 
 
 def load(path: str | Path, settings: Mapping[str, str]) -> Any:
@@ -203,19 +205,35 @@ def replace_at(node: Any, names: list[str], value: Any) -> Any:
     return with_child(node, names[0], replace_at(child, names[1:], value))
 
 
-def describe(node: Any) -> Any:
-    """The tree as JSON: what a run resolved to. Functions become their names, and those from outside this
-    package carry a hash of what they do, so that an edited objective is noticed."""
+def describe(node: Any, name_input: Callable[[str], str] | None = None) -> Any:
+    """Returns the tree as JSON: what a run resolved to.
+
+    A function becomes its name; one from outside this package also carries a digest of its code, so that an edited
+    objective is noticed. With ``name_input`` the result is what a fingerprint is made of: fields that cannot change a
+    result are left out, and names of stages become what ``name_input`` returns for them.
+    """
     if isinstance(node, functools.partial):
-        return {"function": describe(node.func), **{k: describe(v) for k, v in (children(node) or {}).items()}}
-    parts = children(node)
-    if parts is not None:
-        fields = dataclasses.fields(node) if dataclasses.is_dataclass(node) else ()
-        parts |= {f.name: getattr(node, f.name) for f in fields if not f.init}  # what it found out itself
-        return {name: describe(part) for name, part in parts.items()}
+        keywords = {name: describe(value, name_input) for name, value in (children(node) or {}).items()}
+        return {"function": describe(node.func, name_input), **keywords}
+    if dataclasses.is_dataclass(node) and not isinstance(node, type):
+        fields = [f for f in dataclasses.fields(node) if name_input is None or not has_no_effect(f)]
+        described = {f.name: _describe_field(f, getattr(node, f.name), name_input) for f in fields}
+        return described if name_input is None else {"type": type(node).__qualname__, **described}
+    if isinstance(node, enum.Enum):
+        return node.name
+    if (parts := children(node)) is not None:
+        return {name: describe(part, name_input) for name, part in parts.items()}
     if callable(node):
         return function_name(node)
     return node if scalar(node) else str(node)
+
+
+def _describe_field(field: dataclasses.Field, value: Any, name_input: Callable[[str], str] | None) -> Any:
+    if name_input is None or value is None or not is_stage_input(field):
+        return describe(value, name_input)
+    if isinstance(value, Mapping):
+        return {str(key): name_input(name) for key, name in value.items()}
+    return name_input(value)
 
 
 def function_name(function: Callable[..., Any], above: tuple[Any, ...] = ()) -> str:

@@ -1,13 +1,11 @@
-"""What a run is, and how a stage reaches its inputs."""
+"""What an experiment is, what a stage is, and how a stage reaches its inputs."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,26 +14,26 @@ import jax
 from alignjax.distributed import sharding
 from alignjax.distributed.hosts import Hosts
 from alignjax.errors import RunAgain, UserError
-from alignjax.models.build import ModelConfig, build
-from alignjax.models.decoder import TransformerConfig
-from alignjax.models.lora import Lora, init
-from alignjax.models.tokenizer import Tokenizer, stand_in
+from alignjax.fields import stage_inputs
+from alignjax.models.build import build
+from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer
 from alignjax.pipeline import networks
-from alignjax.pipeline.networks import Network
-from alignjax.preferences.models import Preference
+from alignjax.pipeline.fingerprint import fingerprint, input_names
+from alignjax.pipeline.networks import Network, Record
 from alignjax.tasks.task import Task
-from alignjax.types import Key, Params, Tokens
+from alignjax.training.loop import Run
+from alignjax.types import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What a run is: a task, a mesh, a seed and an ordered dict of stages."""
+    """A task, a mesh, a seed and an ordered dict of stages."""
 
     task: Task | None  # None where no stage needs texts
     stages: dict[str, Any]  # name -> Stage
     mesh: sharding.Mesh = sharding.Mesh()
     seed: int = 0
-    wandb: str | None = None  # a Weights & Biases project to report to, beside the files
+    wandb: str | None = None  # a Weights & Biases project that metrics go to, beside the files
 
     def __post_init__(self) -> None:
         for name, kind in {"stages": dict, "mesh": sharding.Mesh, "seed": int}.items():
@@ -43,233 +41,247 @@ class Experiment:
                 raise UserError(f"Experiment.{name} is a {type(value).__name__}; give it a {kind.__name__}")
 
     def with_stages(self, **stages: Any) -> Experiment:
-        """The experiment with stages added or replaced."""
+        """Returns the experiment with stages added or replaced."""
         return dataclasses.replace(self, stages={**self.stages, **stages})
+
+
+class Program(NamedTuple):
+    """A jitted function of a stage, with abstract arguments: ``run`` calls the function, ``plan`` compiles it.
+
+    The name ends in the prompt bucket where there are several.
+    """
+
+    name: str
+    function: Any  # jitted
+    arguments: tuple[Any, ...]  # abstract
+    tokens: int  # that one call reads or writes
+    resident: Any = ()  # abstract arrays that live at the time and are no argument
+
+
+def function_of(programs: Iterable[Program], purpose: str) -> Any:
+    """Returns the jitted function of the programs whose names begin with the word ``purpose``; buckets share it."""
+    return next(program.function for program in programs if program.name.split()[0] == purpose)
+
+
+class Exposure(NamedTuple):
+    """What a result depends on, as far as the held-out law asks. Models are fingerprints, pairs digests of content."""
+
+    identity: frozenset[str] = frozenset()  # the preference models that it is, or is made from
+    trained_against: frozenset[str] = frozenset()  # preference models that rewarded, ranked or labelled its data
+    fitted: frozenset[str] = frozenset()  # pairs that it, or such a model, was trained on
+    measured: frozenset[str] = frozenset()  # pairs that such a model was measured on, and may have been chosen by
+
+    def __or__(self, other: Exposure) -> Exposure:
+        return Exposure(*(a | b for a, b in zip(self, other, strict=True)))
+
+
+class NetworkSpec(NamedTuple):
+    """What is known of a stage's network before the stage runs."""
+
+    record: Record
+    tokenizer: Tokenizer | None  # None: the stage makes it
+    token_digest: str  # equal digests share token ids
+
+
+class Stage(Protocol):
+    """A frozen dataclass. Fields that name other stages are declared with ``fields.stage_input``."""
+
+    makes: Any  # a Kind
+    meanings: dict[str, str]  # metric or figure -> what it shows
+
+    def check(self, context: Context) -> None:
+        """Raises UserError for what can be known to fail before anything runs."""
+        ...
+
+    def network(self, context: Context) -> NetworkSpec | None:
+        """Returns what network the stage makes; None where it makes none, or does not say."""
+        ...
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns what the stage's result depends on."""
+        ...
+
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns the jitted programs of the stage, from abstract networks alone."""
+        ...
+
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Does the work with those programs, resuming an interrupted run; returns figures for the report."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """Where a stage runs: its name, its folder and how to reach its inputs."""
+    """Where a stage runs: its name, its folder, and how it reaches its inputs."""
 
     experiment: Experiment
-    workdir: Path
+    workdir: Path | None  # None: nothing has run and nothing will, for ``plan``
     name: str
     mesh: jax.sharding.Mesh
     hosts: Hosts = Hosts()
-    loaded: dict[str, Any] = dataclasses.field(default_factory=dict, compare=False)
-    """Networks that this stage has read: what shares a base shares its arrays."""
-    sketched: bool = False
-    """Nothing has run and nothing will: networks are shapes, for ``plan``."""
+    loaded: dict[str, Network] = dataclasses.field(default_factory=dict, compare=False)  # networks with arrays
+    abstracts: dict[str, Network] = dataclasses.field(default_factory=dict, compare=False)  # networks with shapes
 
     @property
     def folder(self) -> Path:
-        return self.workdir / self.name
+        """The stage's folder."""
+        return self.folder_of(self.name)
+
+    def folder_of(self, name: str) -> Path:
+        """Returns the folder of the stage ``name``."""
+        assert self.workdir is not None  # ``plan`` reads no folder
+        return self.workdir / name
 
     @property
     def task(self) -> Task:
+        """The experiment's task. Raises UserError when it has none."""
         if self.experiment.task is None:
             raise UserError(f"stage {self.name!r} needs a task and the experiment has none; give it one")
         return self.experiment.task
 
-    @property
-    def seed(self) -> int:
-        """The stage's own seed: the experiment's with the stage's name mixed in."""
-        return zlib.crc32(f"{self.experiment.seed}/{self.name}".encode()) % 2**31
+    def seed(self, own: int = 0) -> int:
+        """Returns the seed of the stage. Stages of one type share it, so that the arms of a table share their prompts
+        and keys; ``own``, where it is not 0, makes it another."""
+        kind = type(self.experiment.stages[self.name]).__name__
+        return zlib.crc32(f"{self.experiment.seed}/{kind}/{own}".encode()) % 2**31
 
-    @property
-    def key(self) -> Key:
-        return jax.random.key(self.seed)
+    def key(self, own: int = 0) -> jax.Array:
+        """Returns the root key of the stage."""
+        return jax.random.key(self.seed(own))
 
-    def expect(self, source: str, *kinds: str) -> None:
-        """Raises UserError when the stage ``source`` is known to make something else."""
-        made = getattr(self.experiment.stages[source], "makes", kinds[0])
-        if made not in kinds:
-            raise UserError(f"stage {self.name!r} needs {kinds[0]} and {source!r} makes {made}; name another")
+    def at(self, name: str) -> Context:
+        """Returns the context of another stage, which shares this one's networks."""
+        return dataclasses.replace(self, name=name)
 
-    def origin(self, source: str) -> Any:
-        """The stage whose model and tokenizer those of the stage ``source`` are made from."""
-        stage = self.experiment.stages[source]
-        while getattr(stage, "start", None) in self.experiment.stages:
-            stage = self.experiment.stages[stage.start]
-        return stage
-
-    def tokenizer(self, source: str) -> Tokenizer | None:
-        """That of the stage ``source`` where it is known before anything runs."""
-        known = getattr(self.origin(source), "tokenizer", None)
-        return known() if callable(known) else None
-
-    def is_compared(self) -> bool:
-        """Whether a preference model is made from this stage's model."""
-        stages = self.experiment.stages
-        makers = [name for name, stage in stages.items() if getattr(stage, "makes", None) == PREFERENCE]
-        return any(self.origin(name) is stages[self.name] for name in makers)
-
-    def rehearse(self, field: str, call: Callable[[], Any]) -> None:
-        """Calls what the user gave as ``field`` with nothing to work on, so that what it refuses of its own settings is
-        told before anything runs. Any other complaint is about the nothing, and waits for the real thing."""
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                call()
-        except UserError as error:
-            raise UserError(f"{self.name}.{field}: {error}") from None
-        except Exception:  # of any kind: it is a user's function that was given nothing
-            return
-
-    def expect_room(self, source: str, field: str, tokens: int) -> None:
-        """Raises UserError when the model of the stage ``source`` is known to have fewer positions than ``tokens``."""
-        found = self.config(source)
-        if isinstance(found, TransformerConfig) and found.positions == "learned" and found.context < tokens:
-            raise UserError(f"{self.name}.{field} wants room for {tokens} tokens and the model of {source!r} has "
-                            f"{found.context} positions; lower it")  # fmt: skip
-
-    def expect_targets(self, source: str, lora: Lora | None) -> None:
-        """Raises UserError when the model of the stage ``source`` is known to have no such projections."""
-        if lora and (found := self.config(source)):
-            jax.eval_shape(lambda key: init(lora, build(found).init(key), key), jax.random.key(0))
-
-    def config(self, source: str) -> ModelConfig | None:
-        """That of the stage ``source`` where it is known before anything runs."""
-        stage = self.origin(source)
-        known = getattr(stage, "config", None)
-        found = known() if callable(known) else getattr(stage, "model", None)
-        return found if isinstance(found, ModelConfig) else None
+    def training_run(self, own_seed: int) -> Run:
+        """Returns where the training loop of this stage works."""
+        return Run(self.name, self.folder, self.mesh, self.hosts, self.key(own_seed), self.experiment.wandb)
 
     def stop_if_preempted(self) -> None:
-        """Raises RunAgain where several processes have been told to end. (One ends at once: see ``__main__``.)"""
+        """Raises RunAgain where several processes have been told to end. (One process ends at once: ``__main__``.)"""
         if self.hosts.preempted():
-            raise RunAgain(f"{self.name}: preempted; what is whole is kept, the same command goes on from there")
+            raise RunAgain(f"{self.name}: preempted; finished parts are kept, the same command continues from there")
 
-    def policy(self, name: str) -> Network:
-        """A stage's network, on the mesh; of a preference model, its backbone."""
-        if self.sketched:
-            if name not in self.loaded:
-                self.loaded[name] = self.sketch(name)
-            return self.loaded[name]
-        return networks.load(self.workdir, name, self.mesh, self.loaded, self.experiment.task)
+    def spec(self, name: str) -> NetworkSpec | None:
+        """Returns what is known of the network of the stage ``name`` before it runs."""
+        return self.experiment.stages[name].network(self.at(name))
 
-    def sketch(self, name: str) -> Network:
-        """A stage's network as shapes. Raises UserError when what it is made from is not known before the run."""
-        record, origin = self.record(name), self.origin(name)
-        below = self.policy(record.adapter.base) if record.adapter else None
-        tokenizer = self.tokenizer(name) or stand_in(record.config.vocab_size)
-        # Folders of models with as many tokens are taken for one family.
-        mark = f"{record.config.vocab_size} tokens" if hasattr(origin, "path") else f"the tokenizer of {id(origin)}"
-        mark += " chat" if record.chat else ""
-        return networks.sketch(name, record, tokenizer, mark, below, self.mesh)
+    def exposure(self, *names: str) -> Exposure:
+        """Returns what the results of these stages depend on, together."""
+        exposures = (self.experiment.stages[name].exposure(self.at(name)) for name in names)
+        return Exposure(*(frozenset().union(*parts) for parts in zip(Exposure(), *exposures, strict=True)))
 
-    def record(self, name: str) -> networks.Record:
-        """What a stage's model.json will say."""
-        known = getattr(self.experiment.stages[name], "record", None)
-        if not callable(known):
-            raise UserError(f"stage {name!r} does not say what network it makes; it cannot be planned")
-        return known(self)
+    def fingerprint(self, name: str, stage: Any = None) -> str:
+        """Returns the fingerprint of a stage; ``stage`` stands for it where it is given."""
+        return fingerprint(self.experiment, name, stage)
 
-    def preference(self, name: str) -> tuple[Network, Preference]:
-        """A fitted preference model and its form."""
-        found = self.policy(name)
-        built = self.experiment.stages[name].build(self.task, found.model, found.tokenizer)
-        return dataclasses.replace(found, params={**found.params, **found.heads}), built
+    def load(self, name: str) -> Network:
+        """Returns a finished stage's network with its arrays on the mesh. A base that several share is read once."""
+        if name not in self.loaded:
+            record = networks.read_record(self.folder_of(name))
+            self.loaded[name] = self._assemble(name, record, networks.restore(self.folder_of(name)), self.load)
+        return self.loaded[name]
 
-    def released(self, network: Network) -> Network:
-        """The network without its arrays, which go where nobody else holds them: a stage that trains wants the
-        memory."""
+    def abstract(self, name: str) -> Network:
+        """Returns the network of a stage as shapes with their places, whether or not the stage has run.
+
+        Raises UserError when the stage has not run and does not say what it makes.
+        """
+        if name not in self.abstracts:
+            record = self._record(name)
+            self.abstracts[name] = self._assemble(name, record, networks.abstract, self.abstract)
+        return self.abstracts[name]
+
+    def release(self) -> None:
+        """Forgets the arrays of the networks that were loaded; memory is freed where nobody else holds them."""
         self.loaded.clear()
-        return dataclasses.replace(network, params={}, heads={}, small={}, base={})
 
-    def save(self, start: Network, params: Params, adapter: networks.Adapter | None) -> None:
-        """Writes what was trained from ``start``: its parameters, or the small tree of an adapter."""
-        networks.save(self.folder, start.model.config, params, start.tokenizer, start.chat, adapter)
+    def _record(self, name: str) -> Record:
+        if self._is_written(name):
+            return networks.read_record(self.folder_of(name))
+        if (spec := self.spec(name)) is None:
+            raise UserError(f"stage {name!r} does not say what network it makes, and has not run; run it first")
+        return spec.record
 
+    def _is_written(self, name: str) -> bool:
+        return self.workdir is not None and (self.workdir / name / "model.json").exists()
 
-POLICY, PREFERENCE, PAIRS, TABLES, FINDINGS = "a policy", "a preference model", "pairs", "tables", "findings"
-REWARD = "a reward model"  # a folder's; it writes nothing
-"""What a stage may say that it ``makes``, so that a wrong input is told before anything runs."""
+    def _tokenizer(self, name: str, record: Record) -> tuple[Tokenizer, str]:
+        if self._is_written(name):
+            return networks.read_tokenizer(self.folder_of(name), record.chat, self.experiment.task)
+        spec = self.spec(name)
+        assert spec is not None  # ``_record`` has asked
+        return spec.tokenizer or placeholder_tokenizer(record.config.vocab_size), spec.token_digest
 
-
-class Program(NamedTuple):
-    """A compiled program of a stage, with shapes for arguments: what ``plan`` compiles for machines that are elsewhere.
-    A name ends in the prompt bucket where there are several."""
-
-    name: str
-    function: Any  # jitted
-    arguments: tuple[Any, ...]
-    tokens: int  # that it reads or writes in one call
-    beside: Any = ()  # what lives at the time and is no argument
-
-
-def shape(dtype: str, *sizes: int) -> Any:
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
-
-def ids_of(batch: int, length: int) -> Tokens:
-    """Padded ids as shapes."""
-    return Tokens(shape("int32", batch, length), shape("bool", batch, length))
+    def _assemble(self, name: str, record: Record, read: Any, below: Any) -> Network:
+        base = below(record.over.base) if record.over else None
+        if record.over and self._is_written(name):
+            assert self.workdir is not None
+            networks.check_base(self.workdir, name, record.over)
+        tokenizer, digest = self._tokenizer(name, record)
+        network = Network(name, build(record.config), tokenizer, digest, base={}, chat=record.chat)
+        return networks.assemble(network, record, base, self.mesh, read)
 
 
-class Stage(Protocol):
-    """A frozen dataclass. Beside these it may have ``check(context)``, which raises UserError for what can be known
-    to fail before anything runs; a class attribute ``makes``; ``record(context)``, what network it will make; and
-    ``programs(context)``, what it will compile."""
-
-    def inputs(self) -> tuple[str, ...]: ...
-    def run(self, context: Context) -> dict[str, Any]:
-        """Does the work, resuming what an interrupted run left; returns figures for the report."""
-        ...
+def load_network(folder: Path, mesh: jax.sharding.Mesh) -> Network:
+    """Returns the network of a finished stage WORKDIR/NAME, without its experiment."""
+    return Context(Experiment(None, {}), folder.parent, folder.name, mesh).load(folder.name)
 
 
-def check(context: Context) -> None:
-    """Calls the stage's own check, if it has one."""
-    getattr(context.experiment.stages[context.name], "check", lambda context: None)(context)
+def abstract_array(dtype: str, *shape: int) -> Any:
+    """Returns an array's shape and dtype, in the place of the array."""
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def timed(stage: Stage, context: Context) -> tuple[dict[str, Any], float]:
-    """Runs a stage under the mesh; its figures and its wall seconds."""
-    begun = time.perf_counter()
-    try:
-        with jax.set_mesh(context.mesh):
-            figures = stage.run(context)
-    finally:
-        context.loaded.clear()  # the next stage wants the memory
-    return figures, time.perf_counter() - begun
+def abstract_tokens(batch: int, length: int) -> Tokens:
+    """Returns padded ids as shapes, [batch, length]."""
+    return Tokens(abstract_array("int32", batch, length), abstract_array("bool", batch, length))
 
 
-def order(stages: Mapping[str, Stage]) -> list[str]:
-    """The stages' names, inputs first. Raises UserError on an unknown input, a circle, or what is no stage."""
-    done: list[str] = []
+def order(stages: Mapping[str, Any]) -> list[str]:
+    """Returns the stages' names, inputs first. Raises UserError on a name that cannot be, an input that is no stage or
+    makes something else than its user needs, and on a cycle."""
     if not stages:
         raise UserError("the experiment has no stages; give it some")
     for name, stage in stages.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "compiled":
-            raise UserError(f"{name!r} cannot name a stage, whose folder it is; use letters, digits, _ and -")
-        if isinstance(stage, type):
-            raise UserError(f"stage {name!r} is the class {stage.__name__}; make one: {stage.__name__}(...)")
-        if not (callable(getattr(stage, "inputs", None)) and callable(getattr(stage, "run", None))):
-            raise UserError(f"stage {name!r} is a {type(stage).__name__}, which has no inputs() and run(context)")
-
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        if name in above:
-            raise UserError(f"stages form a circle: {' -> '.join((*above, name))}; an input must come before its user")
-        if name not in stages:
-            raise UserError(
-                f"stage {above[-1]!r} names the input {name!r}, which is no stage; there are {', '.join(stages)}"
-            )
-        for source in stages[name].inputs():
-            visit(source, (*above, name))
-        if name not in done:
-            done.append(name)
-
+        _check_stage(name, stage)
+    for name, stage in stages.items():
+        _check_inputs(name, stage, stages)
+    done: list[str] = []
     for name in stages:
-        visit(name, ())
-    return done
+        done += [source for source in _inputs_first(name, stages, ()) if source not in done]
+    return list(dict.fromkeys(done))
 
 
-def ancestors(stages: Mapping[str, Stage], names: Iterable[str]) -> set[str]:
-    """The stages themselves and all they are made from."""
-    seen: set[str] = set()
-    left = list(names)
-    while left:
-        name = left.pop()
-        if name not in seen:
-            seen.add(name)
-            left += stages[name].inputs()
-    return seen
+def _check_stage(name: Any, stage: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == "compiled":
+        raise UserError(f"{name!r} cannot name a stage, because it names a folder; use letters, digits, _ and -")
+    if isinstance(stage, type):
+        raise UserError(f"stage {name!r} is the class {stage.__name__}; make an instance: {stage.__name__}(...)")
+    members = ("makes", "meanings", "check", "network", "exposure", "programs", "run")
+    if not dataclasses.is_dataclass(stage) or (missing := [m for m in members if m not in dir(stage)]):
+        lacks = f"lacks {missing[0]}" if dataclasses.is_dataclass(stage) else "is no dataclass"
+        raise UserError(f"stage {name!r} is a {type(stage).__name__}, which {lacks}; see alignjax.pipeline.Stage")
+
+
+def _check_inputs(name: str, stage: Any, stages: Mapping[str, Any]) -> None:
+    for field, source, kinds in stage_inputs(stage):
+        if not isinstance(source, str) or source not in stages:
+            raise UserError(f"stage {name!r} names the input {source!r} ({field}), which is no stage; "
+                            f"there are {', '.join(stages)}")  # fmt: skip
+        if stages[source].makes not in kinds:
+            raise UserError(f"stage {name!r} needs {kinds[0].value} as {field}, and {source!r} makes "
+                            f"{stages[source].makes.value}; name another stage")  # fmt: skip
+
+
+def _inputs_first(name: str, stages: Mapping[str, Any], users: tuple[str, ...]) -> Iterator[str]:
+    if name in users:
+        raise UserError(f"stages form a cycle: {' -> '.join((*users, name))}; an input must come before its user")
+    for source in input_names(stages[name]):
+        yield from _inputs_first(source, stages, (*users, name))
+    yield name
+
+
+def ancestors(stages: Mapping[str, Any], names: Iterable[str]) -> set[str]:
+    """Returns the named stages and everything that they are made from."""
+    return {source for name in names for source in _inputs_first(name, stages, ())}

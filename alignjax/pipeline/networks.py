@@ -1,7 +1,7 @@
-"""How a stage's network lies in its folder: all its parameters, or what was trained over another stage's.
+"""A stage's network: a base, adapters over it, and heads beside it; in memory and in the stage's folder.
 
-model.json   its configuration; the stage it is an adapter of, and the adapter's, if it is one; chat
-params/      the parameters, or the small tree: adapters and head
+model.json   the configuration; the stage whose base the network lies over and its adapters' description; chat
+params/      what this stage owns of it: the base and the heads, or the adapters and the heads
 tokenizer/   a Hugging Face tokenizer folder
 """
 
@@ -20,239 +20,170 @@ from alignjax.checkpoints import huggingface
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError, one_line
 from alignjax.models import lora
-from alignjax.models.build import ModelConfig, build, from_json, to_json
+from alignjax.models.build import ModelConfig, from_json, to_json
 from alignjax.models.lora import Lora
 from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer, as_chat
-from alignjax.preferences.models import Preference
+from alignjax.models.tokenizer import Tokenizer, with_chat_template
 from alignjax.tasks.task import Task, one_message
-from alignjax.training import learn as train
 from alignjax.training.checkpointing import restore_tree, save_tree
-from alignjax.types import Params, Rules
+from alignjax.types import Params
+
+_REPLICATED = jax.sharding.PartitionSpec()
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapter:
-    """What a network is over another stage's."""
+class Over:
+    """Says that a network lies over the base of another stage."""
 
-    base: str  # the stage
-    lora: Lora | None  # None: it adds at most a head
-    mark: str = ""  # the base's fingerprint when this was made
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
-    """A stage's result as others use it."""
-
-    name: str  # of the stage
-    model: Model
-    params: Params  # whole: for an adapter, laid over the base's own arrays
-    tokenizer: Tokenizer
-    fingerprint: str  # of the tokenizer: equal ones share token ids
-    chat: bool = False
-    heads: Params = dataclasses.field(default_factory=dict)  # what a preference model has beyond its backbone
-    adapter: Adapter | None = None
-    small: Params = dataclasses.field(default_factory=dict)  # an adapter's own parameters
-    base: Params = dataclasses.field(default_factory=dict)  # and what they lie over
+    base: str  # the stage that owns the base
+    lora: Lora | None  # None: the network adds at most heads
+    fingerprint: str = ""  # of the base's stage when this network was made
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """model.json."""
+    """model.json: what a network is, without its arrays."""
 
     config: ModelConfig
-    dtype: str  # of the backbone's parameters
+    dtype: str  # of the base's parameters
     heads: dict[str, Any]  # name -> nested shapes
     chat: bool
-    adapter: Adapter | None
+    over: Over | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A stage's network as other stages use it. Its arrays may be abstract (shapes with their places)."""
+
+    stage: str
+    model: Model
+    tokenizer: Tokenizer
+    token_digest: str  # equal digests share token ids
+    base: Params  # the backbone's own parameters; networks over one base share these arrays
+    adapters: Params = dataclasses.field(default_factory=dict)
+    heads: Params = dataclasses.field(default_factory=dict)  # what a preference model has beside its backbone
+    over: Over | None = None
+    chat: bool = False
+
+    @property
+    def params(self) -> Params:
+        """The backbone's parameters with the adapters beside their kernels, and without heads."""
+        if self.over is None or self.over.lora is None:
+            return self.base
+        return lora.overlay(self.base, self.adapters, self.over.lora.scale)
+
+    @property
+    def all_params(self) -> Params:
+        """The backbone's parameters and the heads."""
+        return {**self.params, **self.heads}
+
+    def merged(self) -> Params:
+        """Returns the backbone's parameters with the adapters added to their kernels."""
+        return self.base if not self.adapters else apply_or_abstract(lora.merge, self.params)
 
 
 def read_record(folder: Path) -> Record:
-    """Raises UserError when there is none, or a damaged one."""
+    """Reads model.json. Raises UserError when it is missing or damaged."""
     try:
         found = json.loads((folder / "model.json").read_text())
-        adapter = found["adapter"]
-        if adapter is not None:
-            spec = adapter["lora"] and Lora(**{**adapter["lora"], "targets": tuple(adapter["lora"]["targets"])})
-            adapter = Adapter(adapter["base"], spec, adapter["mark"])
-        return Record(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), adapter)
+        over = found["over"]
+        if over is not None:
+            spec = over["lora"] and Lora(**{**over["lora"], "targets": tuple(over["lora"]["targets"])})
+            over = Over(over["base"], spec, over["fingerprint"])
+        return Record(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), over)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no model ({one_line(error)}); run its stage first") from None
 
 
-def save(
-    folder: Path, config: ModelConfig, params: Params, tokenizer: Tokenizer, chat: bool, adapter: Adapter | None
-) -> None:
-    """Writes a network; of an adapter, ``params`` is the small tree."""
-    backbone = jax.eval_shape(build(config).init, jax.random.key(0))
-    if jax.tree.leaves(params):
-        save_tree(folder / "params", params)
+def save(folder: Path, network: Network) -> None:
+    """Writes what the stage owns of a network: without ``over`` the base and heads, else adapters and heads."""
+    owned = {**(network.adapters if network.over else network.base), **network.heads}
+    if jax.tree.leaves(owned):
+        save_tree(folder / "params", owned)
     if jax.process_index() == 0:
-        with storage.delivered(folder / "tokenizer") as here:
-            tokenizer.save(here)
-    own = jax.tree.leaves({name: part for name, part in params.items() if name in backbone})
-    record = {
-        "config": to_json(config),
-        "dtype": str(own[0].dtype) if own else "float32",
-        "heads": jax.tree.map(lambda x: list(x.shape), {n: part for n, part in params.items() if n not in backbone}),
-        "chat": chat,
-        "adapter": dataclasses.asdict(adapter) | {"mark": stage_mark(folder.parent / adapter.base)}
-        if adapter
-        else None,
-    }
-    storage.write_json(folder / "model.json", record)
+        with storage.write_through(folder / "tokenizer") as local:
+            network.tokenizer.save(local)
+    backbone = [] if network.over else jax.tree.leaves(network.base)
+    record = Record(
+        network.model.config,
+        str(backbone[0].dtype) if backbone else "float32",
+        head_shapes(network.heads),
+        network.chat,
+        network.over
+        and dataclasses.replace(network.over, fingerprint=stage_fingerprint(folder.parent / network.over.base)),
+    )
+    storage.write_json(folder / "model.json", {**dataclasses.asdict(record), "config": to_json(record.config)})
 
 
-def stage_mark(folder: Path) -> str:
-    """The fingerprint of the stage that made a folder; empty where none says so."""
+def head_shapes(heads: Params) -> dict[str, Any]:
+    """Returns the nested shapes of heads, as a Record keeps them."""
+    return jax.tree.map(lambda x: list(x.shape), heads)
+
+
+def stage_fingerprint(folder: Path) -> str:
+    """Returns the fingerprint of the stage that made a folder; empty where no record names it."""
     path = folder / "stage.json"
-    text = storage.read(path)
-    return "" if text is None else str(storage.from_json(text, path).get("fingerprint", ""))
+    text = storage.read_text(path)
+    return "" if text is None else str(storage.parse_json(text, path).get("fingerprint", ""))
 
 
-def load(workdir: Path, name: str, mesh: jax.sharding.Mesh, loaded: dict[str, Network], task: Task | None) -> Network:
-    """Restores a stage's network onto the mesh, once: later calls, and adapters of it, find it in ``loaded``."""
-    if name in loaded:
-        return loaded[name]
-    folder = workdir / name
-    record = read_record(folder)
-    with storage.fetched(folder / "tokenizer") as here:
-        model, tokenizer = build(record.config), huggingface.read_tokenizer(here)
-        mark = str(zlib.crc32((here / "tokenizer.json").read_bytes()))
-    if record.chat:
-        tokenizer = as_chat(tokenizer, task.messages if task else one_message)
-    if record.chat and tokenizer.render:
-        mark += f" chat {tokenizer.render(one_message('a'))!r}"
-    below = None
-    if record.adapter:
-        below = load(workdir, record.adapter.base, mesh, loaded, task)
-        if record.adapter.mark != stage_mark(workdir / record.adapter.base):
-            raise UserError(
-                f"{folder} was made over another {record.adapter.base!r} than lies in {workdir} now; make it again"
-            )
-
-    def read(shapes: Any, where: Any) -> Params:
-        return restore_tree(folder / "params", shapes, where)
-
-    loaded[name] = assembled(Network(name, model, {}, tokenizer, mark, record.chat), record, below, mesh, read)
-    return loaded[name]
+def read_tokenizer(folder: Path, chat: bool, task: Task | None) -> tuple[Tokenizer, str]:
+    """Reads a stage's tokenizer; returns it and its token digest."""
+    with storage.local_copy(folder / "tokenizer") as local:
+        tokenizer, digest = huggingface.read_tokenizer(local), str(zlib.crc32((local / "tokenizer.json").read_bytes()))
+    if chat:
+        tokenizer = with_chat_template(tokenizer, task.messages if task else one_message)
+        if tokenizer.render:
+            digest += f" chat {tokenizer.render(one_message('a'))!r}"
+    return tokenizer, digest
 
 
-def sketch(
-    name: str, record: Record, tokenizer: Tokenizer, mark: str, below: Network | None, mesh: jax.sharding.Mesh
-) -> Network:
-    """The network of a stage that need not have run, its arrays as shapes with their places on the mesh."""
-
-    def read(shapes: Any, where: Any) -> Params:
-        return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, where)
-
-    return assembled(Network(name, build(record.config), {}, tokenizer, mark, record.chat), record, below, mesh, read)
+def check_base(workdir: Path, name: str, over: Over) -> None:
+    """Raises UserError when the base of the stage ``name`` is not the one that it was made over."""
+    if over.fingerprint != stage_fingerprint(workdir / over.base):
+        raise UserError(f"{workdir / name} was made over another {over.base!r} than {workdir} holds now; make it again")
 
 
-def assembled(
+def restore(folder: Path) -> Callable[[Any, Any], Params]:
+    """Returns (shapes, places) -> the arrays that the stage's folder holds."""
+    return lambda shapes, places: restore_tree(folder / "params", shapes, places)
+
+
+def abstract(shapes: Any, places: Any) -> Params:
+    """Returns shapes with their places on the mesh: what ``plan`` has instead of arrays."""
+    return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
+
+
+def assemble(
     network: Network, record: Record, below: Network | None, mesh: jax.sharding.Mesh, read: Callable[[Any, Any], Params]
 ) -> Network:
-    """The network with its parameters, as ``read`` gets those of its own; ``below`` is what an adapter lies over."""
+    """Returns the network with its parameters. ``read(shapes, places)`` gets those that its stage owns; ``below`` is
+    the network whose base it lies over."""
     model = network.model
-
-    def restored(backbone: Any, dtype: str) -> Params:
-        beyond = jax.tree.map(
-            lambda shape: jax.ShapeDtypeStruct(tuple(shape), "float32"), record.heads,
-            is_leaf=lambda node: isinstance(node, list),
-        )  # fmt: skip
-        shapes = {**jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), backbone), **beyond}
-        rules = (*((rf"^{head}/", jax.sharding.PartitionSpec()) for head in beyond), *lora.RULES, *model.rules)
-        where = sharding.shardings(shapes, sharding.live(rules, shapes), mesh)
-        return read(shapes, where) if shapes else {}
-
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    if record.adapter is None or below is None:
-        network = dataclasses.replace(network, params=restored(shapes, record.dtype))
+    heads = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(tuple(shape), "float32"), record.heads,
+        is_leaf=lambda node: isinstance(node, list),
+    )  # fmt: skip
+    backbone = jax.eval_shape(model.init, jax.random.key(0))
+    if record.over is None or below is None:
+        owned = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, record.dtype), backbone)
+    elif record.over.lora is None:
+        owned = {}
     else:
-        spec = record.adapter.lora
-        if spec is None:  # a head at most: else it is what it lies over
-            network = dataclasses.replace(below, params={**below.params, **restored({}, "float32")}, heads={})
-        else:
-            adapters = jax.eval_shape(lambda p, k: lora.init(spec, p, k), shapes, jax.random.key(0))
-            small = restored(adapters, "float32")
-            whole = lora.overlay(below.params, small, spec.scale)
-            network = dataclasses.replace(
-                network, params=whole, adapter=record.adapter, small=small, base=below.params
-            )  # fmt: skip
-    own = {head: network.params[head] for head in record.heads}
-    backbone = {part: value for part, value in network.params.items() if part not in own}
-    return dataclasses.replace(network, params=backbone, heads=own)
+        spec = record.over.lora
+        owned = jax.eval_shape(lambda p, k: lora.init_adapters(spec, p, k), backbone, jax.random.key(0))
+    shapes = {**owned, **heads}
+    rules = (*((rf"^{name}/", _REPLICATED) for name in heads), *lora.ADAPTER_RULES, *model.rules)
+    params = read(shapes, sharding.shardings(shapes, sharding.matching_rules(rules, shapes), mesh)) if shapes else {}
+    own, heads = {name: params[name] for name in owned}, {name: params[name] for name in heads}
+    if record.over is None or below is None:
+        return dataclasses.replace(network, base=own, heads=heads)
+    if record.over.lora is None:  # the network below, with other heads
+        return dataclasses.replace(below, heads=heads)
+    return dataclasses.replace(network, base=below.base, adapters=own, heads=heads, over=record.over)
 
 
-@dataclasses.dataclass(frozen=True)
-class Trainable:
-    """What a stage trains, and how it makes a model's parameters."""
-
-    params: Params  # arrays of its own, whose memory the training takes over
-    frozen: dict[str, Params]  # {"base": ...} under adapters, else empty
-    whole: train.Whole
-    adapter: Adapter | None
-    rules: Rules
-
-
-def trainable(start: Network, spec: Lora | None, key: jax.Array, form: Preference | None = None) -> Trainable:
-    """All of the start's parameters; or with ``spec`` adapters over its base, which go on from the start's own. Of a
-    form of preference model, its head too. Raises UserError when the start has other adapters."""
-    rules = form.rules if form else start.model.rules
-    if spec is None:
-        params = in_full(dataclasses.replace(start, params=in_float32(start.params)))
-        return Trainable({**params, **heads(start, params, key, form)}, {}, train.trained, None, rules)
-    base, name = (start.base, start.adapter.base) if start.adapter else (start.params, start.name)
-    base = {part: base[part] for part in start.params}  # without the head of a preference model
-    small = lora.init(spec, base, key)
-    if start.adapter and start.adapter.lora:
-        if start.adapter.lora != spec:
-            raise UserError(
-                f"stage {start.name!r} has adapters {start.adapter.lora}, not {spec}; use the same, or None"
-            )
-        small = in_float32({part: start.small[part] for part in small})
-
-    def whole(params: Params, frozen: Any) -> Params:
-        return lora.overlay(frozen["base"], params, spec.scale)
-
-    new = heads(start, base, key, form)
-    return Trainable({**small, **new}, {"base": base}, whole, Adapter(name, spec), (*lora.RULES, *rules))
-
-
-def heads(start: Network, backbone: Params, key: jax.Array, form: Preference | None) -> Params:
-    """What the form has beyond the backbone: the start's own where it has it, as a reward model's folder does."""
-    if form is None:
-        return {}
-    fresh = {name: part for name, part in form.extend(backbone, key).items() if name not in backbone}
-    return {**fresh, **in_float32({name: start.heads[name] for name in fresh.keys() & start.heads.keys()})}
-
-
-def gathering(model: Model) -> Model:
-    """The model, its parameters gathered (runtime.sharding.gathered) before it begins to write."""
-    dtype = model.config.compute_dtype
-    return model._replace(
-        start=lambda params, prompt, new: model.start(sharding.gathered(params, model.rules, dtype), prompt, new)
-    )
-
-
-def in_full(network: Network) -> Params:
-    """The parameters without adapters: merged, where it is one."""
-    return made(lora.merge, network.params) if network.adapter else network.params
-
-
-def in_float32(params: Params) -> Params:
-    """A copy, wide enough for steps of Adam: in bfloat16 most would round to nothing."""
-    return made(lambda p: jax.tree.map(lambda x: x.astype("float32"), p), params)
-
-
-def made(function: Callable[[Params], Params], params: Params) -> Params:
-    """What the function makes of the parameters; of a sketch's, the shapes."""
-    sketched = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
-    return jax.eval_shape(function, params) if sketched else jax.jit(function)(params)
-
-
-def derived(start: Record, name: str, spec: Lora | None, heads: dict[str, Any]) -> Record:
-    """The record of what ``trainable`` makes of the stage ``name``, whose record is ``start``."""
-    if spec is None:
-        return dataclasses.replace(start, dtype="float32", heads=heads, adapter=None)
-    return dataclasses.replace(start, heads=heads, adapter=Adapter(start.adapter.base if start.adapter else name, spec))
+def apply_or_abstract(function: Callable[[Params], Params], params: Params) -> Params:
+    """Returns function(params), jitted; of abstract parameters its shapes."""
+    is_abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(params))
+    return jax.eval_shape(function, params) if is_abstract else jax.jit(function)(params)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -9,111 +10,133 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignjax.checkpoints import huggingface, weights
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 from alignjax.models.build import build
-from alignjax.models.tokenizer import Tokenizer, as_chat, decode_continuation, pad, stop_sequences
-from alignjax.pipeline import networks
+from alignjax.models.config import TransformerConfig
+from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad, stop_sequences, with_chat_template
+from alignjax.pipeline.experiment import load_network
 from alignjax.pipeline.networks import Network
-from alignjax.sampling.generate import Generate, generator
-from alignjax.sampling.process import Process, Sampling, Stop, sample
+from alignjax.sampling.generate import Generate, ReplyFormat, generator, reply_writer
+from alignjax.sampling.process import Sampling, StopSequences, sample
 from alignjax.tasks.task import one_message
 
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # prompt lengths in tokens
+_BATCH = 8
 
 
-def one_device() -> jax.sharding.Mesh:
-    """A look needs no more."""
+class PreviewOptions(NamedTuple):
+    """How a preview writes."""
+
+    stop: str | None = None  # a text that ends a reply, beside the tokenizer's end tokens
+    max_new_tokens: int = 128
+    sampling: Sampling = Sampling()
+    seed: int = 0
+
+
+def one_device_mesh() -> jax.sharding.Mesh:
+    """Returns the mesh of the first device."""
     return sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
 
 
-def opened(folder: Path, chat: bool) -> Network:
-    """A Hugging Face folder, or a finished stage WORKDIR/NAME, on one device. Raises UserError."""
-    mesh = one_device()
+def open_network(folder: Path, chat: bool) -> Network:
+    """Opens a Hugging Face folder, or a finished stage WORKDIR/NAME, on one device. Raises UserError."""
+    mesh = one_device_mesh()
     if (folder / "model.json").exists():
-        found = networks.load(folder.parent, folder.name, mesh, {}, None)
-        tokenizer = as_chat(found.tokenizer, one_message) if chat else found.tokenizer
-        return Network(found.name, found.model, found.params, tokenizer, found.fingerprint)
-    if storage.is_bucket(folder):
+        network = load_network(folder, mesh)
+    elif storage.is_bucket(folder):
         raise UserError(f"{folder} is no finished stage's; a Hugging Face folder must lie on this machine: copy it")
-    config = huggingface.read_config(folder)
-    model, tokenizer = build(config), huggingface.read_tokenizer(folder)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    where = sharding.shardings(shapes, sharding.live(model.rules, shapes), mesh)
-    params = weights.read_params(folder, config, where)
-    return Network(folder.name, model, params, as_chat(tokenizer, one_message) if chat else tokenizer, "")
+    else:
+        config = huggingface.read_config(folder)
+        model, tokenizer = build(config), huggingface.read_tokenizer(folder)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        places = sharding.shardings(shapes, sharding.matching_rules(model.rules, shapes), mesh)
+        network = Network(folder.name, model, tokenizer, "", weights.read_params(folder, config, places))
+    if not chat:
+        return network
+    return dataclasses.replace(network, tokenizer=with_chat_template(network.tokenizer, one_message))
 
 
-def stream(
-    network: Network,
-    prompt: str,
-    stop: str | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    out: TextIO | None = None,
-) -> None:
-    """Writes what the model says after the prompt, token by token, as it is drawn. UserError when it does not fit."""
-    tokenizer, out = network.tokenizer, out or sys.stdout
+def stream(network: Network, prompt: str, options: PreviewOptions, out: TextIO | None = None) -> None:
+    """Writes what the model says after the prompt, token by token, as it is drawn.
+
+    Raises UserError when the prompt is empty or does not fit, and where log-probs are not finite.
+    """
+    tokenizer, out, new_tokens = network.tokenizer, out or sys.stdout, options.max_new_tokens
     ids = tokenizer.encode(prompt)
-    if not ids:
-        raise UserError("the prompt is empty, and this tokenizer puts nothing before it; give some text")
-    longest = [bucket for bucket in BUCKETS if bucket >= len(ids)]
-    if not longest:
-        raise UserError(f"the prompt has {len(ids)} tokens, and the longest is {BUCKETS[-1]}; shorten it")
-    stops = stops_of(tokenizer, stop)
-    speak = speaker(tokenizer, {sequence[0] for sequence in stops if len(sequence) == 1}, out)
+    stops = preview_stops(tokenizer, options.stop)
+    write_token = token_writer(tokenizer, {sequence[0] for sequence in stops if len(sequence) == 1}, out)
 
-    def run(params, prompt, key):
-        process = Process(*network.model.start(params, prompt, max_new_tokens))
+    def run(params: Any, prompt: Any, key: jax.Array) -> jax.Array:
+        process = network.model.prefill(params, prompt, new_tokens)
 
-        def step(carry, token):
-            jax.debug.callback(speak, token[0], ordered=True)
+        def step(carry: Any, token: Any) -> Any:
+            jax.debug.callback(write_token, token[0], ordered=True)
             return process.step(carry, token)
 
-        return sample(process._replace(step=step), key[None], max_new_tokens, stops, sampling).completion.mask
+        drawn = sample(process._replace(step=step), key[None], new_tokens, stops, options.sampling)
+        return jnp.all(jnp.isfinite(drawn.logp))
 
-    length = min(longest)
-    if getattr(network.model.config, "positions", "") == "learned":  # a bucket may be longer than there are positions
-        length = max(min(length, network.model.config.context - max_new_tokens), len(ids))
-    jax.block_until_ready(jax.jit(run)(network.params, pad([ids], length), jax.random.key(seed)))
+    padded = pad([ids], preview_length(network, len(ids), new_tokens))
+    finite = jax.jit(run)(network.params, padded, jax.random.key(options.seed))
+    jax.block_until_ready(finite)
     jax.effects_barrier()
     out.write("\n")
+    if not finite:
+        raise UserError(f"{network.stage} gives log-probs that are not finite; its parameters are damaged")
 
 
-def stops_of(tokenizer: Tokenizer, stop: str | None) -> Stop:
-    """The tokenizer's end tokens, and a text that ends a reply too."""
-    return (*((end,) for end in tokenizer.ends), *(stop_sequences(tokenizer, stop) if stop is not None else ()))
+def preview_length(network: Network, tokens: int, new_tokens: int) -> int:
+    """Returns the length that a prompt of ``tokens`` tokens is padded to. Raises UserError when none fits."""
+    if not tokens:
+        raise UserError("the prompt is empty, and this tokenizer puts nothing before it; give some text")
+    fitting = [bucket for bucket in BUCKETS if bucket >= tokens]
+    if not fitting:
+        raise UserError(f"the prompt has {tokens} tokens, and the longest is {BUCKETS[-1]}; shorten it")
+    config, length = network.model.config, min(fitting)
+    if isinstance(config, TransformerConfig) and config.positions == "learned":  # a bucket may exceed the positions
+        return max(min(length, config.context - new_tokens), tokens)
+    return length
 
 
-def speaker(tokenizer: Tokenizer, ends: set[int], out: TextIO) -> Callable[[np.ndarray], None]:
-    """token -> writes the text that it completes; nothing from the first end token on, and no half character."""
+def preview_stops(tokenizer: Tokenizer, stop: str | None) -> StopSequences:
+    """Returns the tokenizer's end tokens, and the sequences of a text that ends a reply too."""
+    ends = tuple((end,) for end in tokenizer.end_tokens)
+    return (*ends, *(stop_sequences(tokenizer, stop) if stop is not None else ()))
+
+
+def token_writer(tokenizer: Tokenizer, end_tokens: set[int], out: TextIO) -> Callable[[np.ndarray], None]:
+    """Returns a function that writes the text which a token completes.
+
+    It writes nothing from the first end token on, and no half character.
+    """
     ids: list[int] = []
-    told = [0]
+    written = [0]  # characters
 
-    def speak(token: np.ndarray) -> None:
-        if ids and ids[-1] in ends:
+    def write_token(token: np.ndarray) -> None:
+        if ids and ids[-1] in end_tokens:
             return
         ids.append(int(token))
-        if ids[-1] in ends:
+        if ids[-1] in end_tokens:
             return
         text = decode_continuation(tokenizer, ids)
-        if not text.endswith("�"):
-            out.write(text[told[0] :])
+        if not text.endswith("\ufffd"):
+            out.write(text[written[0] :])
             out.flush()
-            told[0] = len(text)
+            written[0] = len(text)
 
-    return speak
+    return write_token
 
 
 def read_prompts(path: Path) -> list[str]:
-    """JSON lines {"prompt": text}, or one prompt a line. Raises UserError when there is none."""
+    """Reads JSON lines {"prompt": text}, or one prompt a line. Raises UserError when there is none."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -133,34 +156,29 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def writer(network: Network, stop: str | None, max_new_tokens: int, sampling: Sampling, seed: int) -> Generate:
-    mesh = one_device()
+def preview_generator(network: Network, options: PreviewOptions) -> Generate:
+    """Returns text in, text out by the network on one device."""
+    mesh, stops = one_device_mesh(), preview_stops(network.tokenizer, options.stop)
+    write = reply_writer(network.model, stops, options.max_new_tokens, options.sampling, mesh)
     return generator(
-        network.model, network.params, network.tokenizer, stop=stops_of(network.tokenizer, stop), end="",
-        max_new_tokens=max_new_tokens, buckets=BUCKETS, batch=8, sampling=sampling, key=jax.random.key(seed),
-        reference=None, mesh=mesh,
+        write, network.params, network.tokenizer, ReplyFormat(stops, ""), buckets=BUCKETS, batch=_BATCH,
+        key=jax.random.key(options.seed), mesh=mesh, score=None, owner=network.stage,
     )  # fmt: skip
 
 
 def compare(
-    networks: Sequence[Network],
-    prompts: Sequence[str],
-    stop: str | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    out: TextIO | None = None,
+    networks: Sequence[Network], prompts: Sequence[str], options: PreviewOptions, out: TextIO | None = None
 ) -> None:
     """Writes both models' replies to each prompt side by side, and their mean lengths."""
     out = out or sys.stdout
-    answers = [writer(n, stop, max_new_tokens, sampling, seed)(prompts, range(len(prompts)), 0) for n in networks]
+    replies = [preview_generator(network, options)(prompts, range(len(prompts)), 0) for network in networks]
     width = min(shutil.get_terminal_size((100, 24)).columns, 160)
     column = (width - 3) // 2
-    for prompt, *replies in zip(prompts, *answers, strict=True):
-        texts = [reply.text.strip() if reply else "(the prompt is too long)" for reply in replies]
+    for prompt, *pair in zip(prompts, *replies, strict=True):
+        texts = [reply.text.strip() if reply else "(the prompt is too long)" for reply in pair]
         out.write(f"\n{textwrap.fill(prompt, width)}\n{'-' * width}\n")
         sides = [[*itertools.chain(*(textwrap.wrap(line, column) or [""] for line in t.splitlines()))] for t in texts]
         for left, right in itertools.zip_longest(*sides, fillvalue=""):
             out.write(f"{left:<{column}} | {right}".rstrip() + "\n")
-    means = [np.mean([reply.length for reply in side if reply]) if any(side) else 0.0 for side in answers]
+    means = [np.mean([reply.length for reply in side if reply]) if any(side) else 0.0 for side in replies]
     out.write(f"\nmean tokens: {means[0]:.1f} | {means[1]:.1f} over {len(prompts)} prompts\n")

@@ -1,1 +1,1 @@
-"""What a stage will need on machines that are not here."""
+"""What a stage needs on accelerators that this machine does not have."""

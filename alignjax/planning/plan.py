@@ -15,8 +15,7 @@ from jax.sharding import AxisType
 
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
-from alignjax.pipeline import stages
-from alignjax.pipeline.experiment import Program
+from alignjax.pipeline.experiment import Context, Program, order
 from alignjax.planning import cost, topology
 
 SHAPES = {
@@ -59,18 +58,15 @@ def plan(
     that differ in the prompts' bucket alone the one of the largest, unless ``every`` is wanted. A kind alone ("v5e")
     goes through its SHAPES until all programs fit. ``topology.prepare_environment`` must have been called. Raises
     UserError on what is unknown."""
-    names = [name for name in stages.order(experiment.stages) if not only or name in only]
+    names = [name for name in order(experiment.stages) if not only or name in only]
     if missing := set(only) - set(names):
         raise UserError(f"unknown stage {min(missing)!r}; this experiment has {', '.join(experiment.stages)}")
-    planned = [name for name in names if hasattr(experiment.stages[name], "programs")]
-    if not planned:
-        raise UserError("none of these stages compiles anything; name another")
     for where in topologies:
         for shape in shapes(where):
             fits = False
             for sizes in meshes or [experiment.mesh]:
                 rows = []
-                for row in on_mesh(experiment, shape, sizes, planned, every, impatient=where != shape):
+                for row in on_mesh(experiment, shape, sizes, names, every, impatient=where != shape):
                     rows.append(row)
                     yield row
                 fits = fits or all(row.fits for row in rows)
@@ -87,19 +83,19 @@ def on_mesh(
     experiment: Any, where: str, sizes: sharding.Mesh, names: Sequence[str], every: bool, impatient: bool
 ) -> Iterator[Row]:
     """The rows of one mesh; the ``impatient`` wants none after the first that does not fit."""
-    devices, chip = topology.devices(where), topology.chip(where)
+    devices, chip = topology.compile_only_devices(where), topology.chip_of(where)
     told = ",".join(f"{axis}={getattr(sizes, axis)}" for axis in sharding.AXES)
     try:
-        shape = sharding.shape_of(sizes, len(devices))
+        shape = sharding.mesh_shape(sizes, len(devices))
     except UserError as error:
         yield Row(where, told, len(devices), "", "", 0.0, 0, None, str(error))
         return
     told = ",".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, shape, strict=True))
-    arranged = topology.arrange(devices, shape)
+    arranged = topology.arrange_devices(devices, shape)
     mesh = jax.sharding.Mesh(arranged, sharding.AXES, axis_types=(AxisType.Auto,) * len(sharding.AXES))
     seen: dict[str, tuple[cost.Analysis | None, str]] = {}
     for name in names:
-        context = stages.Context(experiment, Path(), name, mesh, sketched=True)
+        context = Context(experiment, None, name, mesh)
         try:
             programs = list(experiment.stages[name].programs(context))
             programs = programs if every else longest(programs)
@@ -133,7 +129,7 @@ def compiled(
 ) -> tuple[cost.Analysis | None, str]:
     """(what it costs, with what lives beside it among its arguments, or None and why not). Programs that are the same
     text are compiled once."""
-    if (held := sharding.held_by((program.arguments, program.beside))) > chip.hbm:
+    if (held := sharding.bytes_per_device((program.arguments, program.resident))) > chip.hbm:
         return None, f"its arguments alone are {held / topology.GIB:.2f} of {chip.hbm / topology.GIB:.2f} GiB a device"
     with jax.set_mesh(mesh):
         try:
@@ -145,11 +141,11 @@ def compiled(
             try:
                 seen[text] = cost.analyse(lowered.compile(), chip, mesh), ""
             except jax.errors.JaxRuntimeError as error:
-                reason = cost.refusal(error) or f"the compiler failed: {' '.join(str(error).split())[:200]}"
+                reason = cost.parse_refusal(error) or f"the compiler failed: {' '.join(str(error).split())[:200]}"
                 seen[text] = None, str(reason)
     found, refused = seen[text]
     if found:
-        found = found._replace(memory=found.memory.beside(held - sharding.held_by(program.arguments)))
+        found = found._replace(memory=found.memory.with_resident(held - sharding.bytes_per_device(program.arguments)))
     return found, refused
 
 
@@ -167,7 +163,7 @@ def table(rows: Sequence[Row]) -> str:
             cells = [*start, "", "", "", "", f"no: {row.refused}", "", "", "", "", ""]
         else:
             memory, spent = row.found.memory, row.found.cost
-            best = cost.roofline(spent, topology.chip(row.topology))
+            best = cost.roofline(spent, topology.chip_of(row.topology))
             sent = sum(kind.bytes for kind in spent.collectives.values())
             more = "> " if "unknown" in spent.loops.values() or spent.uncounted else ""
             cells = [

@@ -1,82 +1,84 @@
-"""Who decides in evaluation. A judge compares texts, so that it needs nobody's tokenizer."""
+"""Judges of texts, and how well probabilities agree with labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from alignjax.distributed import sharding
+from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
-from alignjax.preferences.models import probability
-from alignjax.tasks.task import Format, Oracle
-from alignjax.types import Params, PreferenceLogit
+from alignjax.preferences.preference_models import probability
+from alignjax.tasks.task import Format, Oracle, reply_text
+from alignjax.types import Judge, Params, PreferenceLogit
 
-Judge = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
-"""(prompts, replies, others) -> P(reply > other) [N]."""
+LENGTH_MULTIPLE = 32  # lengths are rounded up to it, for fewer compilations
 
 
 def oracle_judge(oracle: Oracle) -> Judge:
-    """The task's exact oracle."""
+    """Returns the judge of a task's exact oracle."""
     return lambda prompts, replies, others: np.array(list(map(oracle, prompts, replies, others)))
 
 
 def model_judge(
-    logit: PreferenceLogit,
+    ask: Any,
     params: Params,
     tokenizer: Tokenizer,
     reply_format: Format,
     *,
     batch: int,
     mesh: jax.sharding.Mesh,
+    owner: str,
 ) -> Judge:
-    """A preference model as a judge of texts. It was fitted on replies alone: an empty text, which stands for
-    a reply that failed the task's filter, loses to any other, and two of them tie."""
-    run = asker(logit, mesh)
+    """Returns the judge of a preference model; ``ask`` is a ``preference_asker``.
+
+    The model was fitted on replies alone. So an empty text, which stands for a reply that the task's filter refused,
+    loses to any other, and two of them tie. Raises UserError, beginning with ``owner``, where a logit is not finite.
+    """
 
     def encode(text: str) -> list[int]:
         return encode_continuation(tokenizer, reply_text(reply_format, text))
 
     def judge(prompts: Sequence[str], replies: Sequence[str], others: Sequence[str]) -> np.ndarray:
         ids = [list(map(tokenizer.encode, prompts)), list(map(encode, replies)), list(map(encode, others))]
-        lengths = [ceil_to(max(map(len, side)), 32) for side in ids]  # one shape: compiled once
+        lengths = [judged_length(max(map(len, side))) for side in ids]  # one shape: compiled once
         logits = np.zeros(len(prompts))
-        for at in range(0, len(prompts), batch):
-            mine = np.arange(at, min(at + batch, len(prompts)))
-            full = np.resize(mine, batch)
+        for start in range(0, len(prompts), batch):
+            rows = np.arange(start, min(start + batch, len(prompts)))
+            full = np.resize(rows, batch)
             padded = [pad([side[i] for i in full], length) for side, length in zip(ids, lengths, strict=True)]
-            logits[mine] = np.asarray(run(params, *sharding.place(mesh, padded)))[: len(mine)]
-        here, there = (np.array([float(bool(text)) for text in side]) for side in (replies, others))
-        return np.where(here * there > 0, probability(logits), 0.5 + 0.5 * (here - there))
+            logits[rows] = np.asarray(ask(params, *sharding.place_rows(mesh, padded)))[: len(rows)]
+        if not np.all(np.isfinite(logits)):
+            raise UserError(f"{owner} gives logits that are not finite; its parameters are damaged")
+        first, second = (np.array([float(bool(text)) for text in side]) for side in (replies, others))
+        return np.where(first * second > 0, probability(logits), 0.5 + 0.5 * (first - second))
 
     return judge
 
 
-def asker(logit: PreferenceLogit, mesh: jax.sharding.Mesh):
-    """(params, prompt, y, y') -> logits [B], on every host; jitted."""
-    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
+def judged_length(length: int) -> int:
+    """Returns the length in tokens that a judge pads texts of at most this length to."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def preference_asker(logit: PreferenceLogit, mesh: jax.sharding.Mesh) -> Any:
+    """Returns a jitted (params, prompt, y, y') -> logits [B], on every host."""
+    rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)
 
 
-def reply_text(reply_format: Format, reply: str) -> str:
-    """A reply as it stands after its prompt, its end marker included."""
-    return f"{reply_format.before}{reply}{reply_format.end}"
-
-
-def ceil_to(length: int, multiple: int) -> int:
-    return -(-length // multiple) * multiple
-
-
 def calibration(p: np.ndarray, label: np.ndarray, bins: int = 10) -> dict[str, float]:
-    """Accuracy, expected calibration error and mean cross-entropy (nats) of probabilities against labels.
+    """Returns accuracy, expected calibration error and mean cross-entropy (nats) of probabilities [N] against labels.
 
-    A probability of exactly 1/2 counts half. The error is the mean over equal-width bins, weighted by
-    their share, of |mean probability - mean label| (1706.04599).
+    A probability of exactly 1/2 counts half. The error is the mean over equal-width bins, weighted by their share, of
+    |mean probability - mean label| (1706.04599).
     """
     accuracy = np.mean(np.where(p == 0.5, 0.5, (p > 0.5) == (label > 0.5)))
-    where = np.minimum((p * bins).astype(int), bins - 1)
-    gaps = [abs(np.sum(p[where == b] - label[where == b])) for b in range(bins)]
+    bin_of = np.minimum((p * bins).astype(int), bins - 1)
+    gaps = [abs(np.sum(p[bin_of == b] - label[bin_of == b])) for b in range(bins)]
     clipped = np.clip(p, 1e-7, 1 - 1e-7)
     entropy = -np.mean(label * np.log(clipped) + (1 - label) * np.log(1 - clipped))
     return {

@@ -7,19 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.preferences.judges import Judge
+from alignjax.types import Judge
 
 
 class WinRates(NamedTuple):
-    """``rate[i, j]``: how often policy i beats policy j, ties counting 1/2; a 95% interval around it."""
+    """How often policy i beats policy j, ties counting 1/2, with a 95% interval."""
 
-    rate: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
+    rate: np.ndarray  # [P, P]
+    low: np.ndarray  # [P, P]
+    high: np.ndarray  # [P, P]
 
 
 def clopper_pearson(wins: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The exact binomial interval (Clopper and Pearson 1934); ``wins`` may be a half-integer, with ties."""
+    """Returns the exact binomial interval (Clopper and Pearson 1934); ``wins`` may be a half-integer, with ties."""
     from scipy import special  # here: only the end of a run needs it
 
     tail = (1 - level) / 2
@@ -29,13 +29,17 @@ def clopper_pearson(wins: float, n: int, level: float = 0.95) -> tuple[float, fl
 
 
 def win_rates(judge: Judge, prompts: Sequence[str], replies: Mapping[str, Sequence[str]]) -> WinRates:
-    """Compares the replies of every two policies to the same prompts. A judge's probability is a vote for
-    the likelier side; exactly 1/2 is a tie. A policy against itself is 1/2 by symmetry."""
+    """Compares the replies of every two policies to the same prompts.
+
+    A judge's probability is a vote for the likelier side; exactly 1/2 is a tie. A policy against itself is 1/2 by
+    symmetry.
+    """
     names, n = list(replies), len(prompts)
     rate, low, high = (np.full((len(names), len(names)), 0.5) for _ in range(3))
     for i, name in enumerate(names):
         for j in range(i):
-            votes = 0.5 + 0.5 * np.sign(judge(prompts, replies[name], replies[names[j]]) - 0.5)
+            probabilities = judge(list(prompts), list(replies[name]), list(replies[names[j]]))
+            votes = 0.5 + 0.5 * np.sign(probabilities - 0.5)
             rate[i, j] = float(np.mean(votes))
             low[i, j], high[i, j] = clopper_pearson(float(np.sum(votes)), n)
             rate[j, i], low[j, i], high[j, i] = 1 - rate[i, j], 1 - high[i, j], 1 - low[i, j]

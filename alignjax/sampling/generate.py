@@ -4,121 +4,135 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from alignjax.distributed import sharding
+from alignjax.errors import UserError
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, decode_reply, pad
-from alignjax.sampling.process import Process, Sampling, Stop, sample
-from alignjax.types import Completion, Key, LogProb, Params, Prompt
+from alignjax.sampling.process import Sampling, StopSequences, sample
+from alignjax.types import Array, Completion, Key, LogProb, Params, Prompt
 
 
 class Reply(NamedTuple):
     """One sampled continuation."""
 
-    text: str  # raw, with the task's end marker if it met one
-    length: int  # tokens, the stop token included
-    kl: float  # nats: log pi(y) - log mu(y) of this sample; its mean estimates KL(pi, mu)
+    text: str  # raw, with the task's end marker if the model wrote one
+    length: int  # tokens, the stop sequence included
+    kl: float  # nats: log pi(y) - log mu(y) of this sample; its mean estimates KL(pi, mu). NaN: not measured
+
+
+class ReplyFormat(NamedTuple):
+    """How a reply ends."""
+
+    stop: StopSequences
+    end: str  # the task's end marker; it stands in a text for the tokenizer's own end token
 
 
 Generate = Callable[[Sequence[str], Sequence[int], int], list[Reply | None]]
-"""(prompts, example numbers, seed) -> one Reply each, None where a prompt is longer than what was compiled for.
-A reply depends on its prompt, number and seed alone, not on its neighbours in the batch."""
+"""(prompts, example numbers, attempt) -> one Reply each, None where a prompt is longer than every bucket.
+A reply depends on its prompt, number and attempt alone, not on its neighbours in the batch."""
 
 
 def generator(
-    model: Model,
+    write: Any,
     params: Params,
     tokenizer: Tokenizer,
+    reply_format: ReplyFormat,
     *,
-    stop: Stop,
-    end: str,
-    max_new_tokens: int,
     buckets: tuple[int, ...],
     batch: int,
-    sampling: Sampling,
     key: Key,
-    reference: tuple[LogProb, Params] | None,
     mesh: jax.sharding.Mesh,
+    score: tuple[Any, Params] | None,
+    owner: str,
 ) -> Generate:
-    """Builds a Generate; compiled at most twice a bucket, for whole batches and for the small ones that
-    retries leave. ``end`` is the task's end marker, which stands in a text for the tokenizer's own. Without
-    ``reference``, or where sampling is not plain, every kl is NaN."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    small = max(batch // 8 // parts, 1) * parts
+    """Returns a Generate over a ``reply_writer`` and, for the log-ratios, (a ``reply_scorer``, the reference's params).
 
-    run = writer(model, stop=stop, max_new_tokens=max_new_tokens, sampling=sampling, mesh=mesh)
-    # Filtered or tempered samples are not the policy's: their log-ratio estimates no KL.
-    ratio = scorer(reference[0], mesh) if reference and sampling == Sampling() else None
+    It compiles at most twice a bucket: for full batches, and for the small ones that retries leave. Raises UserError,
+    beginning with ``owner``, where the network's log-probs are not finite.
+    """
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    small = max(batch // 8 // rows, 1) * rows
 
-    def score(prompt: Prompt, completion: Completion, logp: jax.Array) -> np.ndarray:
-        if reference is None or ratio is None:
+    def log_ratios(prompt: Prompt, completion: Completion, logp: Array) -> np.ndarray:
+        if score is None:
             return np.full(len(logp), np.nan)
-        return np.asarray(ratio(reference[1], prompt, completion, logp))
+        return np.asarray(score[0](score[1], prompt, completion, logp))
 
-    def generate(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[Reply | None]:
+    def generate(prompts: Sequence[str], numbers: Sequence[int], attempt: int) -> list[Reply | None]:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
         replies: dict[int, Reply] = {}
-        for length, members in bucketed([len(row) for row in ids], buckets).items():
-            for mine, size in cut(members, batch, small):
-                full = [*mine, *[mine[0]] * (size - len(mine))]
-                given = pad([ids[i] for i in full], length), np.array([numbers[i] for i in full])
-                prompt, mine_alone = sharding.place(mesh, given)
-                completion, whole, logp = run(params, prompt, mine_alone, jax.random.fold_in(key, seed))
-                kl = score(prompt, completion, logp)
-                tokens, mask = np.asarray(whole.tokens), np.asarray(whole.mask)
-                for row, i in enumerate(mine):
-                    text = decode_reply(tokenizer, tokens[row][mask[row]].tolist(), stop, end)
+        for length, members in assign_buckets([len(row) for row in ids], buckets).items():
+            for chosen, size in split_batches(members, batch, small):
+                full = [*chosen, *[chosen[0]] * (size - len(chosen))]
+                host = pad([ids[i] for i in full], length), np.array([numbers[i] for i in full])
+                prompt, row_numbers = sharding.place_rows(mesh, host)
+                drawn = write(params, prompt, row_numbers, jax.random.fold_in(key, attempt))
+                if not bool(drawn.finite):
+                    raise UserError(f"{owner} gives log-probs that are not finite; its parameters are damaged")
+                kl = log_ratios(prompt, drawn.completion, drawn.logp)
+                tokens, mask = np.asarray(drawn.replicated.tokens), np.asarray(drawn.replicated.mask)
+                for row, i in enumerate(chosen):
+                    text = decode_reply(tokenizer, tokens[row][mask[row]].tolist(), *reply_format)
                     replies[i] = Reply(text, int(mask[row].sum()), float(kl[row]))
         return [replies.get(i) for i in range(len(prompts))]
 
     return generate
 
 
-def writer(model: Model, *, stop: Stop, max_new_tokens: int, sampling: Sampling, mesh: jax.sharding.Mesh):
-    """(params, prompt, example numbers [B], key) -> the completions by rows, the same on every host, log-probs [B, T];
-    jitted."""
-    rows = sharding.rows(mesh)
+class Written(NamedTuple):
+    """What a ``reply_writer`` returns."""
 
-    @partial(
-        jax.jit, in_shardings=(None, rows, rows, None), out_shardings=(rows, sharding.replicated(mesh), rows),
-        keep_unused=True,
-    )  # fmt: skip
-    def write(params: Params, prompt: Prompt, numbers: jax.Array, key: Key):
+    completion: Completion  # [B, T], by rows
+    replicated: Completion  # the same on every host
+    logp: Array  # [B, T] nats, by rows
+    finite: Array  # [] bool: every log-prob is finite
+
+
+def reply_writer(
+    model: Model, stop: StopSequences, max_new_tokens: int, sampling: Sampling, mesh: jax.sharding.Mesh
+) -> Any:
+    """Returns a jitted (params, prompt, example numbers [B], key) -> Written. Row b draws with fold_in(key, number)."""
+    rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
+
+    def write(params: Params, prompt: Prompt, numbers: jax.Array, key: Key) -> Written:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
-        drawn = sample(Process(*model.start(params, prompt, max_new_tokens)), keys, max_new_tokens, stop, sampling)
-        return drawn.completion, drawn.completion, drawn.logp
+        drawn = sample(model.prefill(params, prompt, max_new_tokens), keys, max_new_tokens, stop, sampling)
+        return Written(drawn.completion, drawn.completion, drawn.logp, jnp.all(jnp.isfinite(drawn.logp)))
 
-    return write
+    places: Any = Written(*cast(Any, (rows, everywhere, rows, everywhere)))
+    return jax.jit(write, in_shardings=(None, rows, rows, None), out_shardings=places, keep_unused=True)
 
 
-def scorer(log_prob: LogProb, mesh: jax.sharding.Mesh):
-    """(params of mu, prompt, completion, log pi [B, T]) -> log pi(y) - log mu(y) [B], on every host; jitted."""
-    rows, everywhere = sharding.rows(mesh), sharding.replicated(mesh)
+def reply_scorer(log_prob: LogProb, mesh: jax.sharding.Mesh) -> Any:
+    """Returns a jitted (params of mu, prompt, y, log pi [B, T]) -> log pi(y) - log mu(y), [B] nats on every host."""
+    rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
 
     @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)
-    def log_ratio(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array):
+    def score(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array) -> jax.Array:
         return (logp - log_prob(params, prompt, completion)).sum(-1)
 
-    return log_ratio
+    return score
 
 
-def cut(members: list[int], batch: int, small: int) -> list[tuple[list[int], int]]:
-    """Whole batches, then one more batch or as many small ones as hold the rest: (members, size)."""
-    whole = len(members) // batch * batch
-    rest, size = members[whole:], small if len(members) - whole <= 2 * small else batch
-    pieces = [(members[at : at + batch], batch) for at in range(0, whole, batch)]
+def split_batches(members: list[int], batch: int, small: int) -> list[tuple[list[int], int]]:
+    """Returns (members, size) of full batches, then of one more batch or as few small ones as hold the rest."""
+    full = len(members) // batch * batch
+    rest, size = members[full:], small if len(members) - full <= 2 * small else batch
+    pieces = [(members[at : at + batch], batch) for at in range(0, full, batch)]
     return pieces + [(rest[at : at + size], size) for at in range(0, len(rest), size)]
 
 
-def bucketed(lengths: Sequence[int], buckets: Sequence[int]) -> dict[int, list[int]]:
-    """Bucket length -> the members it holds. What is longer than every bucket is in none."""
+def assign_buckets(lengths: Sequence[int], buckets: Sequence[int]) -> dict[int, list[int]]:
+    """Returns bucket length -> the members it holds. What is longer than every bucket is in none."""
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        fits = [bucket for bucket in buckets if bucket >= length]
-        if fits:
-            groups.setdefault(min(fits), []).append(i)
+        fitting = [bucket for bucket in buckets if bucket >= length]
+        if fitting:
+            groups.setdefault(min(fitting), []).append(i)
     return dict(sorted(groups.items()))

@@ -1,132 +1,101 @@
-"""prompts -> Rollout: the policy answers, the opponent answers, P compares. All in one compiled step where they share
-a tokenizer; else the answers become text between two compiled halves (``stages.optimise``)."""
+"""Who writes the responses, as data: ``samplers=(policy, mixture(beta=0.125))`` is Nash-MD.
+
+(policy, policy) is self-play and online IPO, (mixture(b), mixture(b)) is IPO-MD, (policy, reference) makes the policy a
+best response to the reference, (policy, moving_average) is Nash-EMA.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from alignjax.errors import UserError
-from alignjax.models.model import Model
-from alignjax.preferences.models import probability
-from alignjax.sampling.process import Process, Sample, Stop, geometric_mixture, sample
-from alignjax.types import Array, Completion, Key, LogProb, Params, PreferenceLogit, Prompt, Rollout
+from alignjax.sampling.process import StopSequences, geometric_mean, sample
+from alignjax.types import Array, Key, Params, Process, Prompt, Role, Roles, Sample, stack_rows
 
-Opponent = Callable[[Callable[[Params], Process], Params, Params, Params], Process]
-"""(start, policy, reference, average) -> the process that answers; ``start(params)`` prefills a prompt."""
+Prefill = Callable[[Params, Prompt], Process]
+"""(params, prompt) -> the process that continues the prompt."""
 
 
-def mixture(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params, *, beta: float):
-    """Nash-MD's opponent pi^(1-beta) mu^beta (2312.00886, Eq. 15); beta 0 is self-play, 1 the reference."""
-    if not 0 <= beta <= 1:
-        raise UserError(f"beta={beta} is no weight of the reference; choose one from 0 to 1")
-    return geometric_mixture(start(policy), start(reference), beta)
-
-
-def self_play(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
-    """beta = 0, without the second model's work."""
-    return start(policy)
-
-
-def best_response(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
-    """beta = 1: the policy becomes a best response to the reference."""
-    return start(reference)
-
-
-def moving_average(start: Callable[[Params], Process], policy: Params, reference: Params, average: Params) -> Process:
-    """Nash-EMA: the exponential moving average of what is trained, the policy's weights or its adapters' A and B, each
-    by itself; needs ``average_decay``."""
-    if not average:
-        raise ValueError("the opponent moving_average needs average_decay; set it in the stage")
-    return start(average)
-
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """What the policy and its opponent answered."""
+class Sampler:
+    """Writes with the one-step-at-a-time mixture pi_role^(1-beta) mu^beta (2312.00886, Eq. 15 and App. F.1)."""
 
-    prompt: Prompt
-    y: Sample
-    opponent: Sample
+    role: Role
+    beta: float = 0.0  # the weight of the reference
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta <= 1:
+            raise UserError(f"Sampler.beta={self.beta} must be in [0, 1]: it is the weight of the reference")
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Seen:
-    """The same as the preference model reads it: in its own tokens, without what it never saw in training."""
-
-    prompt: Prompt
-    y: Completion
-    opponent: Completion
-    answered: tuple[Array, Array] | None = None  # [B] each: not refused by the task's filter; None: not asked
+    def weights(self) -> dict[Role, float]:
+        """Returns the weight of each network that it reads. At beta = 0 and 1 it reads one network alone."""
+        parts = ((self.role, 1 - self.beta), (Role.REFERENCE, self.beta))
+        return {role: weight for role, weight in parts if weight > 0}
 
 
-Respond = Callable[[Params, Params, Any, Prompt, Key], Drawn]
-"""(policy, its average, frozen trees, prompt, key) -> both answers, at temperature 1."""
+policy = Sampler(Role.POLICY)
+"""The policy itself."""
+reference = Sampler(Role.REFERENCE)
+"""The frozen reference mu."""
+moving_average = Sampler(Role.AVERAGE)
+"""The exponential moving average of the trained parameters (Nash-EMA); the stage sets its decay."""
 
 
-def responder(model: Model, opponent: Opponent, max_new_tokens: int, stop: Stop) -> Respond:
-    """A Respond. ``frozen`` holds the tree "reference"."""
-
-    def respond(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Drawn:
-        def start(weights: Params) -> Process:
-            return Process(*model.start(weights, prompt, max_new_tokens))
-
-        def draw(process: Process, number: int) -> Sample:
-            rows = jax.random.fold_in(key, number)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(rows, jnp.arange(prompt.tokens.shape[0]))
-            return sample(process, keys, max_new_tokens, stop)
-
-        y = draw(start(params), 0)
-        other = draw(opponent(start, params, frozen["reference"], average), 1)
-        return lax.stop_gradient(Drawn(prompt, y, other))
-
-    return respond
+def mixture(beta: float) -> Sampler:
+    """Returns Nash-MD's opponent pi^(1-beta) mu^beta (2312.00886, Eq. 15); beta 0 is the policy, 1 the reference."""
+    return Sampler(Role.POLICY, beta)
 
 
-def compared(
-    log_prob: LogProb, logit: PreferenceLogit, unfinished_loses: bool, frozen: Any, drawn: Drawn, seen: Seen
-) -> Rollout:
-    """P of both answers, and the policy's under the reference. ``frozen`` holds "reference" and "preference". With
-    ``unfinished_loses`` a response that met no end loses to one that did, and two such tie."""
-    p = probability(logit(frozen["preference"], seen.prompt, seen.y, seen.opponent))
-    if unfinished_loses:
-        p = finished_first(p, drawn.y.finished, drawn.opponent.finished)
-    if seen.answered is not None:
-        p = finished_first(p, *seen.answered)
-    ref_logp = log_prob(frozen["reference"], drawn.prompt, drawn.y.completion)
-    return lax.stop_gradient(Rollout(drawn.prompt, drawn.y.completion, drawn.opponent.completion, p, ref_logp))
+def joint_process(prefill: Prefill, roles: Roles, samplers: Sequence[Sampler], prompt: Prompt) -> Process:
+    """Returns one process over B * K rows; row b * K + k is response k to prompt b.
 
-
-def collector(
-    respond: Respond, log_prob: LogProb, logit: PreferenceLogit, unfinished_loses: bool, hidden: tuple[int, ...]
-) -> Callable[[Params, Params, Any, Prompt, Key], Rollout]:
-    """A Collect (runtime.train) where policy and preference model share a tokenizer: all in one compiled step.
-
-    ``hidden`` are the stop tokens that P never saw in training, because the task's reply format has no such end: P is
-    asked without them.
+    Each network prefills and steps once for all samplers that read it: Nash-MD takes one pass of 2 B rows of the policy
+    and one of B rows of the reference a token. Rows of one prompt stay side by side, so that a sharded batch stays
+    where it is.
     """
+    weights = [sampler.weights() for sampler in samplers]
+    readers = {role: [k for k, w in enumerate(weights) if role in w] for role in Role}
+    readers = {role: numbers for role, numbers in readers.items() if numbers}
+    processes = {role: prefill(roles[role], stack_rows([prompt] * len(numbers))) for role, numbers in readers.items()}
 
-    def collect(params: Params, average: Params, frozen: Any, prompt: Prompt, key: Key) -> Rollout:
-        drawn = respond(params, average, frozen, prompt, key)
-        y, other = (without(side.completion, hidden) for side in (drawn.y, drawn.opponent))
-        return compared(log_prob, logit, unfinished_loses, frozen, drawn, Seen(prompt, y, other))
+    def mix(logits: dict[Role, Array]) -> Array:
+        rows = {role: x.reshape(-1, len(readers[role]), x.shape[-1]) for role, x in logits.items()}
+        mixed = []
+        for k, parts in enumerate(weights):
+            logits_k = [rows[role][:, readers[role].index(k)] for role in parts]
+            mixed.append(logits_k[0] if len(parts) == 1 else geometric_mean(logits_k, list(parts.values())))
+        return jnp.stack(mixed, 1).reshape(-1, mixed[0].shape[-1])
 
-    return collect
+    def step(carries: dict[Role, Any], token: Array) -> tuple[dict[Role, Any], Array]:
+        tokens = token.reshape(-1, len(samplers))
+        stepped = {
+            role: process.step(carries[role], jnp.stack([tokens[:, k] for k in readers[role]], 1).reshape(-1))
+            for role, process in processes.items()
+        }
+        return {role: carry for role, (carry, _) in stepped.items()}, mix({r: x for r, (_, x) in stepped.items()})
+
+    carries = {role: process.carry for role, process in processes.items()}
+    return Process(step, carries, mix({role: process.logits for role, process in processes.items()}))
 
 
-def without(completion: Completion, hidden: tuple[int, ...]) -> Completion:
-    """The completion with those tokens masked."""
-    seen = ~jnp.isin(completion.tokens, jnp.asarray(hidden, jnp.int32))
-    return Completion(completion.tokens, completion.mask & seen)
+def draw_responses(
+    process: Process, count: int, key: Key, max_new_tokens: int, stop: StopSequences
+) -> tuple[Sample, ...]:
+    """Returns ``count`` = K samples of B rows each from a joint process, at temperature 1.
 
+    Response k to prompt b is drawn with ``fold_in(fold_in(key, k), b)``.
+    """
+    rows = process.logits.shape[0] // count
+    sampler_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
+    keys = jax.vmap(lambda row: jax.vmap(jax.random.fold_in, (0, None))(sampler_keys, row))(jnp.arange(rows))  # [B, K]
+    drawn = sample(process, keys.reshape(-1), max_new_tokens, stop)
 
-def finished_first(p: Array, y: Array, other: Array) -> Array:
-    """p where both responses are finished; 1 or 0 where one is; 1/2 where neither is."""
-    return jnp.where(y & other, p, 0.5 + 0.5 * (y.astype(p.dtype) - other.astype(p.dtype)))
+    def response(k: int) -> Sample:
+        return jax.tree.map(lambda x: x.reshape(rows, count, *x.shape[1:])[:, k], drawn)
+
+    return tuple(map(response, range(count)))

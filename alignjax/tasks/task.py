@@ -153,3 +153,8 @@ def oracle_from_score(score: Score) -> Oracle:
 def shuffled(texts: Sequence[str], count: int, seed: int) -> list[str]:
     """Returns ``count`` of the texts, or all when there are fewer, in an order drawn by the seed."""
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
+
+
+def reply_text(reply_format: Format, reply: str) -> str:
+    """Returns a reply as it stands after its prompt, its end marker included."""
+    return f"{reply_format.before}{reply}{reply_format.end}"

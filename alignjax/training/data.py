@@ -1,7 +1,6 @@
-"""Datasets in, batches out. The only file that imports tensorflow_datasets and Grain (never TensorFlow).
+"""Datasets and batches. The only file that imports tensorflow_datasets and Grain; nothing imports TensorFlow.
 
-The position in the data is the step: a batch is a pure function of (seed, step), so that a resumed run
-sees what the killed one would have.
+A batch is a pure function of (seed, step). So a resumed run reads the same batches as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -19,87 +18,114 @@ import numpy as np
 
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
-from alignjax.types import Batch
 
 PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "float"}
+"""The columns of a dataset of pairs: p is the probability that ``first`` is preferred to ``second``."""
 
 
-class Plan(NamedTuple):
-    """Which examples make which batch."""
+class BatchPlan(NamedTuple):
+    """Which examples make a batch."""
 
-    indices: np.ndarray  # [batch] example indices
-    length: int  # the bucket they are padded to
+    indices: np.ndarray  # [B] int, of the examples
+    length: int  # the bucket: tokens to which the examples are padded
     step: int = 0
 
 
-def bucket_of(lengths: Sequence[int], buckets: Sequence[int]) -> np.ndarray:
-    """Index of the smallest bucket that holds each length; len(buckets) where none does."""
-    return np.searchsorted(np.sort(buckets), lengths)
+def plan_batches(lengths: Sequence[int], buckets: Sequence[int], batch: int, seed: int) -> Callable[[int], BatchPlan]:
+    """Returns the function step -> BatchPlan, which puts shuffled examples into batches of one bucket each.
 
+    ``lengths`` are the examples' lengths in tokens; an example belongs to the smallest of ``buckets`` that holds it.
+    Each epoch is a new shuffle and leaves out fewer than ``batch`` examples. Examples that do not fill a batch of their
+    bucket move to the next larger bucket.
 
-def planned(lengths: Sequence[int], buckets: Sequence[int], batch: int, seed: int) -> Callable[[int], Plan]:
-    """step -> Plan: epoch after epoch, every example shuffled into a batch of its own bucket.
-
-    What does not fill a batch moves up a bucket; in the last one it waits for another epoch, whose shuffle
-    is another. Raises UserError when an example fits no bucket or there is not one whole batch.
+    Raises UserError when an example fits no bucket, or when there are fewer than ``batch`` examples.
     """
-    ordered, where = sorted(buckets), bucket_of(lengths, buckets)
+    ordered = sorted(buckets)
+    bucket_indices = np.searchsorted(ordered, lengths)  # len(ordered) where an example fits no bucket
     if len(lengths) < batch:
         raise UserError(f"{len(lengths)} examples do not fill one batch of {batch}; make more or a smaller batch")
-    if np.any(where == len(ordered)):
+    if np.any(bucket_indices == len(ordered)):
         raise UserError(f"an example of {max(lengths)} tokens fits no bucket of {ordered}; add one")
 
     @lru_cache(maxsize=2)
-    def epoch(number: int) -> list[Plan]:
-        rng, plans, waiting = np.random.default_rng((seed, number)), [], np.zeros(0, int)
-        shuffled = rng.permutation(len(where))[: len(where) // batch * batch]
-        for index, length in enumerate(ordered):
-            mine = np.concatenate([waiting, shuffled[where[shuffled] == index]])
-            whole = len(mine) // batch * batch
-            plans += [Plan(row, length) for row in mine[:whole].reshape(-1, batch)]
-            waiting = mine[whole:]
-        return [plans[i] for i in rng.permutation(len(plans))]
+    def epoch(number: int) -> list[BatchPlan]:
+        return _plan_epoch(bucket_indices, ordered, batch, np.random.default_rng((seed, number)))
 
     size = len(epoch(0))
     return lambda step: epoch(step // size)[step % size]._replace(step=step)
 
 
-def batches(
-    plan: Callable[[int], Plan], make: Callable[[Plan], Batch], mesh: jax.sharding.Mesh, start: int, stop: int
-) -> Iterator[Batch]:
-    """The batches of steps start <= step < stop as global arrays, prepared ahead by Grain's threads. Each process makes
-    its own rows alone: a row is a function of its example and the step, whoever makes it."""
+def _plan_epoch(
+    bucket_indices: np.ndarray, buckets: Sequence[int], batch: int, rng: np.random.Generator
+) -> list[BatchPlan]:
+    """Returns the shuffled batches of one epoch. ``bucket_indices`` [examples] index the ascending ``buckets``."""
+    plans: list[BatchPlan] = []
+    leftover = np.zeros(0, int)
+    shuffled = rng.permutation(len(bucket_indices))[: len(bucket_indices) // batch * batch]
+    for index, length in enumerate(buckets):
+        candidates = np.concatenate([leftover, shuffled[bucket_indices[shuffled] == index]])
+        full = len(candidates) // batch * batch
+        plans += [BatchPlan(row, length) for row in candidates[:full].reshape(-1, batch)]
+        leftover = candidates[full:]
+    return [plans[i] for i in rng.permutation(len(plans))]
 
-    def placed(step: int) -> Batch:
+
+def load_batches(
+    plan: Callable[[int], BatchPlan],
+    make: Callable[[BatchPlan], Any],
+    mesh: jax.sharding.Mesh,
+    start: int,
+    stop: int,
+) -> Iterator[Any]:
+    """Returns an iterator over the batches of steps start <= step < stop, as global arrays sharded by rows.
+
+    A thread of Grain's makes the batches ahead of their use. ``make`` returns host arrays [B', ...] for the B' examples
+    of its plan. Each process calls it for its own rows alone, so a row may depend on its example and the step only.
+    """
+
+    def load(step: int) -> Any:
         whole = plan(step)
-        own = sharding.own_rows(mesh, len(whole.indices))
-        return sharding.place(mesh, make(whole._replace(indices=whole.indices[own])), own, len(whole.indices))
+        size = len(whole.indices)
+        local = sharding.local_rows(mesh, size)
+        return sharding.place_rows(mesh, make(whole._replace(indices=whole.indices[local])), local, size)
 
-    dataset = grain.MapDataset.range(start, stop).map(placed)
+    dataset = grain.MapDataset.range(start, stop).map(load)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> None:
-    """Writes rows {prompt, first, second, p} as the TFDS dataset ``pairs`` in array_record.
+    """Writes rows {prompt, first, second, p} by split as the TFDS dataset ``pairs``, in the array_record format.
 
-    Read it with ``tfds.data_source("pairs", split=..., data_dir=folder)``; the metadata is in its info. Of several
-    processes the first alone writes.
+    Replaces an older dataset of the folder. ``tfds.data_source("pairs", split=..., data_dir=folder)`` reads it, and its
+    info holds the metadata. Only process 0 writes.
     """
     if jax.process_index():
         return
-    import tensorflow_datasets as tfds  # here, as below: half a second that few stages need
+    import tensorflow_datasets as tfds  # imported here, as below: it takes half a second, and few stages need it
 
-    with tfds.core.registered.skip_registration():  # one process may write several
+    tfds.disable_progress_bar()
+    with storage.write_through(folder) as local, contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a notice
+        storage.remove_tree(local / "pairs")  # TFDS would keep an older dataset
+        builder = _pairs_builder(splits, metadata)(data_dir=str(local), file_format="array_record")
+        builder.download_and_prepare()
+
+
+def _pairs_builder(splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> Any:
+    """Returns the TFDS builder class of a dataset of pairs. TFDS takes the dataset's name from the class."""
+    import tensorflow_datasets as tfds
+
+    types = {"text": tfds.features.Text(), "float": tfds.features.Scalar(np.float32)}
+
+    with tfds.core.registered.skip_registration():  # a process may write several such datasets
 
         class Pairs(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> tfds.core.DatasetInfo:
-                kinds = {"text": tfds.features.Text(), "float": tfds.features.Scalar(np.float32)}
                 return tfds.core.DatasetInfo(
                     builder=self,
                     description="Preference pairs; p = P(first is preferred to second | prompt).",
-                    features=tfds.features.FeaturesDict({n: kinds[k] for n, k in PAIR_FEATURES.items()}),
+                    features=tfds.features.FeaturesDict({n: types[k] for n, k in PAIR_FEATURES.items()}),
                     metadata=tfds.core.MetadataDict(metadata),
                 )
 
@@ -110,24 +136,24 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
                 for index, row in enumerate(rows):
                     yield index, {name: row[name] for name in PAIR_FEATURES}
 
-    tfds.disable_progress_bar()
-    with storage.delivered(folder) as here, contextlib.redirect_stdout(io.StringIO()):  # it announces a download
-        storage.remove_tree(here / "pairs")  # it would keep what is there
-        Pairs(data_dir=str(here), file_format="array_record").download_and_prepare()
+    return Pairs
 
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Rows of a split as text and floats. Raises UserError when the dataset is missing or damaged."""
+    """Returns the rows {prompt, first, second, p} of a split, p as a float and the others as text.
+
+    Raises UserError when the dataset or the split is missing or damaged.
+    """
     import tensorflow_datasets as tfds
 
-    with storage.fetched(folder) as here:
-        if not here.is_dir():
+    with storage.local_copy(folder) as local:
+        if not local.is_dir():
             raise UserError(f"{folder} is missing; remove {folder.parent} to label again")
         try:
-            source = tfds.data_source("pairs", split=split, data_dir=str(here))
+            source = tfds.data_source("pairs", split=split, data_dir=str(local))
             rows = [source[i] for i in range(len(source))]
             return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]
-        except Exception as error:  # TFDS and array_record raise many kinds; the user hears which folder
+        except Exception as error:  # TFDS and array_record raise many types
             raise UserError(
-                f"{folder} holds no readable split {split!r} of pairs ({storage.reason(error)}); label again"
+                f"{folder} holds no readable split {split!r} of pairs ({storage.short_reason(error)}); label again"
             ) from error

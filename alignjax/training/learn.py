@@ -1,132 +1,148 @@
-"""Training as two pure functions, and the loop that calls them. It is handed an objective; it knows no model."""
+"""``learn(state, batch) -> state, metrics``, one of the two pure functions of training.
+
+The other is ``collect`` (``alignjax.training.collect``). ``learn`` is given an objective; it knows no model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax.types import Array, Batch, Key, Metrics, Objective, Params, TrainState
+from alignjax.types import Array, Key, Loss, Metrics, Params, TrainState
 
-Collect = Callable[[Params, Params, Any, Batch, Key], Batch]
-"""(params, their average, frozen trees, raw batch, key) -> the batch an objective takes."""
-Whole = Callable[[Params, Any], Params]
+COLLECT, LEARN = 0, 1
+"""Numbers folded into a step's key: COLLECT for drawing, LEARN for the objective."""
+
+Assemble = Callable[[Params, Any], Params]
 """(trained parameters, frozen trees) -> the parameters that an objective takes."""
-Update = Callable[[TrainState, Any, Batch], tuple[TrainState, Metrics]]
+Learn = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+"""(state, frozen trees, batch) -> (state, metrics)."""
 
 
-def given(params: Params, average: Params, frozen: Any, batch: Batch, key: Key) -> Batch:
-    """The Collect of offline objectives: the data is the batch."""
-    return batch
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How ``learn`` goes through a batch: ``epochs`` times, in ``minibatches`` parts, each with one optimiser step.
+
+    PPO (1707.06347) uses several of both; Nash-MD uses one of each, which keeps it on-policy. ``accumulate`` splits a
+    minibatch again, for memory alone: its gradient is the mean over the parts.
+    """
+
+    epochs: int = 1
+    minibatches: int = 1
+    accumulate: int = 1
+
+    @property
+    def updates(self) -> int:
+        """The optimiser steps of one ``learn``."""
+        return self.epochs * self.minibatches
 
 
-def trained(params: Params, frozen: Any) -> Params:
-    """The Whole of a model that is trained whole."""
-    return params
+def step_key(state: TrainState, purpose: int) -> Key:
+    """Returns the key of the state's step for COLLECT or LEARN."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
 
 
-def init(params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool) -> TrainState:
-    """The state before the first update. With ``average`` the moving average starts at the parameters."""
+def init_state(params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool) -> TrainState:
+    """Returns the state before the first step. With ``average`` the moving average starts at the parameters."""
     copy = jax.tree.map(jnp.array, params) if average else {}
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key)
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class Once:
-    """A tree as an argument of a compiled function. A leaf that stands in it several times, as a base does under some
-    adapters, is given once: the compiler cannot know that two arguments are one array, and finds room for both."""
-
-    def __init__(self, tree: Any):
-        found, self.form = jax.tree_util.tree_flatten_with_path(tree)
-        unique: dict[int, tuple[int, Any, str]] = {}  # the leaf's number, itself, and the first of its names
-        for path, leaf in found:
-            unique.setdefault(id(leaf), (len(unique), leaf, jax.tree_util.keystr(path, simple=True, separator=".")))
-        self.where = tuple(unique[id(leaf)][0] for _, leaf in found)
-        self.leaves, self.names = ([one[i] for one in unique.values()] for i in (1, 2))
-
-    def tree(self) -> Any:
-        return jax.tree.unflatten(self.form, [self.leaves[i] for i in self.where])
-
-    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, Any]], Any]:
-        keys = map(jax.tree_util.GetAttrKey, self.names)
-        return list(zip(keys, self.leaves, strict=True)), (self.form, self.where, tuple(self.names))
-
-    @classmethod
-    def tree_unflatten(cls, how: Any, leaves: Iterable[Any]) -> Once:
-        self = object.__new__(cls)
-        self.leaves, (self.form, self.where, self.names) = list(leaves), how
-        return self
+def trained_alone(params: Params, frozen: Any) -> Params:
+    """The Assemble of a model whose parameters are all trained."""
+    return params
 
 
-def make_update(
-    objective: Objective,
+def make_learn(
+    loss: Loss,
     optimizer: optax.GradientTransformation,
-    collect: Collect = given,
-    accumulate: int = 1,
+    schedule: Schedule = Schedule(),
+    assemble: Assemble = trained_alone,
     average_decay: float | None = None,
-    whole: Whole = trained,
-) -> Update:
-    """One update: collect a batch, average the gradient over ``accumulate`` parts of it (each part counts
-    alike: the whole batch's gradient where the objective is a mean over rows), step, and move
+) -> Learn:
+    """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once:
 
         average <- average_decay * average + (1 - average_decay) * params.
 
-    Keys are fold_in(state.key, state.step), then 0 for collecting and 1 for the objective. Where only adapters are
-    trained, ``whole`` lays them over a frozen base.
+    Where only adapters are trained, ``assemble`` lays them over a frozen base. Metrics are means over the updates.
+    """
+    gradient = accumulated_gradient(loss, assemble, schedule.accumulate)
+
+    def update(state: TrainState, frozen: Any, batch: Any, key: Key) -> tuple[TrainState, Metrics]:
+        grads, metrics = gradient(state.params, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
+        return dataclasses.replace(state, params=params, opt_state=opt_state), metrics
+
+    def learn(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        key = step_key(state, LEARN)
+        if schedule.updates == 1:
+            state, metrics = update(state, frozen, batch, key)
+        else:
+            state, metrics = over_minibatches(update, schedule, state, frozen, batch, key)
+        average = state.average
+        if average_decay is not None:
+            average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, state.params)
+        return dataclasses.replace(state, step=state.step + 1, average=average), metrics
+
+    return learn
+
+
+def over_minibatches(
+    update: Callable[..., tuple[TrainState, Metrics]],
+    schedule: Schedule,
+    state: TrainState,
+    frozen: Any,
+    batch: Any,
+    key: Key,
+) -> tuple[TrainState, Metrics]:
+    """Returns the state after ``schedule.updates`` updates, and the mean metrics.
+
+    Every epoch shuffles the rows anew.
+    """
+    rows = len(jax.tree.leaves(batch)[0])
+
+    def one(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
+        epoch, part = number // schedule.minibatches, number % schedule.minibatches
+        order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(schedule.minibatches, -1)
+        minibatch = jax.tree.map(lambda x: x[order[part]], batch)
+        return update(state, frozen, minibatch, jax.random.fold_in(key, schedule.epochs + number))
+
+    state, metrics = jax.lax.scan(one, state, jnp.arange(schedule.updates))
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def accumulated_gradient(
+    loss: Loss, assemble: Assemble, accumulate: int
+) -> Callable[[Params, Any, Any, Key], tuple[Params, Metrics]]:
+    """Returns (params, frozen, batch, key) -> (gradient, metrics), each the mean over ``accumulate`` parts of the rows.
+
+    It is the whole batch's gradient where the objective is a mean over rows.
     """
 
-    def gradient(params: Params, frozen: Any, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        def loss(params: Params) -> tuple[Array, Metrics]:
-            return objective(whole(params, frozen), batch, key)
+    def gradient(params: Params, frozen: Any, batch: Any, key: Key) -> tuple[Params, Metrics]:
+        def objective(params: Params) -> tuple[Array, Metrics]:
+            return loss(assemble(params, frozen), batch, key)
 
-        grads, metrics = jax.grad(loss, has_aux=True)(params)
-        return grads, metrics
+        return jax.grad(objective, has_aux=True)(params)
 
-    def accumulated(params: Params, frozen: Any, batch: Batch, key: Key) -> tuple[Params, Metrics]:
-        if accumulate == 1:
-            return gradient(params, frozen, batch, key)
-
-        def part(total: Any, one: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, frozen, *one)), None
-
+    def accumulated(params: Params, frozen: Any, batch: Any, key: Key) -> tuple[Params, Metrics]:
         # Rows are dealt round-robin, so that each part stays spread over the whole mesh.
         parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
         keys = jax.random.split(key, accumulate)
-        first = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-        total, _ = jax.lax.scan(part, zeros, (parts, keys))
+        shapes = jax.eval_shape(gradient, params, frozen, jax.tree.map(lambda x: x[0], parts), key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, frozen, *part)), None
+
+        total, _ = jax.lax.scan(add, zeros, (parts, keys))
         return jax.tree.map(lambda x: x / accumulate, total)
 
-    def update(state: TrainState, frozen: Any, raw: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        average = whole(state.average, frozen) if state.average else state.average
-        batch = collect(whole(state.params, frozen), average, frozen, raw, jax.random.fold_in(key, 0))
-        grads, metrics = accumulated(state.params, frozen, batch, jax.random.fold_in(key, 1))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if average_decay is not None:
-            average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, params)
-        metrics = {**metrics, "gradient_norm": optax.tree.norm(grads)}
-        return TrainState(state.step + 1, params, opt_state, average, state.key), metrics
-
-    return update
-
-
-def fit(
-    state: TrainState,
-    start: int,
-    frozen: Any,
-    data: Iterable[Batch],
-    update: Update,
-    every: Callable[[TrainState, int, Metrics], None],
-) -> TrainState:
-    """Applies the compiled ``update`` to each batch, from step ``start``. ``every(state, steps_done,
-    metrics)`` sees each result; the loop itself never waits for the device."""
-    for step, batch in enumerate(data, start):
-        state, metrics = update(state, frozen, batch)
-        every(state, step + 1, metrics)
-    return state
+    return gradient if accumulate == 1 else accumulated

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines always, TensorBoard beside them, a progress bar while it lasts."""
+"""What a run reports: metrics as JSON lines, in TensorBoard and Weights & Biases, and a progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import tqdm
@@ -17,76 +17,78 @@ import tqdm
 from alignjax.distributed import storage
 from alignjax.errors import UserError
 
-if TYPE_CHECKING:
-    pass
+_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends one JSON object a line to ``metrics.jsonl`` and the same scalars to TensorBoard files, and to
-    a Weights & Biases project where one is named. Of several processes the first alone writes."""
+    """Writes the metrics of each step as one JSON object a line to ``metrics.jsonl``, as TensorBoard scalars, and to a
+    Weights & Biases project where one is named. Only process 0 writes."""
 
     def __init__(self, folder: Path, resume_step: int, project: str | None = None):
-        """Keeps the lines of steps before ``resume_step``: what a killed run wrote past its checkpoint goes.
+        """Opens the files in ``folder`` and keeps what they hold of steps before ``resume_step``. A run that was killed
+        may have written later steps, which the resumed run writes again.
 
         Raises UserError when a project is named and wandb is not installed.
         """
-        self.leads = jax.process_index() == 0
-        if not self.leads:
+        self._writes = jax.process_index() == 0
+        if not self._writes:
             return
-        import tensorboardX  # here, for it takes seconds where torch is there: it imports that
+        import tensorboardX  # imported here: it imports torch where that is installed, which takes seconds
 
-        kept = [r for r in read_metrics(folder / "metrics.jsonl") if r["step"] < resume_step]
-        self.folder = folder
-        self.here = Path(tempfile.mkdtemp()) if storage.is_bucket(folder) else folder
-        self.wandb = start_wandb(project, folder) if project else None
-        self.here.mkdir(parents=True, exist_ok=True)
-        path = self.here / "metrics.jsonl"
+        kept = [row for row in read_metrics(folder / _FILE) if row["step"] < resume_step]
+        self._folder = folder
+        self._local = Path(tempfile.mkdtemp()) if storage.is_bucket(folder) else folder
+        self._wandb = _start_wandb(project, folder) if project else None
+        self._local.mkdir(parents=True, exist_ok=True)
+        path = self._local / _FILE
         storage.write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = path.open("a", encoding="utf-8")
-        self.board = tensorboardX.SummaryWriter(str(self.here / "tensorboard"), purge_step=resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(str(self._local / "tensorboard"), purge_step=resume_step)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        if not self.leads:
+        """Writes the metrics, which must be scalars, of one step."""
+        if not self._writes:
             return
         row = {name: float(value) for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, **row}) + "\n")
-        self.file.flush()
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
         for name, value in row.items():
-            self.board.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(row, step=step)
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(row, step=step)
 
-    def keep(self) -> None:
-        """Before a save: what was written until now is not lost any more. A bucket, where nothing can be appended to,
-        has it from now on."""
-        if not self.leads:
+    def flush(self) -> None:
+        """Makes what has been written durable; call it before a checkpoint is saved. Files cannot be appended to in a
+        bucket, so this copies them there whole."""
+        if not self._writes:
             return
-        os.fsync(self.file.fileno())
-        if self.here != self.folder:
-            self.board.flush()
-            storage.copy(self.here, self.folder)
+        os.fsync(self._file.fileno())
+        if self._local != self._folder:
+            self._board.flush()
+            storage.copy_tree(self._local, self._folder)
 
     def close(self) -> None:
-        if not self.leads:
+        """Closes the files, and copies them where the folder is in a bucket."""
+        if not self._writes:
             return
-        self.file.close()
-        self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.here != self.folder:
-            storage.copy(self.here, self.folder)
-            storage.remove_tree(self.here)
+        self._file.close()
+        self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._local != self._folder:
+            storage.copy_tree(self._local, self._folder)
+            storage.remove_tree(self._local)
 
 
-def start_wandb(project: str, folder: Path) -> Any:
-    """A run of the project, named by the work folder and the stage; a resumed stage goes on with its own."""
+def _start_wandb(project: str, folder: Path) -> Any:
+    """Returns a wandb run, named by the work folder and the stage; a resumed stage continues its own run."""
     name = f"{folder.parent.name}-{folder.name}"
-    here = tempfile.mkdtemp() if storage.is_bucket(folder) else str(folder)
-    return import_wandb().init(project=project, id=name, name=name, dir=here, resume="allow")
+    local = tempfile.mkdtemp() if storage.is_bucket(folder) else str(folder)
+    return import_wandb().init(project=project, id=name, name=name, dir=local, resume="allow")
 
 
 def import_wandb() -> Any:
-    """Raises UserError when it is not installed."""
+    """Returns the module wandb. Raises UserError when it is not installed."""
     try:
         return importlib.import_module("wandb")
     except ImportError:
@@ -94,9 +96,10 @@ def import_wandb() -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn last line, which a kill can leave, is dropped."""
+    """Returns the rows of a metrics file up to the first line that is not whole, which a kill can leave at the end.
+    A missing file has no rows."""
     rows = []
-    for line in (storage.read(path) or "").splitlines():
+    for line in (storage.read_text(path) or "").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -104,8 +107,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def progress(total: int, initial: int, name: str, unit: str) -> tqdm.tqdm:
-    """A bar with rate and time left; where nobody watches a terminal, a line every half minute."""
+def progress_bar(total: int, initial: int, name: str, unit: str) -> tqdm.tqdm:
+    """Returns a progress bar on stderr with rate and time left. Without a terminal it prints a line every half minute;
+    in processes other than 0 it prints nothing."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm.tqdm(
         total=total, initial=initial, desc=name, unit=unit, mininterval=interval, leave=True,

@@ -82,7 +82,7 @@ def alignjax_reader(folder: Path, dtype: str) -> Callable[[], int]:
     config = huggingface.read_config(folder)
     shapes, rules = weights.abstract_params(config), build(config).rules
     mesh = sharding.make_mesh(sharding.Mesh(data=1, fsdp=4, tensor=2))
-    shardings = sharding.shardings(shapes, sharding.live(rules, shapes), mesh)
+    shardings = sharding.shardings(shapes, sharding.matching_rules(rules, shapes), mesh)
     jax.block_until_ready(jax.device_put(np.zeros(8), sharding.replicated(mesh)))
 
     def read() -> int:

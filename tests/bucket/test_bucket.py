@@ -57,7 +57,7 @@ def whole(tmp_path_factory, environment):
 
 
 def test_killed_and_resumed_in_a_bucket_it_ends_with_the_bits_of_the_disk(store, whole, environment, tmp_path):
-    workdir = storage.at("gs://bucket/runs/one")
+    workdir = storage.parse_path("gs://bucket/runs/one")
     in_the_middle = []
     for name in ("base", "pairs", "nash_md", "table"):
         process = subprocess.Popen(command(workdir), env=environment(), stderr=subprocess.PIPE, text=True)
@@ -70,7 +70,7 @@ def test_killed_and_resumed_in_a_bucket_it_ends_with_the_bits_of_the_disk(store,
     done = subprocess.run(command(workdir), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(in_the_middle), in_the_middle
-    storage.copy(workdir, tmp_path)
+    storage.copy_tree(workdir, tmp_path)
     compare(whole, tmp_path, same_bits)
     for name in ("report.md", "table-oracle.png", "curves.png"):
         assert (tmp_path / name).stat().st_size
@@ -86,10 +86,10 @@ def progressed(folder):
 
 
 def test_another_configuration_takes_a_stage_s_place_and_gives_it_back(store, whole, environment):
-    workdir = storage.at("gs://bucket/runs/two")
+    workdir = storage.parse_path("gs://bucket/runs/two")
     for name in STAGES:
-        storage.copy(whole / name, workdir / name)
-    before = {path: path.read_bytes() for path in storage.contents(workdir / "judge")}
+        storage.copy_tree(whole / name, workdir / name)
+    before = {path: path.read_bytes() for path in storage.list_files(workdir / "judge")}
 
     def judged(lr, *words):
         words = [*command(workdir, judge__adam__lr=lr), "--only", "judge", *words]
@@ -107,27 +107,27 @@ def test_another_configuration_takes_a_stage_s_place_and_gives_it_back(store, wh
     again.communicate()
     back = judged(old, "--redo")
     assert "judge: finished before, and taken back" in back.communicate(timeout=300)[1] and back.returncode == 0
-    assert {path: path.read_bytes() for path in storage.contents(workdir / "judge")} == before
-    assert not list(storage.contents(workdir / ".judge.before"))
+    assert {path: path.read_bytes() for path in storage.list_files(workdir / "judge")} == before
+    assert not list(storage.list_files(workdir / ".judge.before"))
 
 
 def test_what_a_kill_left_of_a_stage_that_came_or_went_is_not_taken(store):
     """Half of one without its record, of whatever configuration, is cleared away; what was put aside comes whole."""
-    folder = storage.at("gs://bucket/runs/five/pairs")
+    folder = storage.parse_path("gs://bucket/runs/five/pairs")
     ours, other = ({"stage": "pairs", "fingerprint": mark, "finished": mark == "a"} for mark in "ab")
     (folder / "chunks" / "000000.json").write_text("[]")
     assert not run.prepare(folder, other, redo=False) and not run.has_work(folder)
-    assert [path.name for path in storage.contents(folder)] == ["stage.json"]
+    assert [path.name for path in storage.list_files(folder)] == ["stage.json"]
     run.remove(folder)
-    assert not list(storage.contents(folder))
+    assert not list(storage.list_files(folder))
 
     whole = run.aside(folder)
     run.write_record(whole, ours)
     (whole / "chunks" / "000000.json").write_text("[1]")
     (folder / "chunks" / "000001.json").write_text("[2]")
-    assert run.prepare(folder, ours, redo=False) and not list(storage.contents(whole))
-    assert sorted(path.name for path in storage.contents(folder)) == ["000000.json", "stage.json"]
-    assert run.has_work(folder) and storage.read(folder / "chunks" / "000000.json") == "[1]"
+    assert run.prepare(folder, ours, redo=False) and not list(storage.list_files(whole))
+    assert sorted(path.name for path in storage.list_files(folder)) == ["000000.json", "stage.json"]
+    assert run.has_work(folder) and storage.read_text(folder / "chunks" / "000000.json") == "[1]"
 
 
 def test_what_a_retry_may_mend_ends_with_run_again(store):
@@ -145,15 +145,15 @@ def test_what_a_retry_may_mend_ends_with_run_again(store):
         (FileNotFoundError("gone"), FileNotFoundError),
         (ZeroDivisionError("ours"), ZeroDivisionError),
     ):
-        with pytest.raises(told), storage.reached(storage.at("gs://bucket/runs")):
+        with pytest.raises(told), storage.bucket_errors(storage.parse_path("gs://bucket/runs")):
             raise error
-        with pytest.raises(type(error)), storage.reached(storage.at("runs")):
+        with pytest.raises(type(error)), storage.bucket_errors(storage.parse_path("runs")):
             raise error
 
 
 def test_two_processes_write_one_checkpoint_there(store, environment, tmp_path):
     settings = {"mesh__data": 2, "mesh__fsdp": 2}
-    one, two = tmp_path / "one", storage.at("gs://bucket/runs/three")
+    one, two = tmp_path / "one", storage.parse_path("gs://bucket/runs/three")
     subprocess.run([*command(one), "--only", "base"], env=environment(), check=True, capture_output=True, timeout=300)
     port = free_port()
     several = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"]
@@ -164,7 +164,7 @@ def test_two_processes_write_one_checkpoint_there(store, environment, tmp_path):
     for process in running:
         _, said = process.communicate(timeout=300)
         assert process.returncode == 0, said[-2000:]
-    storage.copy(two, tmp_path / "two")
+    storage.copy_tree(two, tmp_path / "two")
     losses = [
         [json.loads(line)["nll"] for line in (w / "base" / "metrics.jsonl").read_text().splitlines()]
         for w in (one, tmp_path / "two")
@@ -173,9 +173,9 @@ def test_two_processes_write_one_checkpoint_there(store, environment, tmp_path):
 
 
 def test_its_results_are_read_from_there(store, whole, environment, tmp_path):
-    workdir = storage.at("gs://bucket/runs/four")
+    workdir = storage.parse_path("gs://bucket/runs/four")
     for name in ("base", "nash_md"):
-        storage.copy(whole / name, workdir / name)
+        storage.copy_tree(whole / name, workdir / name)
 
     def said(*words):
         done = subprocess.run(

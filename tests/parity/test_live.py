@@ -19,7 +19,7 @@ import torch
 from alignjax.checkpoints import huggingface, weights
 from alignjax.models.build import build
 from alignjax.models.t5 import T5Config, encoder
-from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.sampling.process import Sampling, sample
 from alignjax.types import Tokens
 from tests.parity import referee
 from tests.parity.cases import CASES, Case
@@ -82,12 +82,12 @@ def compute(config: Any, params: Any, prompt: Tokens, completion: np.ndarray) ->
 
     @jax.jit
     def everything(params, prompt, completion):
-        states = model.predict(params, prompt, completion)
-        process = Process(*model.start(params, prompt, referee.NEW_TOKENS))
+        states = model.completion_states(params, prompt, completion)
+        process = model.prefill(params, prompt, referee.NEW_TOKENS)
         keys = jax.random.split(jax.random.key(0), len(prompt.tokens))
         written = sample(process, keys, referee.NEW_TOKENS, (), Sampling(temperature=0.0)).completion.tokens
         encoded = encoder(config)(params, prompt)[0] if isinstance(config, T5Config) else None
-        return model.unembed(params, states), states, model.final(params, prompt), written, encoded
+        return model.logits(params, states), states, model.last_state(params, prompt), written, encoded
 
     arrays = everything(params, prompt, Tokens(completion, np.ones_like(completion, bool)))
     return Outputs(*jax.tree.map(lambda x: np.asarray(x).reshape(2, -1, *x.shape[1:]), arrays))
@@ -137,7 +137,7 @@ def test_an_exported_folder_opens_in_both(tmp_path, case, shard):
         reference = referee.compute(opened, d.prompts, d.completion)
         assert_close(d.ours.logits, reference.logits)
         np.testing.assert_array_equal(reference.greedy, d.reference.greedy)
-        assert opened.generation_config.eos_token_id == list(TOKENIZER.ends)
+        assert opened.generation_config.eos_token_id == list(TOKENIZER.end_tokens)
 
 
 @DECODERS

@@ -22,7 +22,7 @@ from alignjax.types import Tokens
 from tests.parity import referee
 from tests.parity.conftest import NOTES
 from tests.parity.test_live import EVERY, TOLERANCE, random_model
-from tests.test_lora import drawn as away_from_zero
+from tests.test_lora import randomized
 
 FUSED = ("gpt2", "gpt_neox")
 # PEFT uses a name of transformers that is deprecated.
@@ -49,7 +49,7 @@ def peft_logits(adapted, model):
 def program(config):
     """Returns the compiled function (params, prompt, completion) -> logits [B, N, V]."""
     network = build(config)
-    return jax.jit(lambda *arguments: network.unembed(arguments[0], network.predict(*arguments)))
+    return jax.jit(lambda *arguments: network.logits(arguments[0], network.completion_states(*arguments)))
 
 
 def our_logits(model, adapters, spec):
@@ -90,7 +90,7 @@ def test_what_we_write_peft_opens(tmp_path, case):
     model = random_model(case)
     names = ("q", "v", "down") if not case.encodes else ("q", "cross_v", "down")
     spec = Lora(rank=3, alpha=5.0, targets=names)
-    adapters = away_from_zero(lora.init(spec, model.params, jax.random.key(0)))
+    adapters = randomized(lora.init_adapters(spec, model.params, jax.random.key(0)))
     peft.write_adapters(tmp_path / "a", model.config, adapters, spec, "base")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns when it misses adapters

@@ -1,226 +1,284 @@
-"""Pairs -> a preference model, of either form."""
+"""Pairs -> a preference model, of any form."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
-from alignjax import objectives
+from alignjax import losses
 from alignjax.distributed import storage
 from alignjax.errors import UserError, check_range
+from alignjax.fields import Kind, stage_input
 from alignjax.models.build import build
-from alignjax.models.lora import Lora
-from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad, stand_in
-from alignjax.pipeline.experiment import PAIRS, POLICY, PREFERENCE, REWARD, Context, Program, ids_of, shape
-from alignjax.pipeline.networks import Adapter, Network, Record, Trainable, derived, trainable
-from alignjax.pipeline.stages.label import PAIR_DATA
+from alignjax.models.lora import Lora, init_adapters
+from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer
+from alignjax.objectives import PREFERENCE_MEANINGS, preference_loss
+from alignjax.pipeline import networks
+from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
+from alignjax.pipeline.judges import JudgeSizes, judging_program
+from alignjax.pipeline.networks import Network, Over
+from alignjax.pipeline.stages.pair_batches import (
+    PairLimits,
+    Row,
+    abstract_pair_batch,
+    encode_pairs,
+    pair_batches,
+    read_pairs,
+)
+from alignjax.pipeline.stages.writing import check_positions
+from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
 from alignjax.preferences import judges
-from alignjax.preferences import models as preference
-from alignjax.tasks.task import Task
-from alignjax.training import data
-from alignjax.training.loop import Adam, Learning, Loop, run_loop
-from alignjax.types import Array, Key, Metrics, Pair, Params
+from alignjax.preferences.preference_models import PreferenceForm, PreferenceModel, choice, pairwise, template_tokens
+from alignjax.tasks.task import Task, Template
+from alignjax.training.collect import Frozen
+from alignjax.training.loop import Learner, Learning, Loop, Trained, train
+from alignjax.training.optimizer import Adam
+from alignjax.training.shared_tree import SharedTree
+from alignjax.types import Array
 
 
 @dataclasses.dataclass(frozen=True)
 class FitPreference:
-    """A preference model on a Label stage's pairs, from the parameters of ``start``."""
+    """Fits a preference model to pairs, from the network of ``start``."""
 
-    makes: ClassVar = PREFERENCE
-    start: str
-    pairs: str
     adam: Adam
     loop: Loop
     buckets: tuple[int, ...]  # prompt lengths in tokens
-    response: int  # most tokens of a response
-    form: Callable[..., preference.Preference] = preference.pairwise  # or bradley_terry
-    lora: Lora | None = None  # train adapters and head over the start's frozen parameters
-    truth: str | None = None  # a Label stage to be measured on; ``pairs`` itself stands for its held-out split
+    response: int  # the most tokens of a response
+    start: str = stage_input(Kind.POLICY, Kind.PREFERENCE, Kind.REWARD)
+    pairs: str = stage_input(Kind.PAIRS)
+    form: PreferenceForm = pairwise  # or choice, pairwise_head, bradley_terry
+    loss: Callable[..., Array] = losses.preference_cross_entropy  # (logit [B], label [B]) -> [B]
+    lora: Lora | None = None  # train adapters and heads over the start's frozen base
+    truth: str | None = stage_input(Kind.PAIRS, default=None)  # measured on; ``pairs`` means its held-out split
+    seed: int = 0
+    makes: ClassVar[Kind] = Kind.PREFERENCE
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "buckets", "response")
 
-    def inputs(self) -> tuple[str, ...]:
-        return (self.start, self.pairs, *([self.truth] if self.truth else []))
+    @property
+    def limits(self) -> PairLimits:
+        """The lengths that are compiled for."""
+        return PairLimits(self.buckets, self.response)
+
+    def preference_model(self, task: Task, network: Network) -> PreferenceModel:
+        """Returns the form over the network's backbone."""
+        return self.form(network.model, template_tokens(network.tokenizer, require_template(task)))
+
+    def network(self, context: Context) -> NetworkSpec | None:
+        """Returns the start's network, trained, with the form's heads."""
+        if (start := context.spec(self.start)) is None:
+            return None
+        model = build(start.record.config)
+        tokenizer = placeholder_tokenizer(start.record.config.vocab_size)
+        heads = self.form(model, template_tokens(tokenizer, require_template(context.task))).init_heads()
+        return trained_spec(start, self.start, self.lora, networks.head_shapes(heads))
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the model itself, what it starts from, the pairs that it is fitted to and measured on."""
+        pairs = context.exposure(self.pairs)
+        measured = context.exposure(self.truth).fitted if self.truth and self.truth != self.pairs else frozenset()
+        own = Exposure(identity=frozenset({context.fingerprint(context.name)}), measured=measured)
+        return context.exposure(self.start) | pairs | own
 
     def check(self, context: Context) -> None:
-        self.loop.check(context)
-        context.expect(self.start, POLICY, PREFERENCE, REWARD)
-        context.expect(self.pairs, PAIRS)
-        context.expect_targets(self.start, self.lora)
-        context.expect_room(self.start, "buckets", max(self.buckets) + 2 * self.response)
+        """Raises UserError for what is known to fail."""
+        self.loop.check(context.name, context.mesh)
+        check_adapters(context, self.start, self.lora)
+        check_positions(context, self.start, "buckets", max(self.buckets) + 2 * self.response)
         check_template(context, self.start, self.form)
-        if self.truth:
-            context.expect(self.truth, PAIRS)
-        if self.truth == self.pairs and not getattr(context.experiment.stages[self.pairs], "held_out", 1.0):
+        if self.truth is None:
+            return
+        pairs = context.experiment.stages[self.pairs]
+        if self.truth != self.pairs:
+            if context.exposure(self.truth).fitted & context.exposure(self.pairs).fitted:
+                raise UserError(f"{context.name}: truth={self.truth!r} holds the pairs that the model is fitted to; "
+                                "name other pairs, or the same stage with held_out")  # fmt: skip
+        elif not pairs.held_out:
             raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}, which holds nothing out; "
                             f"set {self.pairs}.held_out, or name another stage")  # fmt: skip
 
-    def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
-        return self.form(model, preference.template_tokens(tokenizer, task.template))
+    def trainable(self, context: Context, start: Network, form: PreferenceModel) -> Trainable:
+        """Returns what is trained of the start's network."""
+        return trainable(start, self.lora, form.init_heads(), form.rules, context.key(self.seed))
 
-    def record(self, context: Context) -> Record:
-        start = context.record(self.start)
-        built = self.build(context.task, build(start.config), stand_in(start.config.vocab_size))
-        return derived(start, self.start, self.lora, new_heads(built, build(start.config)))
+    def learner(self, context: Context) -> tuple[Learner, Trainable]:
+        """Returns the compiled training and the abstract parameters it is for."""
+        start = context.abstract(self.start)
+        form = self.preference_model(context.task, start)
+        parts = self.trainable(context, start, form)
+        loss = functools.partial(preference_loss, loss=self.loss, logit=form.logit)
+        learning = Learning(self.loop, self.adam, loss, parts.rules, parts.assemble)
+        return learning.compile(parts.params, context.mesh), parts
 
-    def learning(self, trained: Trainable, built: preference.Preference) -> Learning:
-        def objective(params: Params, pair: Pair, key: Key) -> tuple[Array, Metrics]:
-            return objectives.preference_cross_entropy(params, pair, key, logit=built.logit)
-
-        return Learning(self.loop, self.adam, trained.rules, objective, whole=trained.whole)
-
-    def programs(self, context: Context) -> Iterator[Program]:
-        start, batch = context.policy(self.start), self.loop.batch
-        built = self.build(context.task, start.model, start.tokenizer)
-        trained = trainable(start, self.lora, context.key, built)
-        response, p = ids_of(batch, self.response), shape("float32", batch)
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns the programs that learn, one a bucket, and the one that measures."""
+        learner, parts = self.learner(context)
+        frozen, size = SharedTree(Frozen(base=parts.base)), self.loop.batch
+        learn = []
         for length in self.buckets:
-            update = self.learning(trained, built).program(
-                f"update {length}", trained.params, trained.frozen, Pair(ids_of(batch, length), response, response, p),
-                context, batch * 2 * (length + 2 * self.response),
-            )  # fmt: skip
-            yield update
+            arguments = learner.state, frozen, abstract_pair_batch(size, length, self.response)
+            learn.append(Program(f"learn {length}", learner.learn, arguments, size * 2 * (length + 2 * self.response)))
+        return (*learn, *((self.measuring_program(context, learner, parts),) if self.truth else ()))
+
+    def measuring_program(self, context: Context, learner: Learner, parts: Trainable) -> Program:
+        """Returns the program that measures the trained model."""
+        start = context.abstract(self.start)
+        params = parts.assemble(learner.state.params, Frozen(base=parts.base))
+        network = dataclasses.replace(start, base=params, adapters={}, heads={}, over=None)
+        sizes = JudgeSizes(self.loop.batch, max(self.buckets), self.response)
+        return judging_program(context, "measure", self.preference_model(context.task, start), network, sizes)
+
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Fits the model, writes its network, and measures it."""
+        start, task = context.abstract(self.start), context.task
+        rows = read_pairs(context, self.pairs, "train")
+        batches = pair_batches(rows, start.tokenizer, task, self.limits, self.loop.batch, context.seed(self.seed))
         if self.truth:
-            whole = trained.whole(update.arguments[0].params, trained.frozen)
-            yield judging("measure", context, built, whole, batch, max(self.buckets), self.response)
+            self.measured_pairs(context, start.tokenizer)  # refuses them now, not after the training
+        learner, parts = self.learner(context)
+        learner = learner._replace(learn=function_of(programs, "learn"))
 
-    def run(self, context: Context) -> dict[str, Any]:
-        task, start = context.task, context.policy(self.start)
-        built = self.build(task, start.model, start.tokenizer)
-        rows = data.read_pairs(context.workdir / self.pairs / PAIR_DATA, "train")
-        encoded, fit = encode_pairs(rows, start.tokenizer, task, max(self.buckets), self.response)
-        plan = data.planned([len(row[0]) for row in encoded], self.buckets, self.loop.batch, context.seed)
+        def parameters() -> tuple[Any, Frozen]:
+            network = context.load(self.start)
+            loaded = self.trainable(context, network, self.preference_model(task, network))
+            context.release()
+            return loaded.params, Frozen(base=loaded.base)
 
-        def make_batch(chosen: data.Plan) -> Pair:
-            prompts, first, second, p = zip(*(encoded[i] for i in chosen.indices), strict=True)
-            return Pair(
-                pad(prompts, chosen.length), pad(first, self.response), pad(second, self.response),
-                np.asarray(p, np.float32),
-            )  # fmt: skip
-
-        if self.truth:
-            self.measured(context, start.tokenizer)  # refused now, not after the training
-        trained = trainable(start, self.lora, context.key, built)
-        start = context.released(start)
-        params, found = run_loop(
-            context, self.learning(trained, built), trained.params, plan, make_batch, trained.frozen
-        )  # fmt: skip
-        context.save(start, params, trained.adapter)
+        trained = train(context.training_run(self.seed), learner, parameters, batches.plan, batches.make_batch)
+        networks.save(context.folder, parts.network(start, trained.params))
         describe_form(context, self.form)
-        figures: dict[str, Any] = {"pairs": len(fit), "too_long": len(rows) - len(fit), **found}
+        figures: dict[str, Any] = {**batches.figures, **trained.figures}
         if self.truth:
-            figures["held_out"] = self.measure(context, start, built, trained.whole(params, trained.frozen))
+            figures["held_out"] = self.measure(context, programs[-1], parts, trained)
         return figures
 
-    def measure(
-        self, context: Context, start: Network, built: preference.Preference, params: Params
-    ) -> dict[str, float]:
-        """Accuracy and calibration on the pairs of ``truth``."""
-        rows, too_long = self.measured(context, start.tokenizer)
+    def measure(self, context: Context, program: Program, parts: Trainable, trained: Trained) -> dict[str, float]:
+        """Returns accuracy and calibration on the pairs of ``truth``."""
+        tokenizer = context.abstract(self.start).tokenizer
+        rows, too_long = self.measured_pairs(context, tokenizer)
         judge = judges.model_judge(
-            built.logit, params, start.tokenizer, context.task.format,
-            batch=self.loop.batch, mesh=context.mesh,
+            program.function, parts.assemble(trained.params, trained.frozen), tokenizer, context.task.format,
+            batch=self.loop.batch, mesh=context.mesh, owner=context.name,
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
-        calibration = judges.calibration(p, np.array([row["p"] for row in rows]))
-        return {**calibration, "too_long": too_long}
+        return {**judges.calibration(p, np.array([row["p"] for row in rows])), "too_long": too_long}
 
-    def measured(self, context: Context, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], int]:
-        """The pairs of ``truth``, and how many are left out because they are longer than buckets and response allow in
-        training: the longest would decide what is compiled. Raises UserError when none is left."""
-        split = "held_out" if self.truth == self.pairs else "train"
-        found = data.read_pairs(context.workdir / (self.truth or "") / PAIR_DATA, split)
-        _, rows = encode_pairs(found, tokenizer, context.task, max(self.buckets), self.response)
-        return rows, len(found) - len(rows)
+    def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[Row], int]:
+        """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is
+        compiled.
 
+        Raises UserError when none is left.
+        """
+        assert self.truth is not None
+        rows = read_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
+        _, fitting = encode_pairs(rows, tokenizer, context.task, self.limits)
+        return fitting, len(rows) - len(fitting)
 
-def judging(
-    name: str, context: Context, built: preference.Preference, params: Params, batch: int, prompt: int, reply: int
-) -> Program:
-    """What a model_judge compiles for texts of at most so many tokens."""
-    prompt, reply = judges.ceil_to(prompt, 32), judges.ceil_to(reply, 32)
-    arguments = params, ids_of(batch, prompt), ids_of(batch, reply), ids_of(batch, reply)
-    return Program(name, judges.asker(built.logit, context.mesh), arguments, batch * 2 * (prompt + 2 * reply))
+    meanings: ClassVar[dict[str, str]] = {
+        **PREFERENCE_MEANINGS,
+        "pairs": "trained on",
+        "too_long": "pairs longer than buckets and response allow, left out",
+        "held_out.accuracy": "share of held-out labels that the preference model agrees with",
+        "held_out.calibration_error": "mean gap between its probabilities and the labels, ten bins",
+        "held_out.cross_entropy": "nats a pair",
+        "held_out.n": "held-out pairs",
+        "held_out.too_long": "held-out pairs that were left out",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
-class ZeroShot:
-    """A policy or a reward model's folder as a preference model, as it is: nothing is trained, no backbone copied."""
+class ZeroShotPreference:
+    """Makes a preference model of a policy or a reward model as it is: nothing is trained, no base is copied."""
 
-    makes: ClassVar = PREFERENCE
-    start: str
-    form: Callable[..., preference.Preference] = preference.choice
+    start: str = stage_input(Kind.POLICY, Kind.REWARD)
+    form: PreferenceForm = choice
+    makes: ClassVar[Kind] = Kind.PREFERENCE
 
-    def inputs(self) -> tuple[str, ...]:
-        return (self.start,)
+    def preference_model(self, task: Task, network: Network) -> PreferenceModel:
+        """Returns the form over the network's backbone."""
+        return self.form(network.model, template_tokens(network.tokenizer, require_template(task)))
+
+    def network(self, context: Context) -> NetworkSpec | None:
+        """Returns the start's network; only its heads are this stage's own."""
+        if (start := context.spec(self.start)) is None:
+            return None
+        return start._replace(record=dataclasses.replace(start.record, over=Over(self.start, None)))
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the identity of the start: whatever the form, it is one model."""
+        own = Exposure(identity=frozenset({context.fingerprint(self.start)}))
+        return context.exposure(self.start) | own
 
     def check(self, context: Context) -> None:
-        context.expect(self.start, POLICY, REWARD)
+        """Raises UserError when the task's template is known not to suit."""
         check_template(context, self.start, self.form)
 
-    def build(self, task: Task, model: Model, tokenizer: Tokenizer) -> preference.Preference:
-        return self.form(model, preference.template_tokens(tokenizer, task.template))
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns nothing: nothing is computed."""
+        return ()
 
-    def record(self, context: Context) -> Record:
-        return dataclasses.replace(context.record(self.start), adapter=Adapter(self.start, None))
-
-    def run(self, context: Context) -> dict[str, Any]:
-        start = context.policy(self.start)
-        built = self.build(context.task, start.model, start.tokenizer)
-        heads = built.extend(start.params, context.key).keys() - start.params.keys()
-        if missing := heads - start.heads.keys():
-            raise UserError(f"{context.name}: {self.form.__name__} needs the head {min(missing)!r}, which "
-                            f"{self.start!r} has not; use FitPreference")  # fmt: skip
-        context.save(start, {name: start.heads[name] for name in heads}, Adapter(self.start, None))
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Writes the heads. Raises UserError when the form needs a head that the start does not have."""
+        start = context.load(self.start)
+        names = self.preference_model(context.task, start).init_heads().keys()
+        if missing := names - start.heads.keys():
+            raise UserError(f"{context.name}: {form_name(self.form)} needs the head {min(missing)!r}, which "
+                            f"{self.start!r} does not have; use FitPreference")  # fmt: skip
+        heads = {name: start.heads[name] for name in names}
+        network = dataclasses.replace(start, base={}, adapters={}, heads=heads, over=Over(self.start, None))
+        networks.save(context.folder, network)
         describe_form(context, self.form)
         return {}
 
-
-def new_heads(built: preference.Preference, model: Model) -> dict[str, Any]:
-    """The nested shapes of what a form has beyond its backbone."""
-    backbone = jax.eval_shape(model.init, jax.random.key(0))
-    whole = jax.eval_shape(built.extend, backbone, jax.random.key(0))
-    return jax.tree.map(lambda x: list(x.shape), {n: part for n, part in whole.items() if n not in backbone})
+    meanings: ClassVar[dict[str, str]] = {}
 
 
-def check_template(context: Context, start: str, form: Callable[..., preference.Preference]) -> None:
-    """Raises UserError when the task's template is known not to suit the form or the tokenizer of ``start``. (Pretrain
-    holds its own tokenizer to it, as soon as that is trained.)"""
-    task = context.task
+def check_adapters(context: Context, source: str, spec: Lora | None) -> None:
+    """Raises UserError when the model of the stage ``source`` is known to lack a projection that is to be adapted."""
+    found = context.spec(source)
+    if spec and found:
+        model = build(found.record.config)
+        jax.eval_shape(lambda key: init_adapters(spec, model.init(key), key), jax.random.key(0))
+
+
+def check_template(context: Context, start: str, form: PreferenceForm) -> None:
+    """Raises UserError when the task's template is known not to suit the form or the tokenizer of ``start``.
+
+    (Pretrain checks its own tokenizer, as soon as that is trained.)
+    """
+    task, spec, template = context.task, context.spec(start), require_template(context.task)
+    if form is choice and not template.other:
+        raise UserError(f"{context.name}: form=choice needs both answers; give task {task.name!r} a template.other")
+    if spec and spec.tokenizer:
+        template_tokens(spec.tokenizer, template)
+
+
+def require_template(task: Task) -> Template:
+    """Returns the task's template. Raises UserError when it has none."""
     if task.template is None:
-        raise UserError(f"{context.name}: task {task.name!r} has no template to show two replies in; give it one")
-    if form is preference.choice and not task.template.other:
-        raise UserError(f"{context.name}: preference.choice needs both answers; give task {task.name!r} template.other")
-    if tokenizer := context.tokenizer(start):
-        preference.template_tokens(tokenizer, task.template)
+        raise UserError(f"task {task.name!r} has no template to show two replies in; give it one")
+    return task.template
 
 
-def describe_form(context: Context, form: Callable[..., preference.Preference]) -> None:
-    """What an exported preference model's folder says of how to ask it."""
-    task, name = context.task, getattr(form, "__name__", str(form))
-    said = {"form": name, "template": task.template._asdict(), "format": task.format._asdict()}
-    storage.write_json(context.folder / "preference.json", said)
+def form_name(form: PreferenceForm) -> str:
+    """Returns the name of a form, a function."""
+    return getattr(form, "__name__", str(form))
 
 
-def encode_pairs(rows, tokenizer: Tokenizer, task: Task, longest_prompt: int, longest: int):
-    """Rows of text -> (prompt, first, second) ids and p of those that are not too long; and these rows."""
-    encoded, fit = [], []
-    for row in rows:
-        prompt = tokenizer.encode(row["prompt"])
-        sides = [
-            encode_continuation(tokenizer, judges.reply_text(task.format, row[name])) for name in ("first", "second")
-        ]
-        if len(prompt) <= longest_prompt and max(map(len, sides)) <= longest:
-            encoded.append((prompt, *sides, row["p"]))
-            fit.append(row)
-    if not encoded:
-        raise UserError(f"none of {len(rows)} pairs fits prompts of {longest_prompt} and responses of {longest} "
-                        "tokens; raise buckets or response")  # fmt: skip
-    return encoded, fit
+def describe_form(context: Context, form: PreferenceForm) -> None:
+    """Writes preference.json: how an exported preference model is asked."""
+    task = context.task
+    description = {
+        "form": form_name(form),
+        "template": require_template(task)._asdict(),
+        "format": task.format._asdict(),
+    }
+    storage.write_json(context.folder / "preference.json", description)

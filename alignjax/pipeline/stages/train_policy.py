@@ -1,234 +1,151 @@
-"""Preference model -> a policy, on-policy, against an opponent."""
+"""A policy that learns from preferences, drawn or stored, by any objective."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from alignjax.distributed import sharding
 from alignjax.errors import UserError, check_range
+from alignjax.fields import Kind, stage_input
 from alignjax.models.log_probs import log_prob
 from alignjax.models.lora import Lora
-from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_continuation, pad
-from alignjax.pipeline.experiment import POLICY, PREFERENCE, Context, Program, ids_of, shape
-from alignjax.pipeline.networks import Network, Record, Trainable, derived, gathering, trainable
-from alignjax.pipeline.stages.label import check_stop, stop_tokens, unseen_stops
-from alignjax.preferences import judges
-from alignjax.preferences.models import Preference
-from alignjax.sampling import samplers as rollout
-from alignjax.sampling.process import Process, Sample, Stop
-from alignjax.tasks.task import EOS, Task
-from alignjax.training import data
-from alignjax.training import learn as train
-from alignjax.training.loop import Adam, Learning, Loop, run_loop
-from alignjax.types import Array, Key, Metrics, Params, Rollout, Tokens, TrainState
+from alignjax.pipeline import networks
+from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
+from alignjax.pipeline.stages.fit_preference import check_adapters
+from alignjax.pipeline.stages.policy_data import PolicyData, PolicySetup, reads_average
+from alignjax.pipeline.stages.writing import check_positions, check_stop
+from alignjax.pipeline.trainable import trainable, trained_spec
+from alignjax.training.collect import Frozen
+from alignjax.training.loop import Learner, Learning, Loop, train
+from alignjax.training.optimizer import Adam
+from alignjax.types import Completion, Objective, Prompt, Response, pair_batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimise:
-    """A policy optimised on-policy against an opponent under a preference model."""
+class TrainPolicy:
+    """Trains a policy with an objective, on the batches of ``data``."""
 
-    makes: ClassVar = POLICY
-    start: str
-    reference: str
-    preference: str
-    objective: Callable[..., tuple[Array, Metrics]]  # takes log_prob by keyword
-    opponent: Callable[..., Any]  # a rollout.Opponent
+    objective: Objective  # for example PreferenceGradient(partial(losses.nash_md, tau=0.02))
+    data: PolicyData  # OnlineData(...) or OfflineData(...)
     adam: Adam
     loop: Loop
-    prompts: int
     buckets: tuple[int, ...]  # prompt lengths in tokens
-    max_new_tokens: int
-    lora: Lora | None = None  # train adapters over the start's frozen parameters
-    response: int | None = None  # most tokens of a response to a preference model of another tokenizer; None: twice
-    average_decay: float | None = None  # of the weights' moving average, for rollout.moving_average
-    unfinished_loses: bool = True
-    gather: bool = True  # the weights that write, over data and fsdp, before they do; False: where there is no room
+    max_new_tokens: int  # the most tokens of a response
+    start: str = stage_input(Kind.POLICY)
+    reference: str = stage_input(Kind.POLICY)
+    lora: Lora | None = None  # train adapters over the start's frozen base
+    average_decay: float | None = None  # of the moving average that ``samplers.moving_average`` reads
+    seed: int = 0
+    makes: ClassVar[Kind] = Kind.POLICY
 
     def __post_init__(self) -> None:
-        check_range(self, 1, math.inf, "prompts", "buckets", "max_new_tokens")
+        check_range(self, 1, math.inf, "buckets", "max_new_tokens")
         if self.average_decay is not None:
             check_range(self, 0, 1, "average_decay")
-        if self.response is not None:
-            check_range(self, 1, math.inf, "response")
 
-    def inputs(self) -> tuple[str, ...]:
-        return (self.start, self.reference, self.preference)
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What metrics and figures show."""
+        own = {"prompts": "that fit a bucket", "pairs": "trained on", "too_long": "longer than every bucket, left out"}
+        return {**self.objective.meanings, **own}
+
+    def network(self, context: Context) -> NetworkSpec | None:
+        """Returns the start's network, trained."""
+        start = context.spec(self.start)
+        return start and trained_spec(start, self.start, self.lora, {})
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns what the data, the start and the reference depend on."""
+        return context.exposure(self.start, self.reference) | self.data.exposure(context)
 
     def check(self, context: Context) -> None:
-        self.loop.check(context, self.prompts)
-        context.expect(self.start, POLICY)
-        context.expect(self.reference, POLICY)
-        context.expect(self.preference, PREFERENCE)
-        context.task.source.prompts("train", 1, context.seed)
+        """Raises UserError for what is known to fail."""
+        self.loop.check(context.name, context.mesh)
+        self.data.check(context, self.objective)
         for source in (self.start, self.reference):
-            context.expect_room(source, "buckets", max(self.buckets) + self.max_new_tokens)
-        context.expect_targets(self.start, self.lora)
+            check_positions(context, source, "buckets", max(self.buckets) + self.max_new_tokens)
+        check_adapters(context, self.start, self.lora)
         check_stop(context, self.start)
-        rehearse(context, self.opponent, self.objective)
-        if self.opponent is rollout.moving_average and self.average_decay is None:
-            raise UserError(f"{context.name}: the opponent moving_average needs average_decay; set it, e.g. 0.999")
+        check_objective(context.name, self.objective)
+        if reads_average(self.data) and self.average_decay is None:
+            raise UserError(f"{context.name}: the sampler moving_average needs average_decay; set it, e.g. 0.999")
 
-    def record(self, context: Context) -> Record:
-        return derived(context.record(self.start), self.start, self.lora, {})
-
-    def learning(self, task: Task, start: Network, trained: Trainable, built: Preference, shares: bool) -> Learning:
-        """The update: it draws and compares as well where policy and preference model share their tokens; else it is
-        given what ``translator`` makes."""
-        score = log_prob(start.model)
-        collect = rollout.collector(
-            self.responder(task, start), score, built.logit, self.unfinished_loses, unseen_stops(task, start.tokenizer)
-        )
-
-        def compare(params: Params, average: Params, frozen: Any, batch: Any, key: Key) -> Rollout:
-            return rollout.compared(score, built.logit, self.unfinished_loses, frozen, *batch)
-
-        def objective(params: Params, batch: Any, key: Key) -> tuple[Array, Metrics]:
-            return self.objective(params, batch, key, log_prob=score)
-
-        return Learning(
-            self.loop, self.adam, trained.rules, objective, collect if shares else compare, trained.whole,
-            self.average_decay,
-        )  # fmt: skip
-
-    def responder(self, task: Task, start: Network) -> rollout.Respond:
-        model = gathering(start.model) if self.gather else start.model
-        return rollout.responder(model, self.opponent, self.max_new_tokens, stop_tokens(task, start.tokenizer))
-
-    def networks(self, context: Context) -> tuple[Network, Network, Network, Preference]:
-        """The start, the reference, and the preference model with its form."""
-        start, reference = context.policy(self.start), context.policy(self.reference)
-        if reference.model.config != start.model.config or reference.fingerprint != start.fingerprint:
+    def setup(self, context: Context) -> tuple[PolicySetup, Learner]:
+        """Returns what the programs are made from, and the compiled training."""
+        start, reference = context.abstract(self.start), context.abstract(self.reference)
+        if reference.model.config != start.model.config or reference.token_digest != start.token_digest:
             raise UserError(
                 f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
             )
-        return start, reference, *context.preference(self.preference)
+        score = log_prob(start.model)
+        parts = trainable(start, self.lora, {}, start.model.rules, context.key(self.seed))
+        loss = functools.partial(self.objective, log_prob=score)
+        learning = Learning(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay)
+        learner = learning.compile(parts.params, context.mesh)
+        setup = PolicySetup(
+            self.objective, self.loop, self.buckets, self.max_new_tokens, self.seed, start, reference, parts, score,
+            learner.state,
+        )  # fmt: skip
+        return setup, learner
 
-    def programs(self, context: Context) -> Iterator[Program]:
-        """The update a bucket, and the drawing where text lies between."""
-        start, reference, fitted, built = self.networks(context)
-        trained, shares = trainable(start, self.lora, context.key), shares_tokens(context.task, start, fitted)
-        learning = self.learning(context.task, start, trained, built, shares)
-        frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
-        size, new, longest = self.loop.batch, self.max_new_tokens, self.response or 2 * self.max_new_tokens
-        for length in self.buckets:
-            prompt, y, seen = ids_of(size, length), ids_of(size, new), ids_of(size, longest)
-            batch: Any = prompt
-            if not shares:
-                logp, finished = shape("float32", size, new), shape("bool", size)
-                drawn = Sample(y, logp, finished)
-                shown = rollout.Seen(ids_of(size, judges.ceil_to(length, 32)), seen, seen, (finished, finished))
-                batch = (rollout.Drawn(prompt, drawn, drawn), shown)
-            tokens = size * (length + 2 * new)
-            update = learning.program(f"update {length}", trained.params, frozen, batch, context, tokens)
-            if not shares:
-                draw = drawer(context, self.responder(context.task, start), trained)
-                yield Program(f"draw {length}", draw, (*update.arguments[:2], prompt), tokens)
-            yield update
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns the programs that collect and those that learn, one a bucket each."""
+        self.loop.check(context.name, context.mesh)
+        setup, learner = self.setup(context)
+        collect = self.data.programs(context, setup)
+        learn = []
+        for length, program in zip(self.buckets, collect[-len(self.buckets) :], strict=True):
+            batch = jax.eval_shape(program.function, *program.arguments)
+            arguments = (program.arguments[0], program.arguments[1], batch)
+            tokens = self.loop.batch * len(self.objective.scored) * (length + self.max_new_tokens)
+            learn.append(Program(f"learn {length}", learner.learn, arguments, tokens * self.loop.epochs))
+        return (*collect, *learn)
 
-    def run(self, context: Context) -> dict[str, Any]:
-        task = context.task
-        start, reference, fitted, built = self.networks(context)
-        trained, shares = trainable(start, self.lora, context.key), shares_tokens(task, start, fitted)
-        prompts = task.source.prompts("train", self.prompts, context.seed)
-        ids = [start.tokenizer.encode(text) for text in prompts]
-        kept = [i for i, row in enumerate(ids) if len(row) <= max(self.buckets)]
-        if not kept:
-            raise UserError(f"{context.name}: all {len(ids)} prompts are longer than {max(self.buckets)} tokens; "
-                            f"add a larger one to {context.name}.buckets")  # fmt: skip
-        before = None
-        if not shares:
-            longest, texts = self.response or 2 * self.max_new_tokens, [prompts[i] for i in kept]
-            respond, stop = self.responder(task, start), stop_tokens(task, start.tokenizer)
-            before = translator(context, respond, trained, start.tokenizer, fitted.tokenizer, texts, stop, longest)
-        plan = data.planned([len(ids[i]) for i in kept], self.buckets, self.loop.batch, context.seed)
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Trains the policy and writes its network."""
+        setup, learner = self.setup(context)
+        learner = learner._replace(learn=function_of(programs, "learn"))
+        batches = self.data.batches(context, setup, programs)
 
-        def make_batch(chosen: data.Plan) -> Tokens:
-            return pad([ids[kept[i]] for i in chosen.indices], chosen.length)
+        def parameters() -> tuple[Any, Frozen]:
+            start, reference = context.load(self.start), context.load(self.reference)
+            preference = self.data.preference_network(context, context.load)
+            parts = trainable(start, self.lora, {}, start.model.rules, context.key(self.seed))
+            context.release()
+            judged = preference.all_params if preference else None
+            return parts.params, Frozen(parts.base, reference.params, judged)
 
-        frozen = {**trained.frozen, "reference": reference.params, "preference": fitted.params}
-        learning = self.learning(task, start, trained, built, shares)
-        start = context.released(start)
-        params, found = run_loop(context, learning, trained.params, plan, make_batch, frozen, before)
-        context.save(start, params, trained.adapter)
-        return {"prompts": len(kept), "too_long": len(ids) - len(kept), **found}
+        trained = train(
+            context.training_run(self.seed), learner, parameters, batches.plan, batches.make_batch, batches.collect
+        )
+        networks.save(context.folder, setup.parts.network(setup.start, trained.params))
+        return {**batches.figures, **trained.figures}
 
 
-def rehearse(context: Context, opponent: Callable[..., Any], objective: Callable[..., Any]) -> None:
-    """Traces both over one token, for what they refuse of their own settings."""
-    token, number, numbers = Tokens(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), np.zeros(1), np.zeros((1, 1))
-    process = Process(lambda carry, token: (carry, numbers), (), numbers)
-    seen = Rollout(token, token, token, number, numbers)
+def check_objective(name: str, objective: Objective) -> None:
+    """Raises UserError when the objective refuses its own settings, by tracing it over one token.
 
-    def answer() -> None:
-        opponent(lambda params: process, {}, {}, {})
+    Other errors are ignored here: they come from the tiny input, and will be raised again when the objective runs.
+    """
+    tokens = Prompt(jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool))
 
-    def judge() -> None:
-        objective({}, seen, context.key, log_prob=lambda params, prompt, y: numbers)
+    def score(params: Any, prompt: Prompt, completion: Completion) -> jax.Array:
+        return jnp.zeros(completion.tokens.shape)
 
-    context.rehearse("opponent", lambda: jax.eval_shape(answer))
-    context.rehearse("objective", lambda: jax.eval_shape(judge))
+    def call() -> Any:
+        zeros = jnp.zeros((1, 1))
+        response = Response(tokens, zeros, zeros, jnp.ones(1, bool))
+        batch = dataclasses.replace(pair_batch(tokens, response, response, jnp.ones(1)), reward=jnp.zeros((1, 2)))
+        return objective({}, batch, jax.random.key(0), log_prob=score)
 
-
-def shares_tokens(task: Task, policy: Network, preference: Network) -> bool:
-    """Whether the preference model can read the policy's tokens as they are: their tokenizers are equal, and no
-    end token stands where the task's format has an end marker of its own."""
-    return policy.fingerprint == preference.fingerprint and not (EOS in task.format.stop and task.format.end)
-
-
-def translator(
-    context: Context,
-    respond: rollout.Respond,
-    trained: Trainable,
-    mine: Tokenizer,
-    theirs: Tokenizer,
-    prompts: Sequence[str],
-    stop: Stop,
-    longest: int,
-) -> Callable[[TrainState, Any, Tokens], tuple[rollout.Drawn, rollout.Seen]]:
-    """What run_loop does ``before`` an update where text lies between policy and preference model: answers are drawn,
-    read as text, filtered as the task does, and written in the preference model's tokens. A reply that the filter
-    refuses is empty, and one longer than ``longest`` tokens is cut there."""
-    task, draw = context.task, drawer(context, respond, trained)
-    known = {tuple(mine.encode(prompt)): theirs.encode(prompt) for prompt in prompts}
-    room = judges.ceil_to(max(map(len, known.values())), 32)
-
-    everywhere = jax.jit(lambda tokens: tokens, out_shardings=sharding.replicated(context.mesh))
-
-    def rows_of(tokens: Tokens) -> list[list[int]]:
-        """The real tokens of every row, on every host."""
-        whole = everywhere(tokens)
-        return [row[real].tolist() for row, real in zip(np.asarray(whole.tokens), np.asarray(whole.mask), strict=True)]
-
-    def translated(sample: Sample) -> tuple[Tokens, np.ndarray]:
-        texts = [decode_reply(mine, row, stop, task.format.end) for row in rows_of(sample.completion)]
-        replies = [task.clean(text) or "" for text in texts]
-        ids = [encode_continuation(theirs, judges.reply_text(task.format, reply))[:longest] for reply in replies]
-        return pad(ids, longest), np.array([bool(reply) for reply in replies])
-
-    def before(state: TrainState, frozen: Any, prompt: Tokens) -> tuple[rollout.Drawn, rollout.Seen]:
-        drawn = draw(state, train.Once(frozen), prompt)
-        shown = [known[tuple(row)] for row in rows_of(prompt)]
-        (y, answered), (other, other_answered) = translated(drawn.y), translated(drawn.opponent)
-        seen = rollout.Seen(pad(shown, room), y, other, (answered, other_answered))
-        return drawn, sharding.place(context.mesh, seen)
-
-    return before
-
-
-def drawer(context: Context, respond: rollout.Respond, trained: Trainable):
-    """(state, frozen trees as train.Once, prompt) -> what the update would draw; jitted."""
-    rows = sharding.rows(context.mesh)
-
-    def draw(state: TrainState, once: train.Once, prompt: Tokens) -> rollout.Drawn:
-        frozen = once.tree()
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 0)
-        average = trained.whole(state.average, frozen) if state.average else state.average
-        return respond(trained.whole(state.params, frozen), average, frozen, prompt, key)
-
-    return jax.jit(draw, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True)
+    try:
+        jax.eval_shape(call)
+    except UserError as error:
+        raise UserError(f"{name}.objective: {error}") from None
+    except Exception:  # of any kind: the objective may be a user's function, which was given almost nothing
+        return

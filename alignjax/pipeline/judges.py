@@ -1,0 +1,185 @@
+"""Judges as data: small dataclasses that a stage opens. A judge compares texts, so it needs nobody's tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from alignjax.errors import UserError
+from alignjax.fields import Kind, stage_input
+from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_tokens
+from alignjax.pipeline.networks import Network
+from alignjax.preferences import judges
+from alignjax.preferences.preference_models import PreferenceModel, choice, template_tokens
+from alignjax.tasks.task import Template
+from alignjax.types import Judge
+
+
+class JudgeSizes(NamedTuple):
+    """What a judge is compiled for."""
+
+    batch: int
+    prompt: int  # tokens
+    reply: int  # tokens
+
+
+class JudgeSpec(Protocol):
+    """A judge as data: a frozen dataclass."""
+
+    def check(self, context: Context) -> None:
+        """Raises UserError for what can be known to fail before anything runs."""
+        ...
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns which preference models the judge is, and which pairs those were fitted to."""
+        ...
+
+    def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
+        """Returns the jitted programs that judging calls."""
+        ...
+
+    def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
+        """Returns the judge, over those programs."""
+        ...
+
+    def describe(self) -> str:
+        """Returns who judges, in words for a report."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Oracle:
+    """One of the task's exact oracles."""
+
+    name: str
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the task has no such oracle."""
+        oracles = context.task.oracles
+        if self.name not in oracles:
+            raise UserError(f"{context.name}: task {context.task.name!r} has no oracle {self.name!r}; "
+                            f"it has {', '.join(oracles) or 'none'}")  # fmt: skip
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns nothing: an oracle is no model."""
+        return Exposure()
+
+    def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
+        """Returns nothing: an oracle is not compiled."""
+        return ()
+
+    def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
+        """Returns the oracle as a judge."""
+        return judges.oracle_judge(context.task.oracles[self.name])
+
+    def describe(self) -> str:
+        """Returns who judges."""
+        return f"the task's exact oracle {self.name!r}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelJudge:
+    """A preference model that a stage made."""
+
+    stage: str = stage_input(Kind.PREFERENCE)
+
+    def check(self, context: Context) -> None:
+        """Does nothing: the stage has been checked."""
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the exposure of the preference model."""
+        return context.exposure(self.stage)
+
+    def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
+        """Returns the program that compares replies. Its sizes are in the policies' tokens; the judge's may differ."""
+        network = context.abstract(self.stage)
+        return (judging_program(context, name, self.model(context, network), network, sizes),)
+
+    def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
+        """Returns the preference model as a judge."""
+        return open_network(context, programs[0], context.load(self.stage), sizes)
+
+    def model(self, context: Context, network: Network) -> PreferenceModel:
+        """Returns the form of the stage's preference model."""
+        return context.experiment.stages[self.stage].preference_model(context.task, network)
+
+    def describe(self) -> str:
+        """Returns who judges."""
+        return f"the preference model of stage {self.stage}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelJudge:
+    """A language model, as it is, asked a question about two replies, in both orders (RLAIF, 2307.12950 section 4)."""
+
+    stage: str = stage_input(Kind.POLICY)
+    question: Template | None = None  # with both answers; None: the task's template
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the question lacks an answer, or an answer is known not to be one token."""
+        template, spec = self.template(context), context.spec(self.stage)
+        if not template.other:
+            raise UserError(
+                f"{context.name}: the question of a language-model judge needs both answers; give ``other``"
+            )
+        if spec and spec.tokenizer:
+            template_tokens(spec.tokenizer, template)
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the language model's own identity, and what it was trained on."""
+        return context.exposure(self.stage) | Exposure(identity=frozenset({context.fingerprint(self.stage)}))
+
+    def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
+        """Returns the program that asks the question."""
+        network = context.abstract(self.stage)
+        model = choice(network.model, template_tokens(network.tokenizer, self.template(context)))
+        return (judging_program(context, name, model, network, sizes),)
+
+    def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
+        """Returns the language model as a judge."""
+        return open_network(context, programs[0], context.load(self.stage), sizes)
+
+    def template(self, context: Context) -> Template:
+        """Returns the question. Raises UserError when neither the judge nor the task has one."""
+        if (template := self.question or context.task.template) is None:
+            raise UserError(f"{context.name}: task {context.task.name!r} has no template to show two replies in; "
+                            "give the judge a question")  # fmt: skip
+        return template
+
+    def describe(self) -> str:
+        """Returns who judges."""
+        return f"the language model of stage {self.stage}, asked in both orders"
+
+
+def judging_program(
+    context: Context, name: str, model: PreferenceModel, network: Network, sizes: JudgeSizes
+) -> Program:
+    """Returns the program of a ``preferences.judges.preference_asker`` for texts of these sizes."""
+    prompt, reply = judges.judged_length(sizes.prompt), judges.judged_length(sizes.reply)
+    replies = abstract_tokens(sizes.batch, reply)
+    arguments = network.all_params, abstract_tokens(sizes.batch, prompt), replies, replies
+    ask = judges.preference_asker(model.logit, context.mesh)
+    return Program(name, ask, arguments, sizes.batch * 2 * (prompt + 2 * reply))
+
+
+def open_network(context: Context, program: Program, network: Network, sizes: JudgeSizes) -> Judge:
+    """Returns the judge that asks a network through a compiled program."""
+    return judges.model_judge(
+        program.function, network.all_params, network.tokenizer, context.task.format,
+        batch=sizes.batch, mesh=context.mesh, owner=f"{context.name}: the judge {network.stage!r}",
+    )  # fmt: skip
+
+
+def check_held_out(context: Context, judge: str, spec: Any, policies: Iterable[str]) -> None:
+    """Raises UserError when the judge is a preference model that a policy was trained against, or made from one, or
+    fitted to pairs that a policy, or a preference model that it was trained against, was fitted to or measured on."""
+    judged = spec.exposure(context)
+    for policy in policies:
+        trained = context.exposure(policy)
+        if judged.identity & trained.trained_against:
+            raise UserError(f"{context.name}: judge {judge!r} is, or is made from, a model that {policy!r} was trained "
+                            "against; name a held-out judge")  # fmt: skip
+        if judged.fitted & (trained.fitted | trained.measured):
+            raise UserError(f"{context.name}: judge {judge!r} was fitted to pairs that {policy!r}, or the preference "
+                            "model that it was trained against, has seen; name a held-out judge")  # fmt: skip

@@ -1,0 +1,251 @@
+"""Stages that read what lies outside: a checkpoint, adapters over one, comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from alignjax.checkpoints import folders, huggingface, peft, weights
+from alignjax.distributed import sharding
+from alignjax.errors import POSITIVE, UserError, check_range
+from alignjax.fields import Kind, no_effect, stage_input
+from alignjax.models.build import ModelConfig, build
+from alignjax.models.decoder import TransformerConfig
+from alignjax.models.heads import init_head
+from alignjax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES, check_choice
+from alignjax.models.model import Model
+from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer, with_chat_template
+from alignjax.pipeline import config, networks
+from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program
+from alignjax.pipeline.networks import Network, Over, Record
+from alignjax.pipeline.trainable import trained_spec
+from alignjax.tasks import json_lines
+from alignjax.training import data
+
+PAIR_DATA = "data"  # the folder of a stage's pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadCheckpoint:
+    """Reads a Hugging Face folder, shard by shard onto the mesh.
+
+    A sequence classification with one label is a reward model, which ``ZeroShotPreference(start, bradley_terry)`` asks.
+    Its score is read at a reply's last token, so the task's ``format.end`` must be the text that its replies end with.
+    """
+
+    path: str
+    chat: bool = False  # prompts go through the tokenizer's chat template
+    dtype: str = "float32"  # of the parameters; under adapters "bfloat16" halves the frozen base
+    compute_dtype: str = "float32"
+    remat: str = no_effect("none")
+    decode: str = no_effect("unrolled")  # or "scanned", of a decoder-only model (TransformerConfig)
+    model: ModelConfig | None = None  # what the folder must hold; with it, ``plan`` needs no folder
+    digest: str = dataclasses.field(init=False)  # of the folder's content; empty where there is none
+
+    def __post_init__(self) -> None:
+        check_choice(self, "dtype", COMPUTE_DTYPES)
+        check_choice(self, "compute_dtype", COMPUTE_DTYPES)
+        check_choice(self, "remat", tuple(REMAT_POLICIES))
+        object.__setattr__(self, "digest", folders.folder_digest(Path(self.path)))
+
+    @property
+    def makes(self) -> Kind:
+        """A reward model where the folder holds a scalar head, else a policy."""
+        return Kind.REWARD if self.digest and weights.has_reward_head(Path(self.path)) else Kind.POLICY
+
+    def config(self) -> ModelConfig:
+        """Returns the model's configuration. Raises UserError when the folder holds another than ``model`` names."""
+        folder = Path(self.path)
+        options: dict[str, Any] = {"compute_dtype": self.compute_dtype, "remat": self.remat}
+        found = self.model if self.model and not self.digest else huggingface.read_config(folder)
+        if isinstance(found, TransformerConfig):
+            options["decode"] = self.decode
+        if found is self.model:
+            return dataclasses.replace(found, **options)
+        if weights.has_reward_head(folder):  # such a checkpoint has no output projection
+            found = dataclasses.replace(found, tied=True)
+        found = dataclasses.replace(found, **options)
+        if self.model and found != (named := dataclasses.replace(self.model, **options)):
+            field = min(name for name, value in vars(named).items() if vars(found).get(name) != value)
+            raise UserError(f"{folder} holds another model than the experiment names: {field} is "
+                            f"{vars(found).get(field)!r}, not {vars(named)[field]!r}")  # fmt: skip
+        return found
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the folder's tokenizer, or a placeholder where there is no folder."""
+        if self.model and not self.digest:
+            return placeholder_tokenizer(self.model.vocab_size)
+        return _read_tokenizer(self.path, self.digest)
+
+    def network(self, context: Context) -> NetworkSpec:
+        """Returns the folder's network."""
+        config = self.config()
+        heads = networks.head_shapes({"reward": init_head(config.width)}) if self.makes == Kind.REWARD else {}
+        # Before they run, folders with equally many tokens are taken for one family.
+        digest = f"{config.vocab_size} tokens" + (" chat" if self.chat else "")
+        return NetworkSpec(Record(config, self.dtype, heads, self.chat, None), self.tokenizer(), digest)
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the reward model's own identity; of a policy nothing."""
+        is_reward = self.makes == Kind.REWARD
+        return Exposure(identity=frozenset({context.fingerprint(context.name)} if is_reward else ()))
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the folder is missing, damaged, or does not fit the mesh."""
+        folder = Path(self.path)
+        if not self.digest:
+            huggingface.read_config(folder)  # says what is missing, where ``model`` would stand in for it
+        config = self.config()
+        weights.check_tensors(folder, config)
+        weights.read_reward_head(folder, config.width)
+        tokenizer = self.tokenizer()
+        if tokenizer.vocab_size > config.vocab_size:
+            raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
+                            f"{config.vocab_size}; give the model's own tokenizer")  # fmt: skip
+        if self.chat:
+            with_chat_template(tokenizer, context.task.messages)  # refuses a tokenizer without a template
+        parameter_places(build(config), context.mesh)
+
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns nothing: reading compiles nothing."""
+        return ()
+
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Reads the folder and writes the stage's network."""
+        folder, config = Path(self.path), self.config()
+        model = build(config)
+        params = weights.read_params(folder, config, parameter_places(model, context.mesh), np.dtype(self.dtype))
+        heads = weights.read_reward_head(folder, config.width)
+        tokenizer = huggingface.read_tokenizer(folder)
+        networks.save(context.folder, Network(context.name, model, tokenizer, "", params, heads=heads, chat=self.chat))
+        return {"parameters": parameter_count({**params, **heads})}
+
+    meanings: ClassVar[dict[str, str]] = {"parameters": "numbers in the network"}
+
+
+@functools.lru_cache(maxsize=4)
+def _read_tokenizer(path: str, digest: str) -> Tokenizer:
+    """Reads a folder's tokenizer once for all stages that ask; ``digest`` tells when the folder has changed."""
+    return huggingface.read_tokenizer(Path(path))
+
+
+def parameter_places(model: Model, mesh: jax.sharding.Mesh) -> Any:
+    """Returns where a model's parameters lie. Raises UserError when one does not divide over the mesh."""
+    return sharding.shardings(jax.eval_shape(model.init, jax.random.key(0)), model.rules, mesh)
+
+
+def parameter_count(params: Any) -> int:
+    """Returns how many numbers a tree holds."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadAdapter:
+    """Reads a folder of the PEFT library's: adapters over the network of ``start``."""
+
+    path: str
+    start: str = stage_input(Kind.POLICY)
+    digest: str = dataclasses.field(init=False)  # of the folder's content
+    makes: ClassVar[Kind] = Kind.POLICY
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", folders.folder_digest(Path(self.path)))
+
+    def network(self, context: Context) -> NetworkSpec | None:
+        """Returns the start's network under the folder's adapters."""
+        if (start := context.spec(self.start)) is None:
+            return None
+        return trained_spec(start, self.start, peft.read_adapters(Path(self.path), start.record.config)[0], {})
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the start's exposure."""
+        return context.exposure(self.start)
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the folder is missing or damaged."""
+        peft.read_adapter_config(Path(self.path))
+
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns nothing: reading compiles nothing."""
+        return ()
+
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Reads the adapters and writes the stage's network. Raises UserError when the start has adapters already."""
+        start = context.load(self.start)
+        if start.adapters:
+            raise UserError(f"{context.name}: {self.start!r} has adapters already; name the stage they lie over")
+        lora, adapters = peft.read_adapters(Path(self.path), start.model.config)
+        network = dataclasses.replace(start, base={}, adapters=adapters, heads={}, over=Over(self.start, lora))
+        networks.save(context.folder, network)
+        return {"parameters": parameter_count(adapters), "rank": lora.rank}
+
+    meanings: ClassVar[dict[str, str]] = {"parameters": "numbers in the adapters"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadPairs:
+    """Reads a JSON-lines file of comparisons into the dataset of pairs that a Label stage writes.
+
+    The whole file is read before anything runs. ``read`` says what a line is: {"prompt", "first", "second", "p"}, or
+    another form's.
+    """
+
+    path: str
+    read: json_lines.ReadComparison = json_lines.read_comparison
+    held_out: float = 0.0  # share of the prompts whose pairs go to the split "held_out": the last ones of the file
+    digest: str = dataclasses.field(init=False)  # of the file's content
+    makes: ClassVar[Kind] = Kind.PAIRS
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, 1 - POSITIVE, "held_out")
+        object.__setattr__(self, "digest", json_lines.file_digest(self.path))
+
+    def network(self, context: Context) -> None:
+        """Returns None: pairs are no network."""
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the content of the file, whatever the share that is held out."""
+        return Exposure(fitted=frozenset({f"file {self.digest or self.path}"}))
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the file cannot be read, or a line is malformed."""
+        self.rows(context)
+
+    def rows(self, context: Context) -> list[json_lines.Comparison | None]:
+        """Returns a comparison a line. Raises UserError on a malformed line, and where there is no comparison."""
+        try:
+            rows = json_lines.read_rows(self.path, "comparisons", self.read)
+        except UserError as error:
+            raise UserError(f"{context.name}: {error}") from None
+        if not any(rows):
+            raise UserError(f"{context.name}: no line of {self.path} compares two replies to one prompt; give another")
+        return rows
+
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns nothing: reading compiles nothing."""
+        return ()
+
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Writes the dataset. A prompt stands on one side of the split alone."""
+        found = self.rows(context)
+        rows = [dict(zip(data.PAIR_FEATURES, pair, strict=True)) for pair in found if pair]
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+        last = set(prompts[len(prompts) - int(self.held_out * len(prompts)) :])
+        splits = {"train": [row for row in rows if row["prompt"] not in last]}
+        if last:
+            splits["held_out"] = [row for row in rows if row["prompt"] in last]
+        figures = {"pairs": len(rows), "skipped": len(found) - len(rows), "different_prompts": len(prompts)}
+        source = {"file": self.path, "digest": self.digest, "read": config.describe(self.read)}
+        data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
+        return figures
+
+    meanings: ClassVar[dict[str, str]] = {
+        "pairs": "kept",
+        "skipped": "lines of the file that compare nothing",
+        "different_prompts": "among the pairs",
+    }

@@ -1,0 +1,89 @@
+"""Pairs of text on disk -> PreferenceBatches of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alignjax.errors import UserError
+from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
+from alignjax.pipeline.experiment import Context, abstract_array, abstract_tokens
+from alignjax.pipeline.stages.load import PAIR_DATA
+from alignjax.tasks.task import Task, reply_text
+from alignjax.training import data
+from alignjax.types import PreferenceBatch, Prompt, Response
+
+Row = dict[str, Any]
+"""{"prompt", "first", "second": text, "p": P(first is preferred)}."""
+
+
+class PairBatches(NamedTuple):
+    """Pairs as batches."""
+
+    plan: Callable[[int], data.BatchPlan]
+    make_batch: Callable[[data.BatchPlan], PreferenceBatch]
+    figures: dict[str, Any]
+
+
+class PairLimits(NamedTuple):
+    """The lengths in tokens that are compiled for."""
+
+    buckets: tuple[int, ...]  # of prompts
+    response: int
+
+
+def read_pairs(context: Context, stage: str, split: str) -> list[Row]:
+    """Returns the pairs of a split that the stage wrote."""
+    return data.read_pairs(context.folder_of(stage) / PAIR_DATA, split)
+
+
+def pair_batches(
+    rows: Sequence[Row], tokenizer: Tokenizer, task: Task, limits: PairLimits, batch: int, seed: int
+) -> PairBatches:
+    """Returns batches of the pairs that fit. Raises UserError when none does."""
+    encoded, fitting = encode_pairs(rows, tokenizer, task, limits)
+    plan = data.plan_batches([len(pair[0]) for pair in encoded], limits.buckets, batch, seed)
+
+    def make_batch(chosen: data.BatchPlan) -> PreferenceBatch:
+        prompts, first, second, p = zip(*(encoded[i] for i in chosen.indices), strict=True)
+        sides = Response(pad(first, limits.response)), Response(pad(second, limits.response))
+        return host_pair_batch(pad(prompts, chosen.length), sides, np.asarray(p, np.float32))
+
+    return PairBatches(plan, make_batch, {"pairs": len(fitting), "too_long": len(rows) - len(fitting)})
+
+
+def encode_pairs(
+    rows: Sequence[Row], tokenizer: Tokenizer, task: Task, limits: PairLimits
+) -> tuple[list[tuple[list[int], list[int], list[int], float]], list[Row]]:
+    """Returns (prompt ids, first ids, second ids, p) of the rows that fit, and these rows.
+
+    Raises UserError when no row fits.
+    """
+    encoded, fitting = [], []
+    for row in rows:
+        prompt = tokenizer.encode(row["prompt"])
+        first, second = (
+            encode_continuation(tokenizer, reply_text(task.format, row[name])) for name in ("first", "second")
+        )
+        if len(prompt) <= max(limits.buckets) and max(len(first), len(second)) <= limits.response:
+            encoded.append((prompt, first, second, row["p"]))
+            fitting.append(row)
+    if not encoded:
+        raise UserError(f"none of {len(rows)} pairs fits prompts of {max(limits.buckets)} and responses of "
+                        f"{limits.response} tokens; raise buckets or response")  # fmt: skip
+    return encoded, fitting
+
+
+def host_pair_batch(prompt: Prompt, sides: tuple[Response, Response], p: np.ndarray) -> PreferenceBatch:
+    """Returns a batch of pairs with P(first > second) = p [B], on the host. (``types.pair_batch`` on NumPy arrays.)"""
+    preference = np.full((len(p), 2, 2), 0.5, np.float32)
+    preference[:, 0, 1], preference[:, 1, 0] = p, 1 - p
+    return PreferenceBatch(prompt, sides, preference)
+
+
+def abstract_pair_batch(batch: int, prompt: int, response: int) -> PreferenceBatch:
+    """Returns what ``make_batch`` makes, as shapes."""
+    side = Response(abstract_tokens(batch, response))
+    return PreferenceBatch(abstract_tokens(batch, prompt), (side, side), abstract_array("float32", batch, 2, 2))

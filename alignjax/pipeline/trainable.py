@@ -1,0 +1,73 @@
+"""What a stage trains of a network: all of its parameters, or adapters over its base; and heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from alignjax.errors import UserError
+from alignjax.models import lora
+from alignjax.models.lora import Lora
+from alignjax.pipeline.experiment import NetworkSpec
+from alignjax.pipeline.networks import Network, Over, apply_or_abstract
+from alignjax.training.learn import Assemble, trained_alone
+from alignjax.types import Key, Params, Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """A network's parameters in two parts, each of which may be abstract."""
+
+    params: Params  # trained; arrays of its own, in float32
+    base: Params | None  # frozen under adapters; None where everything is trained
+    assemble: Assemble  # (params, a tree with ``base``) -> the parameters that an objective takes
+    rules: Rules  # sharding rules of the trained parameters
+    over: Over | None
+
+    def network(self, start: Network, params: Params) -> Network:
+        """Returns the network with these trained parameters, ready to be saved."""
+        heads = {name: params[name] for name in params.keys() - start.base.keys()}
+        own = {name: part for name, part in params.items() if name not in heads}
+        if self.over is None:
+            return dataclasses.replace(start, base=own, adapters={}, heads=heads, over=None)
+        return dataclasses.replace(start, base={}, adapters=own, heads=heads, over=self.over)
+
+
+def trainable(start: Network, spec: Lora | None, heads: Params, rules: Rules, key: Key) -> Trainable:
+    """Returns what training starts from, of a network with arrays or an abstract one.
+
+    Without ``spec`` all of the start's parameters are trained; with it adapters over its base, which continue the
+    start's own. ``heads`` are the first heads; a start that has a head of that name continues its own. Raises UserError
+    when the start has other adapters.
+    """
+    heads = {**heads, **to_float32({name: start.heads[name] for name in heads.keys() & start.heads.keys()})}
+    if spec is None:
+        params = to_float32(start.merged())
+        return Trainable({**params, **heads}, None, trained_alone, rules, None)
+    adapters = apply_or_abstract(lambda base: lora.init_adapters(spec, base, key), start.base)
+    if start.adapters:
+        if start.over is None or start.over.lora != spec:
+            raise UserError(f"stage {start.stage!r} has adapters {start.over and start.over.lora}, not {spec}; "
+                            "use the same, or None")  # fmt: skip
+        adapters = to_float32(start.adapters)
+
+    def assemble(params: Params, frozen: Any) -> Params:
+        return lora.overlay(frozen.base, params, spec.scale)
+
+    over = Over(start.over.base if start.over else start.stage, spec)
+    return Trainable({**adapters, **heads}, start.base, assemble, (*lora.ADAPTER_RULES, *rules), over)
+
+
+def trained_spec(start: NetworkSpec, stage: str, spec: Lora | None, heads: dict[str, Any]) -> NetworkSpec:
+    """Returns the NetworkSpec of what ``trainable`` makes of the stage ``stage``, whose own is ``start``."""
+    if spec is None:
+        return start._replace(record=dataclasses.replace(start.record, dtype="float32", heads=heads, over=None))
+    base = start.record.over.base if start.record.over else stage
+    return start._replace(record=dataclasses.replace(start.record, heads=heads, over=Over(base, spec)))
+
+
+def to_float32(params: Params) -> Params:
+    """Returns a copy in float32: in bfloat16 most steps of Adam would round to nothing."""
+    return apply_or_abstract(lambda p: jax.tree.map(lambda x: x.astype("float32"), p), params)

@@ -1,0 +1,71 @@
+"""Tables of a finished run, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignjax.pipeline.fingerprint import flatten
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table with padded columns, so that it reads on a terminal too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in [header, *rows]]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def win_rate_table(table: Mapping[str, Any]) -> str:
+    """Returns one judge's table: row beats column with its 95% interval; each policy's length, KL and score."""
+    names, judge = table["policies"], table["judge"]
+    rows = []
+    for i, name in enumerate(names):
+        cells = [
+            "-" if i == j else f"{table['win_rate'][i][j]:.3f} [{table['low'][i][j]:.3f}, {table['high'][i][j]:.3f}]"
+            for j in range(len(names))
+        ]
+        measures = [table["mean_length"][i], table["kl_to_reference"][i], table["mean_score"][i]]
+        rows.append([name, *cells, *map(two_digits, measures)])
+    header = [f"{judge} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
+    note = (
+        f"The judge is {table['judge_description']}. In brackets: the 95% Clopper-Pearson interval over the prompts.\n"
+        "Ties count 1/2. The judge's own errors are not in the interval. Of the row's replies: mean tokens; mean\n"
+        f"log-ratio to {table['reference']}, which estimates the KL; the task's own score, higher is better.\n"
+    )
+    return f"## Win rate of row over column, judge: {judge}\n\n{markdown_table(header, rows)}\n{note}"
+
+
+def two_digits(value: float | None) -> str:
+    """Returns the value with two digits and without a negative zero; a dash where it could not be measured."""
+    return "-" if value is None else f"{value + 0.0 if abs(value) >= 0.005 else 0.0:.2f}"
+
+
+def figures_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns every stage's figures with their meanings, as the stage declares them; empty without figures."""
+    rows = []
+    for name, record in records.items():
+        for figure, value in flatten(record["figures"]):
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            rows.append([name, figure.replace(".", " ").replace("_", " "), text, record["meanings"].get(figure, "")])
+    return f"## Figures\n\n{markdown_table(['stage', 'figure', 'value', 'meaning'], rows)}" if rows else ""
+
+
+def time_table(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns how long every stage took."""
+    total = sum(record["seconds"] for record in records.values()) or 1.0
+    rows = [[n, f"{r['seconds']:.1f}", f"{100 * r['seconds'] / total:.0f}%"] for n, r in records.items()]
+    rows.append(["all", f"{total:.1f}", "100%"])
+    code = next(iter(records.values())).get("code", "")
+    return f"## Where the time went\n\n{markdown_table(['stage', 'seconds', 'share'], rows)}\nCode: {code}\n"
+
+
+def samples_section(samples: Sequence[Mapping[str, str]]) -> str:
+    """Returns replies side by side: every sample is {"prompt": text, policy: reply, ...}."""
+    lines = ["## Samples\n"]
+    for sample in samples:
+        prompt, *replies = sample.items()
+        lines.append("\n".join(f"> {line}" for line in prompt[1].splitlines()) + "\n")
+        lines += [f"- **{name}**: {' '.join(text.split()) or '(nothing)'}" for name, text in replies]
+        lines.append("")
+    return "\n".join(lines)

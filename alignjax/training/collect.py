@@ -1,0 +1,155 @@
+"""``collect(roles, prompts, key) -> PreferenceBatch``, one of the two pure functions of training.
+
+Samplers draw K responses a prompt, the preference model compares them, and the reference scores those that the
+objective reads. Nothing is recomputed that the sampler knew. Where policy and preference model have different
+tokenizers, the responses become text between drawing and comparing (``alignjax.training.text_bridge``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from alignjax.models.model import Model
+from alignjax.objectives import score_responses
+from alignjax.preferences.preference_models import PreferenceModel, probability
+from alignjax.sampling.process import StopSequences
+from alignjax.sampling.samplers import Sampler, draw_responses, joint_process
+from alignjax.training.learn import Assemble
+from alignjax.types import (
+    Array,
+    Completion,
+    Key,
+    LogProb,
+    Objective,
+    Params,
+    PreferenceBatch,
+    Process,
+    Prompt,
+    Response,
+    Roles,
+    Sample,
+    TrainState,
+    preference_matrix,
+    stack_rows,
+)
+
+
+class Frozen(NamedTuple):
+    """The parameters that a stage reads and does not train. None: the stage has no such network."""
+
+    base: Params | None = None  # under the trained adapters; None where the policy is trained whole
+    reference: Params | None = None
+    preference: Params | None = None  # of the preference model, its heads included
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PreferenceView:
+    """What the preference model reads: its own tokens, without tokens that it never saw in training."""
+
+    prompt: Prompt
+    responses: tuple[Completion, ...]  # K of them
+    accepted: tuple[Array, ...] | None = None  # [B] bool each: the task's filter keeps it. None: it was not asked
+
+
+def roles_of(state: TrainState, frozen: Frozen, assemble: Assemble) -> Roles:
+    """Returns the parameters of every role at the state."""
+    average = assemble(state.average, frozen) if state.average else {}
+    return Roles(assemble(state.params, frozen), frozen.reference or {}, average, frozen.preference or {})
+
+
+class Collector(NamedTuple):
+    """How a batch is collected: everything but the parameters, the prompts and the key."""
+
+    model: Model
+    samplers: tuple[Sampler, ...]
+    max_new_tokens: int
+    stop: StopSequences
+    unseen: tuple[int, ...]  # stop tokens that the preference model never saw in training
+    objective: Objective
+    log_prob: LogProb
+    preference: PreferenceModel
+    unfinished_loses: bool
+
+    def collect(self, roles: Roles, prompt: Prompt, key: Key) -> PreferenceBatch:
+        """Returns the batch, where policy and preference model share a tokenizer."""
+        samples = self.draw(roles, prompt, key)
+        responses = tuple(hide_tokens(sample.completion, self.unseen) for sample in samples)
+        return self.compare(roles, prompt, samples, PreferenceView(prompt, responses))
+
+    def draw(self, roles: Roles, prompt: Prompt, key: Key) -> tuple[Sample, ...]:
+        """Returns one Sample of B rows for each sampler, at temperature 1 and without gradient."""
+
+        def prefill(params: Params, prompt: Prompt) -> Process:
+            return self.model.prefill(params, prompt, self.max_new_tokens)
+
+        process = joint_process(prefill, roles, self.samplers, prompt)
+        return lax.stop_gradient(draw_responses(process, len(self.samplers), key, self.max_new_tokens, self.stop))
+
+    def compare(
+        self, roles: Roles, prompt: Prompt, samples: tuple[Sample, ...], view: PreferenceView
+    ) -> PreferenceBatch:
+        """Returns the batch: the responses, how they compare, and their reference log-probs, without gradient.
+
+        A response that the task's filter refuses loses to every other, and so does one that met no stop sequence where
+        ``unfinished_loses``. Two such tie.
+        """
+        valid = [sample.finished | (not self.unfinished_loses) for sample in samples]
+        if view.accepted is not None:
+            valid = [a & b for a, b in zip(valid, view.accepted, strict=True)]
+        reward = rewards(self.preference, roles.preference, view) if self.preference.reward else None
+        p = {
+            (i, j): valid_first(probability(self.logit(roles.preference, view, reward, i, j)), valid[i], valid[j])
+            for i, j in self.objective.compared
+        }
+        if reward is not None:
+            reward = jnp.where(jnp.stack(valid, 1), reward, -jnp.inf)
+        responses = tuple(Response(sample.completion, sample.logp, None, sample.finished) for sample in samples)
+        matrix = preference_matrix(p, len(samples))
+        batch = PreferenceBatch(prompt, responses, matrix, reward, self.objective.compared)
+        return score_reference(self.objective, self.log_prob, roles.reference, batch)
+
+    def logit(self, params: Params, view: PreferenceView, reward: Array | None, i: int, j: int) -> Array:
+        """Returns the logit of P(y_i > y_j), [B]; of a reward model the difference of rewards."""
+        if reward is not None:
+            return reward[:, i] - reward[:, j]
+        return self.preference.logit(params, view.prompt, view.responses[i], view.responses[j])
+
+
+def score_reference(
+    objective: Objective, log_prob: LogProb, reference: Params, batch: PreferenceBatch
+) -> PreferenceBatch:
+    """Returns the batch with reference log-probs on the responses that the objective reads.
+
+    It completes offline data.
+    """
+    logps = score_responses(log_prob, reference, batch, objective.scored)
+    scored = dict(zip(objective.scored, logps, strict=True))
+    responses = tuple(
+        dataclasses.replace(response, reference_logp=scored.get(k)) for k, response in enumerate(batch.responses)
+    )
+    return lax.stop_gradient(dataclasses.replace(batch, responses=responses))
+
+
+def rewards(preference: PreferenceModel, params: Params, view: PreferenceView) -> Array:
+    """Returns r(x, y_k), [B, K] nats, of all responses in one pass of B * K rows."""
+    assert preference.reward is not None
+    count = len(view.responses)
+    prompts, responses = stack_rows([view.prompt] * count), stack_rows(view.responses)
+    return preference.reward(params, prompts, responses).reshape(-1, count)
+
+
+def hide_tokens(completion: Completion, tokens: tuple[int, ...]) -> Completion:
+    """Returns the completion with these tokens masked: stop tokens that the preference model never saw in training."""
+    shown = ~jnp.isin(completion.tokens, jnp.asarray(tokens, jnp.int32))
+    return Completion(completion.tokens, completion.mask & shown)
+
+
+def valid_first(p: Array, first: Array, second: Array) -> Array:
+    """Returns p [B] where both responses are valid [B] bool; 1 or 0 where one is; 1/2 where neither is."""
+    return jnp.where(first & second, p, 0.5 + 0.5 * (first.astype(p.dtype) - second.astype(p.dtype)))
