@@ -320,7 +320,7 @@ def test_prompts_that_are_too_long_are_not_trained_on(line):
 
 
 def test_a_resumed_loop_sees_the_batches_that_were_left(tmp_path):
-    """Killed in step 3 after the save of step 2, it goes on with batch 2, and every batch is learned from once."""
+    """Stopped in step 3 after the save of step 2, it goes on with batch 2, and every batch is learned from once."""
     learned, place = [], mesh()
 
     def loss(params, batch, key):
@@ -329,7 +329,7 @@ def test_a_resumed_loop_sees_the_batches_that_were_left(tmp_path):
     def collect(state, frozen, batch):
         learned.append(int(batch[0]))
         if learned.count(2) == 1 and learned[-1] == 2:
-            raise KeyboardInterrupt
+            raise UserError("stopped")  # a save under way is completed
         return batch
 
     plan = data.plan_batches([1] * 48, [1], 8, seed=0)
@@ -350,7 +350,7 @@ def test_a_resumed_loop_sees_the_batches_that_were_left(tmp_path):
                 collect,
             )
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(UserError, match="stopped"):
         go()
     go()
     assert learned == [0, 1, 2, 2, 3, 4, 5]
