@@ -42,7 +42,7 @@ def network(seed):
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = (VOCABULARY, WIDTH), (WIDTH, WIDTH), (WIDTH, VOCABULARY)
     parts = dict(zip(("embed", "hidden", "head"), map(jax.random.normal, keys, shapes), strict=True))
-    return {**parts, "head": parts["head"] / 2}
+    return {**parts, "head": parts["head"] / 4}
 
 
 ROLES = Roles(network(1), network(2), network(3), {})

@@ -1,16 +1,19 @@
 """The bridge between token-level policies and games: enumerated worlds, both mixtures, the deep loss's gradient."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax import objectives
+from alignjax import losses
 from alignjax.games import game as games
 from alignjax.games import solve, text
 from alignjax.models.log_probs import log_prob
-from alignjax.sampling import process as decoding
-from alignjax.types import Completion, Prompt, Rollout
+from alignjax.objectives import PreferenceGradient
+from alignjax.sampling.process import geometric_mixture
+from alignjax.types import Completion, PreferenceBatch, Process, Prompt, Response
 from tests.conftest import ragged
 from tests.test_games import float64
 
@@ -64,8 +67,8 @@ def test_both_mixtures_agree_at_their_ends(beta):
     np.testing.assert_allclose(games.mixture(one, other, beta), want, atol=1e-12)
 
 
-def test_the_step_mixture_is_the_one_that_decoding_makes_and_not_that_of_sequences():
-    """Against ``decoding.geometric_mixture`` run over the very tables, prefix by prefix."""
+def test_the_step_mixture_is_the_one_that_sampling_makes_and_not_that_of_sequences():
+    """Against ``geometric_mixture`` run over the very tables, prefix by prefix."""
     one, other, beta = table(1), table(2), 0.3
 
     def process(params):
@@ -79,9 +82,9 @@ def test_the_step_mixture_is_the_one_that_decoding_makes_and_not_that_of_sequenc
             prefix = (*prefix, int(token[0]))
             return prefix, params["logits"][numbers[prefix]][None]
 
-        return decoding.Process(step, (), params["logits"][0][None])
+        return Process(step, (), params["logits"][0][None])
 
-    mixed = decoding.geometric_mixture(process(one), process(other), beta)
+    mixed = geometric_mixture(process(one), process(other), beta)
     for y in range(len(WORLD.tokens)):
         carry, logits, total = mixed.carry, mixed.logits, 0.0
         for n in range(int(WORLD.mask[y].sum())):
@@ -122,24 +125,27 @@ def test_an_oracle_and_a_reference_make_a_game():
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
 def test_the_deep_loss_has_the_enumerated_gradient(beta):
-    """objectives.nash_md on every (y, y') with its exact weight, completions of unequal length and all."""
+    """losses.nash_md on every (y, y') with its exact weight, completions of unequal length and all."""
     game, params = lettered(), table(1)
     opponent = text.step_mixture(WORLD, policy(params), game.log_mu, beta, 3)
     want = text.nash_md_gradient(policy, params, game, opponent)["logits"]
     count = len(WORLD.tokens)
     prompts = Prompt(*(np.repeat(x, count, 0) for x in vars(PROMPT).values()))
-    ref = text.tabular(WORLD)(table(2), prompts, WORLD)
+    response = Response(WORLD, reference_logp=text.tabular(WORLD)(table(2), prompts, WORLD))
     p = games.wins(game, opponent)[0]  # linear in p, so that y' may be averaged out first
-    rollout = Rollout(prompts, WORLD, WORLD, p, ref)
+    half = jnp.full_like(p, 0.5)
+    matrix = jnp.stack([jnp.stack([half, p], 1), jnp.stack([1 - p, half], 1)], 1)
+    batch = PreferenceBatch(prompts, (response, response), matrix)
+    objective = PreferenceGradient(functools.partial(losses.nash_md, tau=0.3))
 
     def weighted(theta):
         """The objective is a mean over rows: each row alone, weighted by pi(y)."""
-        rows = jax.vmap(
-            lambda i: objectives.nash_md(
-                theta, jax.tree.map(lambda x: jnp.asarray(x)[i][None], rollout), None,
-                log_prob=text.tabular(WORLD), tau=0.3,
-            )[0]
-        )(jnp.arange(count))  # fmt: skip
+
+        def row_loss(row):
+            one = jax.tree.map(lambda x: x[None], row)
+            return objective(theta, one, None, log_prob=text.tabular(WORLD))[0]
+
+        rows = jax.vmap(row_loss)(jax.tree.map(jnp.asarray, batch))
         return jnp.sum(jax.lax.stop_gradient(jnp.exp(policy(theta)[0])) * rows)
 
     np.testing.assert_allclose(-jax.grad(weighted)(params)["logits"], want, atol=1e-10)
