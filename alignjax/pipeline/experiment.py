@@ -178,7 +178,7 @@ class Context:
     def load(self, name: str) -> Network:
         """Returns a finished stage's network with its arrays on the mesh. A base that several share is read once."""
         if name not in self.loaded:
-            record = networks.read_record(self.folder_of(name))
+            record = networks.read_network_record(self.folder_of(name))
             self.loaded[name] = self._assemble(name, record, networks.restore(self.folder_of(name)), self.load)
         return self.loaded[name]
 
@@ -198,7 +198,7 @@ class Context:
 
     def _record(self, name: str) -> Record:
         if self._is_written(name):
-            return networks.read_record(self.folder_of(name))
+            return networks.read_network_record(self.folder_of(name))
         if (spec := self.spec(name)) is None:
             raise UserError(f"stage {name!r} does not say what network it makes, and has not run; run it first")
         return spec.record
@@ -208,7 +208,7 @@ class Context:
 
     def _tokenizer(self, name: str, record: Record) -> tuple[Tokenizer, str]:
         if self._is_written(name):
-            return networks.read_tokenizer(self.folder_of(name), record.chat, self.experiment.task)
+            return networks.read_stage_tokenizer(self.folder_of(name), record.chat, self.experiment.task)
         spec = self.spec(name)
         assert spec is not None  # ``_record`` has asked
         return spec.tokenizer or placeholder_tokenizer(record.config.vocab_size), spec.token_digest

@@ -82,7 +82,7 @@ class Network:
         return self.base if not self.adapters else apply_or_abstract(lora.merge, self.params)
 
 
-def read_record(folder: Path) -> Record:
+def read_network_record(folder: Path) -> Record:
     """Reads model.json. Raises UserError when it is missing or damaged."""
     try:
         found = json.loads((folder / "model.json").read_text())
@@ -127,7 +127,7 @@ def stage_fingerprint(folder: Path) -> str:
     return "" if text is None else str(storage.parse_json(text, path).get("fingerprint", ""))
 
 
-def read_tokenizer(folder: Path, chat: bool, task: Task | None) -> tuple[Tokenizer, str]:
+def read_stage_tokenizer(folder: Path, chat: bool, task: Task | None) -> tuple[Tokenizer, str]:
     """Reads a stage's tokenizer; returns it and its token digest."""
     with storage.local_copy(folder / "tokenizer") as local:
         tokenizer, digest = huggingface.read_tokenizer(local), str(zlib.crc32((local / "tokenizer.json").read_bytes()))

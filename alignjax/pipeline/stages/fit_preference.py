@@ -29,7 +29,7 @@ from alignjax.pipeline.stages.pair_batches import (
     abstract_pair_batch,
     encode_pairs,
     pair_batches,
-    read_pairs,
+    read_stage_pairs,
 )
 from alignjax.pipeline.stages.writing import check_positions
 from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
@@ -142,7 +142,7 @@ class FitPreference:
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Fits the model, writes its network, and measures it."""
         start, task = context.abstract(self.start), context.task
-        rows = read_pairs(context, self.pairs, "train")
+        rows = read_stage_pairs(context, self.pairs, "train")
         batches = pair_batches(rows, start.tokenizer, task, self.limits, self.loop.batch, context.seed(self.seed))
         if self.truth:
             self.measured_pairs(context, start.tokenizer)  # refuses them now, not after the training
@@ -180,7 +180,7 @@ class FitPreference:
         Raises UserError when none is left.
         """
         assert self.truth is not None
-        rows = read_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
+        rows = read_stage_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
         _, fitting = encode_pairs(rows, tokenizer, context.task, self.limits)
         return fitting, len(rows) - len(fitting)
 

@@ -34,7 +34,7 @@ class PairLimits(NamedTuple):
     response: int
 
 
-def read_pairs(context: Context, stage: str, split: str) -> list[Row]:
+def read_stage_pairs(context: Context, stage: str, split: str) -> list[Row]:
     """Returns the pairs of a split that the stage wrote."""
     return data.read_pairs(context.folder_of(stage) / PAIR_DATA, split)
 
