@@ -18,7 +18,9 @@ from alignjax.distributed.hosts import Hosts
 from alignjax.errors import UserError
 from alignjax.pipeline import store
 from alignjax.pipeline.experiment import Context, Experiment, order
-from alignjax.pipeline.fingerprint import difference, flatten, input_names, resolve
+from alignjax.pipeline.fingerprint import difference, input_names, resolve
+from alignjax.reporting import report
+from alignjax.reporting.tables import flatten
 
 
 def run(
@@ -137,7 +139,6 @@ def show_report(experiment: Experiment, workdir: Path) -> None:
 
     Raises UserError when a stage is not finished.
     """
-    from alignjax.reporting import report  # here: it imports matplotlib
 
     for name, stage in experiment.stages.items():
         if not store.is_finished(experiment, workdir, name):
@@ -145,4 +146,4 @@ def show_report(experiment: Experiment, workdir: Path) -> None:
             made_with = f"was made with {difference(found, resolve(experiment, name), stage)}"
             what = made_with if found.get("finished") else "is not finished"
             raise UserError(f"stage {name!r} in {workdir} {what}; run the experiment first")
-    print(report.write(workdir, {name: store.read_record(workdir / name) for name in experiment.stages}))
+    print(report.write_report(workdir, {name: store.read_record(workdir / name) for name in experiment.stages}))

@@ -11,7 +11,7 @@ from alignjax.reporting import plots, tables
 from alignjax.training.metrics import read_metrics
 
 
-def write(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
+def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
     """Writes ``report.md``, one heat map a judge and ``curves.png``; returns the tables as text.
 
     ``records`` are the stages' records by name. What a stage left as ``section.md`` is part of both.
