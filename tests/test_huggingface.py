@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is written under their names is read back, whole or in shards, in any dtype."""
+"""Hugging Face folders are read back bit for bit, from one file or from shards, in any dtype."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad, single_token
 from alignjax.pipeline.config import describe, leaves
-from alignjax.pipeline.stages import Pretrained
+from alignjax.pipeline.stages import LoadCheckpoint
 from tests.conftest import TINY
 
 TEXTS = [
@@ -23,8 +23,8 @@ TEXTS = [
 ] * 20
 
 
-def written(folder, params, config, dtype=np.float32, shards=1):
-    """The checkpoint as Hugging Face names it, written here by hand from its documentation."""
+def write_checkpoint(folder, params, config, dtype=np.float32, shards=1):
+    """Writes a checkpoint as the documentation of Hugging Face says, without the code under test."""
     p = jax.tree.map(np.asarray, params)
     tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["norm"]["scale"]}
     if not config.tied:
@@ -72,22 +72,22 @@ def written(folder, params, config, dtype=np.float32, shards=1):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_is_read_back_bit_for_bit(tmp_path, tied, shards):
     config = dataclasses.replace(TINY, tied=tied)
-    params = transformer(config).init(jax.random.key(4))
-    written(tmp_path, params, config, shards=shards)
+    params = decoder(config).init(jax.random.key(4))
+    write_checkpoint(tmp_path, params, config, shards=shards)
     assert huggingface.read_config(tmp_path) == config
     jax.tree.map(np.testing.assert_array_equal, weights.read_params(tmp_path, config), params)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_widened_exactly(tmp_path, params, dtype):
-    written(tmp_path, params, TINY, dtype)
+    write_checkpoint(tmp_path, params, TINY, dtype)
     got = weights.read_params(tmp_path, TINY)
     want = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_old_and_new_ways_to_write_rope_theta(tmp_path, params):
-    written(tmp_path, params, TINY)
+def test_old_and_new_forms_of_rope_theta_are_read(tmp_path, params):
+    write_checkpoint(tmp_path, params, TINY)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())
     for change in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}):
@@ -109,7 +109,7 @@ def test_a_trained_tokenizer_round_trips_and_survives_its_folder(tokenizer, tmp_
     assert again.encode(text) == ids and again.vocab_size == tokenizer.vocab_size <= 320
 
 
-def test_pieces_encoded_apart_are_the_whole(tokenizer):
+def test_a_prompt_and_a_reply_encoded_separately_equal_the_whole_text(tokenizer):
     prompt, reply = "Human: may I sing?\n\nAssistant:", " Sing on, my dear.\n\nHuman:"
     assert tokenizer.encode(prompt) + encode_continuation(tokenizer, reply) == tokenizer.encode(prompt + reply)
     assert decode_continuation(tokenizer, encode_continuation(tokenizer, reply)) == reply
@@ -130,16 +130,16 @@ def test_padding_on_either_side_keeps_the_rows():
         pad([[1, 2, 3]], 2)
 
 
-def test_a_folder_s_mark_changes_with_a_weight_and_is_no_setting(tmp_path):
+def test_a_folder_s_digest_changes_with_a_weight_and_is_not_a_setting(tmp_path):
     weights = tmp_path / "model.safetensors"
-    values = np.zeros(3 * 2**18, np.float32)  # three mebibytes
-    marks = []
+    values = np.zeros(3 * 2**18, np.float32)  # 3 MiB
+    digests = []
     for at, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
         values[at] = 1.0
         safetensors.numpy.save_file({name: values}, weights)
-        marks += [describe(Pretrained(str(tmp_path)))["content"], describe(Pretrained(str(tmp_path)))["content"]]
-    assert marks[::2] == marks[1::2] and len(set(marks)) == 3
+        digests += [describe(LoadCheckpoint(str(tmp_path)))["digest"], describe(LoadCheckpoint(str(tmp_path)))["digest"]]
+    assert digests[::2] == digests[1::2] and len(set(digests)) == 3
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert describe(Pretrained(str(tmp_path)))["content"] not in marks
-    assert "content" not in dict(leaves(Pretrained(str(tmp_path))))
-    assert Pretrained(str(tmp_path / "nowhere")).content == ""
+    assert describe(LoadCheckpoint(str(tmp_path)))["digest"] not in digests
+    assert "digest" not in dict(leaves(LoadCheckpoint(str(tmp_path))))
+    assert LoadCheckpoint(str(tmp_path / "nowhere")).digest == ""
