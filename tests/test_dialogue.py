@@ -1,18 +1,23 @@
 """Dialogues in the HH format: where a prompt ends, who is held out, contrast and filter, and malformed lines."""
 
+import dataclasses
 import gzip
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
 
 from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
-from alignjax.labeling import methods as labeling
+from alignjax.labeling.judged import Judged
+from alignjax.labeling.method import Labeler
+from alignjax.labeling.rlcd import RLCD
 from alignjax.pipeline.config import describe
-from alignjax.pipeline.stages import Context, Experiment, Label, Tournament, Writing
-from alignjax.pipeline.stages.tournament import mean_score
+from alignjax.pipeline.experiment import Context, Experiment
+from alignjax.pipeline.judges import Oracle
+from alignjax.pipeline.stages import Label, Tournament, Writing
 from alignjax.sampling.generate import Reply
 from alignjax.tasks import dialogue
 from alignjax.tasks.dialogue import Dialogues
@@ -165,37 +170,40 @@ def test_an_end_token_ends_a_reply(raw, reply):
     assert dialogue.clean_hh_reply(raw) == reply
 
 
-def context(task, stages, folder, name):
+def context_of(task, stages, folder, name):
+    """Returns the context of a stage on eight devices."""
     return Context(Experiment(task, stages), folder, name, make_mesh(Mesh()))
 
 
-def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_path):
+def test_labels_are_made_without_an_oracle_and_not_counted_right(tmp_path):
     task, writing = dialogue.dialogue_task(), Writing(8, (8,), 8)
-    stage = Label("base", labeling.rlcd, "train", 4, writing, held_out=0.25)
+    stage = Label(RLCD(), "train", 4, writing, generator="base", held_out=0.25)
     prompts = [dialogue.read_hh_prompt(row(i, turns=2)) for i in range(4)]
     asked = []
 
-    def generate(texts, numbers, seed):
+    def generate(texts, numbers, attempt):
         asked.extend(texts)
         return [Reply(f" {text[-9:-1]}\n\nHuman:", 1, 0.0) for text in texts]
 
-    pairs, tries = labeling.rlcd(generate, task, prompts, range(4), 0)
+    labels = RLCD().label(Labeler(generate, task, None, 0), prompts, range(4))
     for text in asked:  # opposite polarity on the earlier turn
         assert ("Assistant (harmless" in text) and ("Assistant (harmful" in text)
-    chunks = [{"tries": tries, "asked": 4, "pairs": pairs}]
-    figures = stage.finish(context(task, {"pairs": stage}, tmp_path, "pairs"), chunks)
+    chunks = [{"tries": labels.tries, "asked": 4, "pairs": labels.pairs}]
+    figures = stage.finish(context_of(task, {"pairs": stage}, tmp_path, "pairs"), chunks)
     assert figures == {"pairs": 4, "dropped": 0, "tries_per_prompt": 2.0}
 
 
-def test_a_tournament_without_an_oracle_has_no_score_and_refuses_one_by_name(tmp_path):
-    task = dialogue.dialogue_task()
-    table = Tournament({"base": "base"}, "base", {"truth": "oracle:oracle"}, 8, Writing(8, (8,), 8))
-    table_context = context(task, {"base": object(), "table": table}, tmp_path, "table")
-    with pytest.raises(UserError, match="'dialogue-harmless' has no oracle:oracle; it has none"):
-        table.check(table_context)
-    assert mean_score(task, ["x"], ["y"]) is None
-    with pytest.raises(UserError, match="has no oracle 'oracle'; it has none"):
-        labeling.by_oracle(lambda *_: [], task, [], [], 0, oracle="oracle", error=0.0)
+def test_without_an_oracle_a_table_has_no_score_and_an_oracle_by_name_is_refused(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row(i) for i in range(20)])
+    source, writing = Dialogues(path, path, held_out=5), Writing(8, (8,), 8)
+    task = dataclasses.replace(dialogue.dialogue_task(), source=source)
+    table = Tournament({"truth": Oracle("oracle")}, 8, writing, policies={"base": "base"}, reference="base")
+    labels = Label(Judged(Oracle("oracle")), "train", 4, writing, generator="base")
+    stages = {"base": types.SimpleNamespace(network=lambda context: None), "table": table, "labels": labels}
+    for name in ("table", "labels"):
+        with pytest.raises(UserError, match=f"{name}: task 'dialogue-harmless' has no oracle 'oracle'; it has none"):
+            stages[name].check(context_of(task, stages, tmp_path, name))
+    assert table.scores(task, ["x"], {"base": ["y"]}) == [None]
 
 
 @needs_data

@@ -1,4 +1,4 @@
-"""The stories task, and the real checkpoint it runs on where its folder is at hand (ALIGNJAX_TEST_DATA)."""
+"""The stories task, and a real checkpoint where ALIGNJAX_TEST_DATA names its folder."""
 
 import json
 import os
@@ -13,7 +13,8 @@ from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad
-from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.pipeline.config import describe
+from alignjax.sampling.process import Sampling, sample
 from alignjax.tasks import stories
 from alignjax.tasks.task import oracle_from_score
 from tests.conftest import ragged
@@ -27,7 +28,7 @@ def checkpoint():
     folder = DATA / "models" / "stories260K"
     config = huggingface.read_config(folder)
     golden = json.loads((folder / "golden.json").read_text())
-    return transformer(config), weights.read_params(folder, config), huggingface.read_tokenizer(folder), golden
+    return decoder(config), weights.read_params(folder, config), huggingface.read_tokenizer(folder), golden
 
 
 @needs_data
@@ -41,7 +42,7 @@ def test_greedy_decoding_equals_the_golden_file(checkpoint):
     @jax.jit
     def run(prompt):
         keys = jax.random.split(jax.random.key(0), len(ids))
-        return sample(Process(*model.start(params, prompt, count)), keys, count, (), Sampling(temperature=0.0))
+        return sample(model.prefill(params, prompt, count), keys, count, (), Sampling(temperature=0.0))
 
     for side in ("left", "right"):
         greedy = run(pad(ids, longest, side))
@@ -54,7 +55,7 @@ def test_greedy_decoding_equals_the_golden_file(checkpoint):
 def test_logits_and_log_probs_equal_the_golden_file(checkpoint):
     model, params, tokenizer, golden = checkpoint
     prompt = ragged([tokenizer.encode("Once upon a time")])
-    logits = model.unembed(params, model.final(params, prompt))[0]
+    logits = model.logits(params, model.last_state(params, prompt))[0]
     assert np.argsort(logits)[-1] == np.argmax(golden["logits"]["values"])
     np.testing.assert_allclose(logits, golden["logits"]["values"], atol=1e-3)
 
@@ -75,8 +76,8 @@ def test_real_openings_are_split_by_story():
     splits = stories.read_openings(str(DATA / "story_premises.jsonl"))
     rows = [json.loads(line) for line in (DATA / "story_premises.jsonl").read_text().splitlines()]
     story = {row["prompt"]: row["story"] for row in rows}
-    homes = {split: {story[text] for text in texts} for split, texts in splits.items()}
-    assert not homes["train"] & homes["test"] and not homes["train"] & homes["validation"]
+    stories_of = {split: {story[text] for text in texts} for split, texts in splits.items()}
+    assert not stories_of["train"] & (stories_of["test"] | stories_of["validation"])
     assert sum(map(len, splits.values())) == len(rows) and len(splits["test"]) > 500
 
 
@@ -105,8 +106,6 @@ def test_openings_are_distinct_shuffled_by_the_seed_and_never_shared_between_spl
 
 
 def test_a_changed_file_is_another_experiment(tmp_path):
-    from alignjax.pipeline.config import describe
-
     path = write_openings(tmp_path, [{"prompt": "One.", "story": 3}])
     first = describe(stories.stories_task(path))
     write_openings(tmp_path, [{"prompt": "Two.", "story": 3}])
