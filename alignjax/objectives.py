@@ -38,8 +38,8 @@ _LENGTH = "tokens a response"
 class PreferenceGradient:
     """A policy gradient of a preference: ``loss(logp, reference_logp, mask, P(y_0 > y_1))``.
 
-    Response 0 is the policy's own; response 1 is the opponent's and carries no gradient. With ``losses.nash_md`` and the
-    samplers (policy, mixture(beta)) it is Nash-MD-PG (2312.00886, Eq. 13-15).
+    Response 0 is the policy's own; response 1 is the opponent's and carries no gradient. With ``losses.nash_md`` and
+    the samplers (policy, mixture(beta)) it is Nash-MD-PG (2312.00886, Eq. 13-15).
     """
 
     loss: Callable[..., Array]  # ([B, T], [B, T], [B, T], [B]) -> [B], for example partial(losses.nash_md, tau=0.02)

@@ -1,4 +1,5 @@
-"""Direct alignment: losses on log-ratios of whole responses, first and second [B] = log pi(y | x) - log mu(y | x), nats.
+"""Direct alignment: losses on log-ratios of whole responses, first and second [B] = log pi(y | x) - log mu(y | x),
+nats.
 
 p [B] is P(first > second): a hard (0, 1) or soft label, or a preference model's probability.
 """

@@ -24,8 +24,8 @@ def next_token(logp: Array, mask: Array) -> Array:
 def preference_cross_entropy(logit: Array, p: Array) -> Array:
     """Returns -p log s(z) - (1 - p) log s(-z), [B] nats, with s the sigmoid.
 
-    logit [B]: z, the logit of P(first > second); p [B]: the label, hard (0, 1) or soft. Minimal at s(z) = p, where it is
-    the label's entropy. 2312.00886 section 7 for the pairwise model; with z = r(first) - r(second) it is the
+    logit [B]: z, the logit of P(first > second); p [B]: the label, hard (0, 1) or soft. Minimal at s(z) = p, where it
+    is the label's entropy. 2312.00886 section 7 for the pairwise model; with z = r(first) - r(second) it is the
     Bradley-Terry loss of 2307.12950 section 3.
     """
     return optax.sigmoid_binary_cross_entropy(logit, p)

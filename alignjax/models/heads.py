@@ -10,7 +10,7 @@ from alignjax.types import Array, Params
 def init_head(width: int) -> Params:
     """Returns the parameters of a scalar head at zero: {"kernel": [D]}, float32, with D = ``width``.
 
-    A new head returns 0 for every state, so that it starts without an opinion.
+    A new head returns 0 for every state.
     """
     return {"kernel": jnp.zeros((width,), jnp.float32)}
 

@@ -19,9 +19,9 @@ Message = dict[str, str]
 """{"role": "user", "content": text}: one message of a chat."""
 
 _ANCHORS = ("a", ".", "\n")
-"""Texts to encode a continuation after. At least one of them stays a prefix in every tokenizer of practice."""
+"""Texts to encode a continuation after: the first whose own ids stay the same before the continuation is taken."""
 _PRECEDING = ("", ".", "!", "?", ",", ")", '"', "\n")
-"""What a stop piece may follow, after a letter; a tokenizer may merge it with the piece's first characters."""
+"""What can stand between a word and a stop piece; a tokenizer may merge it with the piece's first characters."""
 _BYTES_PER_TOKEN = 4
 
 

@@ -55,8 +55,8 @@ def joint_process(prefill: Prefill, roles: Roles, samplers: Sequence[Sampler], p
     """Returns one process over B * K rows; row b * K + k is response k to prompt b.
 
     Each network prefills and steps once for all samplers that read it: Nash-MD takes one pass of 2 B rows of the policy
-    and one of B rows of the reference a token. Rows of one prompt stay side by side, so that a sharded batch stays where
-    it is.
+    and one of B rows of the reference a token. Rows of one prompt stay side by side, so that a sharded batch stays
+    where it is.
     """
     weights = [sampler.weights() for sampler in samplers]
     readers = {role: [k for k, w in enumerate(weights) if role in w] for role in Role}

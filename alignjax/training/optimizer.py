@@ -19,8 +19,8 @@ class Adam:
 
     ``moments="bfloat16"`` keeps the gradient's mean in 2 bytes a parameter instead of 4. Each step rounds it by up to
     2^-8 of itself, so it may lag by 2^-8 / (1 - b1), which is 4% at 0.9: b1 is at most 0.95. The squares' mean stays in
-    float32: it falls by at most 1 - b2 of itself a step, which rounding to bfloat16 would always undo at b2 = 0.999, and
-    the updates would shrink for good.
+    float32: it falls by at most 1 - b2 of itself a step, which rounding to bfloat16 would always undo at b2 = 0.999,
+    and the updates would shrink for good.
     """
 
     lr: float

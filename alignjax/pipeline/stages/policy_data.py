@@ -16,7 +16,7 @@ from alignjax.fields import Kind, no_effect, stage_input
 from alignjax.models.tokenizer import pad
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
-from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_pairs
+from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, load_pairs, pair_batches
 from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops, writing_model
 from alignjax.pipeline.trainable import Trainable
 from alignjax.preferences.judges import judged_length
@@ -101,8 +101,8 @@ class OnlineData:
         """Raises UserError when the objective reads responses that no sampler writes, or the task has no prompts."""
         wanted = 1 + max((*objective.scored, *(k for pair in objective.compared for k in pair)), default=0)
         if len(self.samplers) < wanted:
-            raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective reads "
-                            f"{wanted}; name more samplers")  # fmt: skip
+            raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective "
+                            f"reads {wanted}; name more samplers")  # fmt: skip
         context.task.source.prompts("train", 1, context.seed())
 
     def exposure(self, context: Context) -> Exposure:
@@ -139,8 +139,8 @@ class OnlineData:
         shared = shares_tokens(context.task, setup.start, network)
         names = ["collect"] if shared else ["draw", "compare"]
         jitted = {
-            name: jax.jit(functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows, keep_unused=True)
-            for name, count in (("collect", 1), ("draw", 1), ("compare", 3))
+            name: jax.jit(functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows,
+            keep_unused=True) for name, count in (("collect", 1), ("draw", 1), ("compare", 3))
         }  # fmt: skip
         programs: dict[str, list[Program]] = {name: [] for name in names}
         for length in setup.buckets:
@@ -186,8 +186,9 @@ class OnlineData:
         draw, compare = (function_of(programs, name) for name in ("draw", "compare"))
         policy, preference = setup.start.tokenizer, network.tokenizer
         bridge = TextBridge(
-            context.task, policy, preference, stop_tokens(context.task, policy), self.response or 2 * setup.max_new_tokens,
-            {tuple(policy.encode(prompt)): preference.encode(prompt) for prompt in prompts}, context.mesh,
+            context.task, policy, preference, stop_tokens(context.task, policy), self.response or 2 *
+            setup.max_new_tokens, {tuple(policy.encode(prompt)): preference.encode(prompt) for prompt in prompts},
+            context.mesh,
         )  # fmt: skip
 
         def through_text(state: TrainState, frozen: SharedTree, prompt: Tokens) -> PreferenceBatch:
@@ -256,18 +257,17 @@ class OfflineData:
             jax.jit(collect, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True),
             setup.loop.batch,
         )
-        return tuple(
-            Program(
-                f"collect {length}", jitted, (setup.state, frozen, abstract_pair_batch(size, length, setup.max_new_tokens)),
-                2 * size * (length + setup.max_new_tokens),
-            )
-            for length in setup.buckets
-        )  # fmt: skip
+        programs = []
+        for length in setup.buckets:
+            arguments = setup.state, frozen, abstract_pair_batch(size, length, setup.max_new_tokens)
+            tokens = 2 * size * (length + setup.max_new_tokens)
+            programs.append(Program(f"collect {length}", jitted, arguments, tokens))
+        return tuple(programs)
 
     def batches(self, context: Context, setup: PolicySetup, programs: tuple[Program, ...]) -> Batches:
         """Returns batches of the pairs that fit."""
         limits, tokenizer = PairLimits(setup.buckets, setup.max_new_tokens), setup.start.tokenizer
-        rows, seed = read_pairs(context, self.pairs, "train"), context.seed(setup.seed)
+        rows, seed = load_pairs(context, self.pairs, "train"), context.seed(setup.seed)
         pairs = pair_batches(rows, tokenizer, context.task, limits, setup.loop.batch, seed)
         return Batches(pairs.plan, pairs.make_batch, function_of(programs, "collect"), pairs.figures)
 

@@ -22,7 +22,7 @@ from alignjax.models.tokenizer import pad, single_token
 from alignjax.objectives import NEXT_TOKEN_MEANINGS, next_token_loss
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, abstract_tokens, function_of
-from alignjax.pipeline.networks import Network, Record
+from alignjax.pipeline.networks import Network, NetworkRecord
 from alignjax.pipeline.stages.load import parameter_count, parameter_places
 from alignjax.preferences.preference_models import template_tokens
 from alignjax.tasks.task import EOS
@@ -51,7 +51,9 @@ class Pretrain:
 
     def network(self, context: Context) -> NetworkSpec:
         """Returns the model; its tokenizer is made when the stage runs."""
-        return NetworkSpec(Record(self.model, "float32", {}, False, None), None, f"trained by stage {context.name}")
+        return NetworkSpec(
+            NetworkRecord(self.model, "float32", {}, False, None), None, f"trained by stage {context.name}"
+        )
 
     def exposure(self, context: Context) -> Exposure:
         """Returns nothing: a corpus holds no pairs."""
@@ -132,7 +134,7 @@ def becomes_preference(context: Context) -> bool:
 
 
 def pretraining_loss(model: Model) -> Callable[[Params, Any, Key], tuple[Array, Metrics]]:
-    """Returns the loss of a corpus: every token of packed documents, or of an encoder-decoder the tail of a document."""
+    """Returns the loss of a corpus: of packed documents, or for an encoder-decoder of the tails of documents."""
     forward = model.forward
     if forward is None:
         return functools.partial(next_token_loss, log_prob=log_prob(model))
@@ -186,7 +188,10 @@ def split_corpus(documents: list[list[int]], row: int, batch: int, seed: int) ->
 
 
 def pack_documents(documents: list[list[int]], length: int) -> PackedTokens:
-    """Returns documents side by side in rows of ``length`` tokens, [R, length]. A document longer than a row is left out."""
+    """Returns documents side by side in rows of ``length`` tokens, [R, length].
+
+    A document longer than a row is left out.
+    """
     rows: list[list[list[int]]] = [[]]
     for document in documents:
         if len(document) <= length:
