@@ -1,5 +1,5 @@
-"""A damaged, dangerous or unsupported checkpoint is refused: one line that says what is wrong and what to do, status 2,
-and no result. Each test damages a copy of a valid folder, which a stage reads through the command line."""
+"""Checkpoints that are damaged, dangerous or not supported: one line says what is wrong and what to do, status 2, and
+no result is written. Each is a copy of a good folder that is then damaged, and is read through the command line."""
 
 import dataclasses
 import json
@@ -27,16 +27,17 @@ INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 NORM = "model.norm.weight"
 PROGRESS = r"\w+: +\d+%\||\w+: [\d.]+ s;"
 EXPERIMENT = """
-import alignjax as aj
+from alignjax.pipeline.experiment import Experiment
+from alignjax.pipeline.stages import LoadCheckpoint
 
 def get_config(checkpoint: str):
-    return aj.Experiment(task=None, stages={"base": aj.LoadCheckpoint(checkpoint)})
+    return Experiment(task=None, stages={"base": LoadCheckpoint(checkpoint)})
 """
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Returns a folder with two valid checkpoints of one model: in one file, and in shards with an index."""
+    """Two good checkpoints of one model: in one file, and in shards with an index."""
     base, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), weights.abstract_params(CONFIG))
     tokenizer = huggingface.train_tokenizer(TEXTS, CONFIG.vocab_size, ("Human:",))
@@ -58,14 +59,14 @@ def shards(whole, tmp_path):
 
 
 def run(folder):
-    """Runs the experiment with its work folder beside the checkpoint; returns the exit status."""
+    """Returns the exit status; the run's folder is beside the checkpoint."""
     experiment, workdir = folder.with_name("experiment.py"), folder.with_name("w")
     experiment.write_text(EXPERIMENT)
     return main(["run", str(experiment), "--workdir", str(workdir), "--set", f"checkpoint={folder}"])
 
 
 def refused(capfd, folder):
-    """Runs the experiment; returns its one-line error, which names the folder. Nothing is half-written."""
+    """Returns the one line of the error, which names the folder. Nothing is half-written."""
     assert run(folder) == 2
     lines = [line for line in re.split("[\r\n]", capfd.readouterr().err) if line and not re.match(PROGRESS, line)]
     assert len(lines) == 1 and lines[0].startswith("alignjax:") and str(folder) in lines[0], lines
@@ -74,18 +75,18 @@ def refused(capfd, folder):
 
 
 def edit(path, **changes):
-    """Changes names of a JSON file; None removes a name."""
-    found = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    """Changes a JSON file; None removes a name."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
 
 
 def resave(folder, **changes):
-    """Changes tensors by name; None removes a tensor."""
-    found = safetensors.numpy.load_file(folder / WEIGHTS) | changes
-    safetensors.numpy.save_file({k: v for k, v in found.items() if v is not None}, folder / WEIGHTS)
+    """Changes tensors by name; None removes one."""
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS) | changes
+    safetensors.numpy.save_file({k: v for k, v in tensors.items() if v is not None}, folder / WEIGHTS)
 
 
-def test_a_valid_folder_is_read_also_where_its_weights_are_a_link(folder, capfd):
+def test_whole_ones_run_and_a_link_leads_where_its_owner_says(folder, capfd):
     elsewhere = folder.with_name("elsewhere.safetensors")
     (folder / WEIGHTS).rename(elsewhere)
     (folder / WEIGHTS).symlink_to(elsewhere)
@@ -119,7 +120,7 @@ def test_a_file_of_another_format(folder, capfd):
     ],
 )
 def test_an_index_that_names_a_wrong_file(shards, capfd, file, message):
-    """A valid shard lies where the paths outside the folder point, so that only the name can be refused."""
+    """A good shard is where the paths outside lead, so that the name alone can be refused."""
     names = json.loads((shards / INDEX).read_text())["weight_map"]
     shutil.copy(shards / names[NORM], shards.with_name("outside.safetensors"))
     edit(shards / INDEX, weight_map=names | {NORM: file})
@@ -242,7 +243,7 @@ def test_a_pickle_is_never_opened(folder, capfd, name):
 
 
 class TouchesFile:
-    """Makes a file when it is unpickled."""
+    """Unpickled, it makes a file."""
 
     def __init__(self, path):
         self.path = path
@@ -251,7 +252,7 @@ class TouchesFile:
         return Path.touch, (self.path,)
 
 
-def test_code_in_a_folder_is_never_run(folder, capfd):
+def test_code_that_a_folder_brings_is_never_run(folder, capfd):
     marker = folder.with_name("ran")
     (folder / "theirs.py").write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\nclass It: pass\n")
     edit(folder / "config.json", auto_map={"AutoConfig": "theirs.It", "AutoModelForCausalLM": "theirs.It"})
@@ -272,28 +273,28 @@ def test_a_tokenizer_that_is_missing_or_damaged(folder, capfd, text):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("axes", [None, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_values_that_are_not_finite_are_warned_of_once_a_tensor(folder, value, axes):
-    """On any number of devices. A value too large for ``dtype`` is warned of too."""
+def test_a_tensor_that_is_not_finite_is_warned_of_once(folder, value, axes):
+    """On any number of devices; a value too large for ``dtype`` is reported too."""
     name = "model.layers.1.mlp.up_proj.weight"
     kernel = np.array(safetensors.numpy.load_file(folder / WEIGHTS)[name])
     kernel[0, 0] = kernel[-1, -1] = value
     resave(folder, **{name: kernel, NORM: np.full(16, 1e6, np.float32)})
     shapes = weights.abstract_params(CONFIG)
-    places = None
+    where = None
     if axes:
         rules = sharding.matching_rules(decoder(CONFIG).rules, shapes)
-        places = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(**axes)))
+        where = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(**axes)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        weights.read_params(folder, CONFIG, places)
-        weights.read_params(folder, CONFIG, places, np.float16)
+        weights.read_params(folder, CONFIG, where)
+        weights.read_params(folder, CONFIG, where, np.float16)
     expected = [f"{folder}: tensor {n} holds NaN or infinity as {d}"
-            for d, names in (("float32", [name]), ("float16", [name, NORM])) for n in names]  # fmt: skip
+                for d, names in (("float32", [name]), ("float16", [name, NORM])) for n in names]  # fmt: skip
     assert [str(warning.message) for warning in caught] == expected
 
 
-def test_sizes_that_do_not_divide_are_found_in_the_tensors(tmp_path):
-    """GPT-2's head_dim is its width divided by its heads; transformers accepts a remainder."""
+def test_sizes_that_do_not_divide_show_in_the_tensors(tmp_path):
+    """GPT-2's head_dim is its width over its heads; transformers does not mind a remainder."""
     folder = Path(shutil.copytree(Path(__file__).parent / "fixtures" / "gpt2", tmp_path / "gpt2"))
     edit(folder / "config.json", n_head=3)
     with pytest.raises(UserError, match=r"c_attn\.(weight|bias) has shape"):

@@ -29,9 +29,9 @@ HH = DATA / "hh_harmless_base_test.jsonl.gz"
 needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="ALIGNJAX_TEST_DATA names no folder")
 
 
-def row(number, turns=1, chosen="Yes.", rejected="No."):
+def row(number, turn_count=1, chosen="Yes.", rejected="No."):
     """Returns a row whose prompt names the number."""
-    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turns - 1))
+    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turn_count - 1))
     talk += f"\n\nHuman: Question {number}?\n\nAssistant:"
     return {"chosen": f"{talk} {chosen}", "rejected": f"{talk} {rejected}"}
 
@@ -45,11 +45,15 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_prompt_ends_at_the_last_role_marker_of_the_chosen_dialogue(tmp_path, name):
-    path = write_rows(tmp_path / name, [row(0), row(1, turns=3), row(2, chosen="Assistant: is a word.\u2028Here too.")])
-    one, three, two = dialogue.read_dialogue_prompts(path)
-    assert one == "Human: Question 0?\n\nAssistant:" and two == "Human: Question 2?\n\nAssistant:"
-    assert three.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three.endswith("1?\n\nAssistant:")
-    assert three.count("Assistant:") == 3
+    path = write_rows(
+        tmp_path / name, [row(0), row(1, turn_count=3), row(2, chosen="Assistant: is a word.\u2028Here too.")]
+    )
+    plain, three_turns, with_marker = dialogue.read_dialogue_prompts(path)
+    assert plain == "Human: Question 0?\n\nAssistant:" and with_marker == "Human: Question 2?\n\nAssistant:"
+    assert three_turns.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three_turns.endswith(
+        "1?\n\nAssistant:"
+    )
+    assert three_turns.count("Assistant:") == 3
 
 
 def test_the_first_thousand_of_the_test_file_are_validation_and_the_next_test(tmp_path):
@@ -170,26 +174,25 @@ def test_an_end_token_ends_a_reply(raw, reply):
     assert dialogue.clean_hh_reply(raw) == reply
 
 
-def context_of(task, stages, folder, name):
-    """Returns the context of a stage on eight devices."""
+def context(task, stages, folder, name):
     return Context(Experiment(task, stages), folder, name, make_mesh(Mesh()))
 
 
-def test_labels_are_made_without_an_oracle_and_not_counted_right(tmp_path):
+def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_path):
     task, writing = dialogue.dialogue_task(), Writing(8, (8,), 8)
-    stage = Label(RLCD(), "train", 4, writing, generator="base", held_out=0.25)
-    prompts = [dialogue.read_hh_prompt(row(i, turns=2)) for i in range(4)]
+    stage = Label(RLCD(), "train", 4, writing, "base", held_out=0.25)
+    prompts = [dialogue.read_hh_prompt(row(i, turn_count=2)) for i in range(4)]
     asked = []
 
-    def generate(texts, numbers, attempt):
+    def generate(texts, numbers, seed):
         asked.extend(texts)
         return [Reply(f" {text[-9:-1]}\n\nHuman:", 1, 0.0) for text in texts]
 
-    labels = RLCD().label(Labeler(generate, task, None, 0), prompts, range(4))
+    pairs, tries = RLCD().label(Labeler(generate, task, None, 0), prompts, range(4))
     for text in asked:  # opposite polarity on the earlier turn
         assert ("Assistant (harmless" in text) and ("Assistant (harmful" in text)
-    chunks = [{"tries": labels.tries, "asked": 4, "pairs": labels.pairs}]
-    figures = stage.finish(context_of(task, {"pairs": stage}, tmp_path, "pairs"), chunks)
+    chunks = [{"tries": tries, "asked": 4, "pairs": pairs}]
+    figures = stage.finish(context(task, {"pairs": stage}, tmp_path, "pairs"), chunks)
     assert figures == {"pairs": 4, "dropped": 0, "tries_per_prompt": 2.0}
 
 
@@ -202,7 +205,7 @@ def test_without_an_oracle_a_table_has_no_score_and_an_oracle_by_name_is_refused
     stages = {"base": types.SimpleNamespace(network=lambda context: None), "table": table, "labels": labels}
     for name in ("table", "labels"):
         with pytest.raises(UserError, match=f"{name}: task 'dialogue-harmless' has no oracle 'oracle'; it has none"):
-            stages[name].check(context_of(task, stages, tmp_path, name))
+            stages[name].check(context(task, stages, tmp_path, name))
     assert table.scores(task, ["x"], {"base": ["y"]}) == [None]
 
 

@@ -1,6 +1,7 @@
-"""Ten families of checkpoints: outputs equal torch's, and written folders read back. ``tests/parity`` wrote the fixtures.
+"""Ten families of checkpoints against what torch computes from them, and back to files.
 
-One compiled program a checkpoint computes everything, over rows padded on the right and on the left.
+``tests/parity`` wrote the fixtures. One compiled program for each checkpoint computes everything, over rows padded on
+the right and on the left.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ TOKENIZER = Tokenizer(
 
 
 class Outputs(NamedTuple):
-    """What a checkpoint computes, each [2 paddings, B, ...]."""
+    """What our model computes, each [2 paddings, B, ...]: rows padded on the right, and the same on the left."""
 
     logits: np.ndarray
     greedy: np.ndarray
@@ -52,12 +53,11 @@ def checkpoint(name):
 
 @functools.cache
 def expected(name):
-    """Returns the arrays that torch computed."""
     return safetensors.numpy.load_file(FIXTURES / name / "expected.safetensors")
 
 
-def padded_twice(tokens, mask):
-    """Returns right-padded rows, then the same rows left-padded, with stray tokens in the padding."""
+def pad_both_sides(tokens, mask):
+    """Returns the right-padded rows, then the same rows left-padded with stray tokens in the padding."""
     order = np.argsort(mask, axis=1, kind="stable")
     left = [np.take_along_axis(x, order, axis=1) for x in (np.where(mask, tokens, 3), mask)]
     return Tokens(np.concatenate([tokens, left[0]]), np.concatenate([mask, left[1]]))
@@ -65,12 +65,11 @@ def padded_twice(tokens, mask):
 
 @functools.cache
 def outputs(name):
-    """Returns the Outputs of a fixture."""
     config, params = checkpoint(name)
     model, want = build(config), expected(name)
 
     @jax.jit
-    def compute(params, prompt, completion):
+    def everything(params, prompt, completion):
         logits = model.logits(params, model.completion_states(params, prompt, completion))
         process = model.prefill(params, prompt, NEW_TOKENS)
         keys = jax.random.split(jax.random.key(0), len(prompt.tokens))
@@ -78,10 +77,10 @@ def outputs(name):
         return logits, written, encoder(config)(params, prompt)[0] if isinstance(config, T5Config) else None
 
     completion = np.concatenate([want["completion"]] * 2)
-    computed = compute(
-        params, padded_twice(want["prompt"], want["mask"]), Tokens(completion, np.ones_like(completion, bool))
+    arrays = everything(
+        params, pad_both_sides(want["prompt"], want["mask"]), Tokens(completion, np.ones_like(completion, bool))
     )
-    return Outputs(*jax.tree.map(lambda x: np.asarray(x).reshape(2, -1, *x.shape[1:]), computed))
+    return Outputs(*jax.tree.map(lambda x: np.asarray(x).reshape(2, -1, *x.shape[1:]), arrays))
 
 
 def test_every_family_has_a_fixture():
@@ -89,19 +88,19 @@ def test_every_family_has_a_fixture():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_equal_torch_s_whatever_the_padding(name):
+def test_logits_are_the_reference_s_whatever_the_padding(name):
     for logits in outputs(name).logits:
         np.testing.assert_allclose(logits, expected(name)["logits"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_greedy_decoding_writes_torch_s_tokens(name):
+def test_cached_greedy_decoding_writes_the_reference_s_tokens(name):
     for greedy in outputs(name).greedy:
         np.testing.assert_array_equal(greedy, expected(name)["greedy"])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_s_states_equal_torch_s(name):
+def test_an_encoder_s_states_are_the_reference_s(name):
     want, real = expected(name)["encoded"], np.pad(expected(name)["mask"], ((0, 0), (1, 0)), constant_values=True)
     for encoded in outputs(name).encoded:
         np.testing.assert_allclose(encoded[real], want[real], rtol=0, atol=TOLERANCE)
@@ -109,7 +108,7 @@ def test_an_encoder_s_states_equal_torch_s(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_written_folder_is_read_back_bit_for_bit(tmp_path, name):
-    """In one file and in shards, whatever names and dtype the checkpoint had."""
+    """Whole and in shards, whatever names, dtype and dialect the checkpoint came in."""
     config, params = checkpoint(name)
     for shard, several in ((huggingface.MAX_SHARD_BYTES, False), (20_000, True)):
         folder = tmp_path / str(shard)
@@ -121,12 +120,12 @@ def test_a_written_folder_is_read_back_bit_for_bit(tmp_path, name):
 
 
 def test_some_fixture_is_in_bfloat16():
-    """The tests above cover half precision too."""
+    """So that the tests above cover half precision too."""
     kinds = {json.loads((FIXTURES / name / "config.json").read_text()).get("dtype") for name in NAMES}
     assert kinds >= {"bfloat16", "float32"}
 
 
-def test_precision_and_remat_are_not_part_of_a_written_folder(tmp_path):
+def test_precision_and_remat_are_no_part_of_a_written_folder(tmp_path):
     config, params = checkpoint("mt5")
     huggingface.write_folder(
         tmp_path / "a", dataclasses.replace(config, compute_dtype="bfloat16", remat="full"), params, TOKENIZER
@@ -134,8 +133,8 @@ def test_precision_and_remat_are_not_part_of_a_written_folder(tmp_path):
     assert huggingface.read_config(tmp_path / "a") == config
 
 
-def test_a_model_that_its_family_cannot_express_is_not_written(tmp_path):
-    """A Mistral without a window in one layer, and an encoder-decoder with a reward head, are refused; nothing is left."""
+def test_a_model_that_its_family_cannot_describe_is_not_written(tmp_path):
+    """A Mistral without its window in one layer, an encoder-decoder with a reward: refused, and nothing is written."""
     config, params = checkpoint("mistral")
     with pytest.raises(UserError, match="not quite a mistral"):
         huggingface.write_folder(tmp_path / "a", dataclasses.replace(config, windows=(5, UNBOUNDED)), params, TOKENIZER)

@@ -1,4 +1,4 @@
-"""Hugging Face folders are read back bit for bit, from one file or from shards, in any dtype."""
+"""Hugging Face folders: a checkpoint in their format is read back, in one file or in shards, in any dtype."""
 
 import dataclasses
 import json
@@ -24,39 +24,10 @@ TEXTS = [
 
 
 def write_checkpoint(folder, params, config, dtype=np.float32, shards=1):
-    """Writes a checkpoint as the documentation of Hugging Face says, without the code under test."""
-    p = jax.tree.map(np.asarray, params)
-    tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["norm"]["scale"]}
-    if not config.tied:
-        tensors["lm_head.weight"] = p["head"]["kernel"].T
-    for i in range(config.layers):
-        b = jax.tree.map(lambda x, i=i: x[i], p["blocks"])
-        at = f"model.layers.{i}"
-        tensors[f"{at}.input_layernorm.weight"] = b["attention_norm"]["scale"]
-        tensors[f"{at}.post_attention_layernorm.weight"] = b["mlp_norm"]["scale"]
-        for name in "qkvo":
-            tensors[f"{at}.self_attn.{name}_proj.weight"] = b[name]["kernel"].T
-        for name in ("gate", "up", "down"):
-            tensors[f"{at}.mlp.{name}_proj.weight"] = b[name]["kernel"].T
-    tensors = {k: np.ascontiguousarray(v).astype(dtype) for k, v in tensors.items()}
-    (folder / "config.json").write_text(
-        json.dumps(
-            dict(
-                model_type="llama",
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                head_dim=config.head_dim,
-                num_key_value_heads=config.kv_heads,
-                intermediate_size=config.hidden,
-                rms_norm_eps=config.norm_eps,
-                rope_theta=config.rope_theta,
-                tie_word_embeddings=config.tied,
-                hidden_act="silu",
-            )
-        )
-    )
+    """Writes a Llama as Hugging Face names it, by hand from its documentation."""
+    (folder / "config.json").write_text(json.dumps(llama_json(config)))
+    tensors = llama_tensors(jax.tree.map(np.asarray, params), config)
+    tensors = {name: np.ascontiguousarray(value).astype(dtype) for name, value in tensors.items()}
     if shards == 1:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         return
@@ -66,6 +37,33 @@ def write_checkpoint(folder, params, config, dtype=np.float32, shards=1):
         safetensors.numpy.save_file(part, folder / f"model-{shard}.safetensors")
         index |= dict.fromkeys(part, f"model-{shard}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def llama_tensors(p, config):
+    """Returns tensor name -> value; Hugging Face stores kernels as [out, in]."""
+    tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["norm"]["scale"]}
+    if not config.tied:
+        tensors["lm_head.weight"] = p["head"]["kernel"].T
+    for i in range(config.layers):
+        block = jax.tree.map(lambda x, i=i: x[i], p["blocks"])
+        prefix = f"model.layers.{i}"
+        tensors[f"{prefix}.input_layernorm.weight"] = block["attention_norm"]["scale"]
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = block["mlp_norm"]["scale"]
+        for name in "qkvo":
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = block[name]["kernel"].T
+        for name in ("gate", "up", "down"):
+            tensors[f"{prefix}.mlp.{name}_proj.weight"] = block[name]["kernel"].T
+    return tensors
+
+
+def llama_json(config):
+    """Returns the fields of config.json."""
+    return dict(
+        model_type="llama", vocab_size=config.vocab_size, hidden_size=config.width, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, head_dim=config.head_dim, num_key_value_heads=config.kv_heads,
+        intermediate_size=config.hidden, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+        tie_word_embeddings=config.tied, hidden_act="silu",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,7 +84,7 @@ def test_half_precision_is_widened_exactly(tmp_path, params, dtype):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_old_and_new_forms_of_rope_theta_are_read(tmp_path, params):
+def test_rope_theta_is_read_in_its_old_and_new_place(tmp_path, params):
     write_checkpoint(tmp_path, params, TINY)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())
@@ -109,7 +107,7 @@ def test_a_trained_tokenizer_round_trips_and_survives_its_folder(tokenizer, tmp_
     assert again.encode(text) == ids and again.vocab_size == tokenizer.vocab_size <= 320
 
 
-def test_a_prompt_and_a_reply_encoded_separately_equal_the_whole_text(tokenizer):
+def test_pieces_encoded_apart_are_the_whole(tokenizer):
     prompt, reply = "Human: may I sing?\n\nAssistant:", " Sing on, my dear.\n\nHuman:"
     assert tokenizer.encode(prompt) + encode_continuation(tokenizer, reply) == tokenizer.encode(prompt + reply)
     assert decode_continuation(tokenizer, encode_continuation(tokenizer, reply)) == reply
@@ -130,14 +128,17 @@ def test_padding_on_either_side_keeps_the_rows():
         pad([[1, 2, 3]], 2)
 
 
-def test_a_folder_s_digest_changes_with_a_weight_and_is_not_a_setting(tmp_path):
+def test_a_folder_s_digest_changes_with_a_weight_and_is_no_setting(tmp_path):
     weights = tmp_path / "model.safetensors"
-    values = np.zeros(3 * 2**18, np.float32)  # 3 MiB
+    values = np.zeros(3 * 2**18, np.float32)  # three mebibytes
     digests = []
-    for at, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
-        values[at] = 1.0
+    for position, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
+        values[position] = 1.0
         safetensors.numpy.save_file({name: values}, weights)
-        digests += [describe(LoadCheckpoint(str(tmp_path)))["digest"], describe(LoadCheckpoint(str(tmp_path)))["digest"]]
+        digests += [
+            describe(LoadCheckpoint(str(tmp_path)))["digest"],
+            describe(LoadCheckpoint(str(tmp_path)))["digest"],
+        ]
     assert digests[::2] == digests[1::2] and len(set(digests)) == 3
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert describe(LoadCheckpoint(str(tmp_path)))["digest"] not in digests

@@ -1,4 +1,4 @@
-"""The stories task, and a real checkpoint where ALIGNJAX_TEST_DATA names its folder."""
+"""The stories task, and the real checkpoint it runs on where its folder is at hand (ALIGNJAX_TEST_DATA)."""
 
 import json
 import os
@@ -13,7 +13,6 @@ from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad
-from alignjax.pipeline.config import describe
 from alignjax.sampling.process import Sampling, sample
 from alignjax.tasks import stories
 from alignjax.tasks.task import oracle_from_score
@@ -76,8 +75,8 @@ def test_real_openings_are_split_by_story():
     splits = stories.read_openings(str(DATA / "story_premises.jsonl"))
     rows = [json.loads(line) for line in (DATA / "story_premises.jsonl").read_text().splitlines()]
     story = {row["prompt"]: row["story"] for row in rows}
-    stories_of = {split: {story[text] for text in texts} for split, texts in splits.items()}
-    assert not stories_of["train"] & (stories_of["test"] | stories_of["validation"])
+    homes = {split: {story[text] for text in texts} for split, texts in splits.items()}
+    assert not homes["train"] & homes["test"] and not homes["train"] & homes["validation"]
     assert sum(map(len, splits.values())) == len(rows) and len(splits["test"]) > 500
 
 
@@ -106,6 +105,8 @@ def test_openings_are_distinct_shuffled_by_the_seed_and_never_shared_between_spl
 
 
 def test_a_changed_file_is_another_experiment(tmp_path):
+    from alignjax.pipeline.config import describe
+
     path = write_openings(tmp_path, [{"prompt": "One.", "story": 3}])
     first = describe(stories.stories_task(path))
     write_openings(tmp_path, [{"prompt": "Two.", "story": 3}])

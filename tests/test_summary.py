@@ -1,4 +1,4 @@
-"""Posts and comparisons from files: what is read, which lines are refused, and the pairs that result."""
+"""Posts and given comparisons: what is read, what is refused by its line, and the pairs that come of it."""
 
 import dataclasses
 import gzip
@@ -11,7 +11,7 @@ import pytest
 
 from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
-from alignjax.labeling.method import Labeler, Labels
+from alignjax.labeling.method import Labeler
 from alignjax.labeling.rlcd import RLCD
 from alignjax.pipeline.config import describe, override
 from alignjax.pipeline.experiment import Context, Experiment
@@ -32,7 +32,7 @@ def write_rows(path, rows):
     return str(path)
 
 
-def loading(tmp_path, **fields):
+def given(tmp_path, **fields):
     stage = LoadPairs(**fields)
     return Context(Experiment(summary.summary_task(), {"pairs": stage}), tmp_path, "pairs", make_mesh(Mesh())), stage
 
@@ -82,7 +82,7 @@ def test_a_task_without_affixes_refuses_contrast_before_it_runs():
         RLCD().check(summary.summary_task())
     contrasted = dataclasses.replace(summary.summary_task(), affixes=((" Well:", " Badly:"),), contrast=append_affix)
     RLCD().check(contrasted)
-    assert RLCD().label(Labeler(lambda *_: [], contrasted, None, 0), [], []) == Labels([], 0)
+    assert RLCD().label(Labeler(lambda *_: [], contrasted, None, 0), [], []) == ([], 0)
     with pytest.raises(UserError, match="'summary' has affixes and no contrast"):
         dataclasses.replace(summary.summary_task(), affixes=((" Well:", " Badly:"),))
 
@@ -113,20 +113,20 @@ def test_a_published_comparison_is_asked_as_the_task_asks():
 ])  # fmt: skip
 def test_a_comparison_of_another_form_is_named_by_its_number(tmp_path, change):
     path = write_rows(tmp_path / "a.jsonl", [PUBLISHED, {**PUBLISHED, **change}])
-    context, stage = loading(tmp_path, path=path, read=summary.read_tldr_comparison)
+    context, stage = given(tmp_path, path=path, read=summary.read_tldr_comparison)
     with pytest.raises(UserError) as error:
         stage.check(context)
     assert str(error.value).startswith(f"pairs: {path}, line 2 has ") and str(error.value).endswith("; mend it")
 
 
-def test_loaded_pairs_are_the_dataset_that_a_label_stage_writes(tmp_path):
+def test_given_pairs_are_the_dataset_that_a_labelling_stage_writes(tmp_path):
     rows = [{"prompt": f"x{i // 2}", "first": f"a{i}", "second": "b", "p": i / 10} for i in range(10)]
-    context, stage = loading(tmp_path, path=write_rows(tmp_path / "a.jsonl", rows), held_out=0.4)
+    context, stage = given(tmp_path, path=write_rows(tmp_path / "a.jsonl", rows), held_out=0.4)
     stage.check(context)
     assert stage.run(context, ()) == {"pairs": 10, "skipped": 0, "different_prompts": 5}
     train, held_out = (data.read_pairs(tmp_path / "pairs" / "data", split) for split in ("train", "held_out"))
-    found = sorted([*train, *held_out], key=lambda row: row["first"])
-    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == found
+    pairs = sorted([*train, *held_out], key=lambda row: row["first"])
+    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == pairs
     assert {row["prompt"] for row in held_out} == {"x3", "x4"} and len(train) == 6  # no prompt on both sides
 
 
@@ -138,7 +138,7 @@ def test_loaded_pairs_are_the_dataset_that_a_label_stage_writes(tmp_path):
 ])  # fmt: skip
 def test_a_pair_of_another_form_is_named_by_its_number_before_anything_runs(tmp_path, row, words):
     path = write_rows(tmp_path / "a.jsonl", [GOOD, GOOD, {**GOOD, **row}])
-    context, stage = loading(tmp_path, path=path)
+    context, stage = given(tmp_path, path=path)
     with pytest.raises(UserError) as error:
         stage.check(context)
     assert f"pairs: {path}, line 3 {words}" in str(error.value)
@@ -149,11 +149,11 @@ def test_a_file_that_is_missing_empty_or_lacks_a_field_is_named(tmp_path):
     cases[write_rows(tmp_path / "empty.jsonl", [])] = r"empty\.jsonl holds no comparisons; give"
     cases[write_rows(tmp_path / "less.jsonl", [{"prompt": "x"}])] = "line 1 has no 'p'"
     for path, words in cases.items():
-        context, stage = loading(tmp_path, path=path)
+        context, stage = given(tmp_path, path=path)
         with pytest.raises(UserError, match=words):
             stage.check(context)
-    ask = write_rows(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
-    context, stage = loading(tmp_path, path=ask, read=dialogue.read_hh_comparison)
+    unrelated = write_rows(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
+    context, stage = given(tmp_path, path=unrelated, read=dialogue.read_hh_comparison)
     with pytest.raises(UserError, match=r"no line of .*apart\.jsonl compares two replies"):
         stage.check(context)
 
