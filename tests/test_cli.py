@@ -1,4 +1,4 @@
-"""The command line: what a user can get wrong is told in one line, with exit status 2 and nothing half-written."""
+"""The command line: every mistake is answered by one line and exit status 2, and nothing is half-written."""
 
 import dataclasses
 import fcntl
@@ -21,7 +21,7 @@ from alignjax.models.decoder import decoder
 from tests.conftest import TINY
 from tests.test_checkpoint_errors import edit
 
-PROGRESS = r"\w+: +\d+%\||\w+: finished before|\w+: [\d.]+ s;"  # bars, and a line a stage
+PROGRESS = r"\w+: +\d+%\||\w+: finished before|\w+: [\d.]+ s;"  # progress bars, and the line of a finished stage
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 QUICKSTART = str(EXPERIMENTS / "quickstart.py")
 MOMENT = ["small=True", "base.documents=200", "base.loop.steps=4", "base.loop.save_every=1"]
@@ -32,7 +32,7 @@ def settings(*values):
 
 
 def refused(capfd, *argv):
-    """Runs the command in this process; returns the one line it answers."""
+    """Runs the command in this process; returns its one-line error."""
     assert main(argv) == 2
     lines = [line for line in re.split("[\r\n]", capfd.readouterr().err) if line and not re.match(PROGRESS, line)]
     assert len(lines) == 1 and lines[0].startswith("alignjax:"), lines
@@ -42,18 +42,19 @@ def refused(capfd, *argv):
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--set", "nash_md.objective.tua=0.1"], "did you mean nash_md.objective.tau"),
+        (["--set", "nash_md.objective.loss.tua=0.1"], "did you mean nash_md.objective.loss.tau"),
         (["--set", "lr=0.1"], "adam.lr"),
-        (["--set", "nash_md.objective.tau=big"], "is not a float"),
+        (["--set", "nash_md.objective.loss.tau=big"], "is not a float"),
         (["--set", "nonsense"], "is not PATH=VALUE"),
+        (["--set", "nash_md.data.samplers.1.role=judge"], "choose one of POLICY, REFERENCE, AVERAGE"),
         (["--only", "nash"], "unknown stage 'nash'; this experiment has base, pairs"),
         (["--set", "mesh.data=3"], "does not divide 8 devices"),
         (["--set", "mesh.tensor=0"], "positive sizes"),
-        (["--set", "nash_md.preference=judgement"], "which is no stage"),
-        (["--only", "nash_md"], "needs 'base', which is not finished"),
+        (["--set", "nash_md.data.preference=judgement"], "which is no stage"),
+        (["--only", "nash_md"], "needs 'preference', which is not finished"),
     ],
 )
-def test_a_wrong_word_is_named_with_its_mend(capfd, tmp_path, argv, told):
+def test_a_wrong_word_is_answered_with_what_to_do(capfd, tmp_path, argv, told):
     assert told in refused(capfd, "run", QUICKSTART, "--workdir", str(tmp_path / "w"), *argv)
 
 
@@ -62,7 +63,7 @@ def test_a_wrong_word_is_named_with_its_mend(capfd, tmp_path, argv, told):
     [
         ("base.loop.batch=6", "does not divide over data*fsdp=8"),
         ("base.loop.accumulate=3", "does not divide batch"),
-        ("base.adam.schedule=linear", "choose cosine or constant"),
+        ("base.adam.schedule=step", "choose cosine, linear or constant"),
         ("base.adam.moments=float16", "choose float32 or bfloat16"),
         ("base.model.vocab_size=100", "is below"),
         ("base.model.kv_heads=3", "is not a multiple of kv_heads"),
@@ -106,8 +107,8 @@ def test_missing_files_and_workdirs(capfd, tmp_path, monkeypatch):
 
 
 STAGE = (
-    "from alignjax.pipeline.stages import Experiment, Pretrained\n"
-    "def get_config():\n    return Experiment(task=None, stages={stages})\n"
+    "import alignjax as aj\n"
+    "def get_config():\n    return aj.Experiment(task=None, stages={stages})\n"
 )
 
 
@@ -118,20 +119,20 @@ STAGE = (
         ("def get_config(:\n", "SyntaxError"),
         ("def get_config():\n    pass\n", "get_config() returned a NoneType; it must return an"),
         ("def get_config():\n    return {'seed': 1}\n", "returned a dict"),
-        ("get_config = 5\n", "get_config is a int and must be a function"),
-        ("get_config = dict\n", "get_config is a type and must be a function"),
+        ("get_config = 5\n", "get_config has the type int and must be a function"),
+        ("get_config = dict\n", "get_config has the type type and must be a function"),
         (STAGE.format(stages="[1]"), "line 3: Experiment.stages is a list; give it a dict"),
         (STAGE.format(stages="{}, mesh=None"), "line 3: Experiment.mesh is a NoneType; give it a Mesh"),
         (STAGE.format(stages="{}, seed='x'"), "line 3: Experiment.seed is a str; give it a int"),
         (STAGE.format(stages="{}"), "the experiment has no stages"),
-        (STAGE.format(stages="{3: Pretrained('x')}"), "3 cannot name a stage"),
-        (STAGE.format(stages="{'a': Pretrained}"), "stage 'a' is the class Pretrained; make one: Pretrained(...)"),
-        (STAGE.format(stages="{'a': 3}"), "stage 'a' is a int, which has no inputs() and run(context)"),
+        (STAGE.format(stages="{3: aj.LoadCheckpoint('x')}"), "3 cannot name a stage"),
+        (STAGE.format(stages="{'a': aj.LoadCheckpoint}"), "stage 'a' is the class LoadCheckpoint; make an instance: LoadCheckpoint(...)"),
+        (STAGE.format(stages="{'a': 3}"), "stage 'a' is a int, which is no dataclass"),
         (STAGE.format(stages="{'../a': 3}"), "'../a' cannot name a stage"),
         (STAGE.format(stages="{'compiled': 3}"), "'compiled' cannot name a stage"),
     ],
 )
-def test_what_is_no_experiment_is_named(capfd, tmp_path, text, told):
+def test_a_file_that_defines_no_experiment_is_refused(capfd, tmp_path, text, told):
     (tmp_path / "mine.py").write_text(text)
     for command, *words in (["run"], ["run", "--help"], ["table"]):
         assert told in refused(capfd, command, str(tmp_path / "mine.py"), "--workdir", str(tmp_path / "w"), *words)
@@ -141,37 +142,37 @@ def test_what_is_no_experiment_is_named(capfd, tmp_path, text, told):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ("table.judges.oracle=oracle:truth", "table: task 'sandbox-harmless' has no oracle:truth; it has oracle"),
-        ("table.judges.held-out=preference", "name a held-out one"),
-        ("table.policies.base=pairs", "stage 'table' needs a policy and 'pairs' makes pairs"),
+        ("table.judges.oracle.name=truth", "table: task 'sandbox-harmless' has no oracle 'truth'; it has oracle"),
+        ("table.judges.held-out.stage=preference", "name a held-out judge"),
+        ("table.policies.base=pairs", "stage 'table' needs a policy as policies.base, and 'pairs' makes pairs"),
         ("table.split=tests", "no split 'tests'"),
-        ("nash_md.preference=base", "stage 'nash_md' needs a preference model and 'base' makes a policy"),
+        ("nash_md.data.preference=base", "stage 'nash_md' needs a preference model as data.preference, and 'base' makes a policy"),
         ("nash_md.loop.batch=12", "nash_md.loop.batch=12 does not divide over data*fsdp=8"),
         ("nash_md.average_decay=high", "is not a float or None"),
         ("nash_md.loop.batch=128", "nash_md: 64 examples do not fill one batch of 128"),
         ("base.loop.batch=4008", "base: 4000 examples do not fill one batch of 4008"),
-        ("nash_md.opponent.beta=2", "nash_md.opponent: beta=2.0 is no weight of the reference"),
-        ("nash_md.opponent.beta=-1", "nash_md.opponent: beta=-1.0 is no weight of the reference"),
-        ("nash_md.objective.tau=-1", "nash_md.objective: tau=-1.0 must not be negative"),
-        ("truth.method.oracle=none", "truth.method: task 'sandbox-harmless' has no oracle 'none'; it has oracle, "),
-        ("annotated.method.error=1.5", "annotated.method: error=1.5 is no probability"),
+        ("nash_md.data.samplers.1.beta=2", "nash_md.data.samplers.1.beta=2: Sampler.beta=2.0 must be in [0, 1]"),
+        ("nash_md.data.samplers.1.beta=-1", "Sampler.beta=-1.0 must be in [0, 1]"),
+        ("nash_md.objective.loss.tau=-1", "nash_md.objective: tau=-1.0 must not be negative"),
+        ("truth.method.judge.name=none", "truth: task 'sandbox-harmless' has no oracle 'none'; it has oracle, "),
+        ("annotated.method.error=1.5", "Judged.error=1.5 must be in [0, 1]"),
         ("task.template.answer=", "task 'sandbox-harmless' has no template.answer"),
         ("task.format.stop=()", "has format.stop=(); give"),
         ("task.format.stop=", "has format.stop=('',); give"),
-        ("preference.pairs=base", "stage 'preference' needs pairs and 'base' makes a policy"),
+        ("preference.pairs=base", "stage 'preference' needs pairs as pairs, and 'base' makes a policy"),
         ("preference.truth=pairs", "truth and pairs are both 'pairs', which holds nothing out"),
         ("base.model.compute_dtype=float99", "choose one of float32, bfloat16, float16"),
         ("base.adam.lr=1e999", "Adam.lr=inf must be in [0, inf)"),
         ("smal=True", "did you mean small"),
     ],
 )
-def test_what_must_fail_is_told_before_anything_runs(capfd, tmp_path, change, told):
+def test_an_error_that_can_be_foreseen_is_reported_before_anything_runs(capfd, tmp_path, change, told):
     argv = ["run", QUICKSTART, "--workdir", str(tmp_path / "w"), *settings("small=True", change)]
     assert told in refused(capfd, *argv)
     assert not (tmp_path / "w").exists()
 
 
-def test_a_project_to_report_to_without_its_library_is_told_before_anything_runs(capfd, tmp_path, monkeypatch):
+def test_a_missing_wandb_is_reported_before_anything_runs(capfd, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     argv = ["run", QUICKSTART, "--workdir", str(tmp_path / "w"), *settings("small=True", "wandb=mine")]
     assert "pip install 'alignjax[wandb]'" in refused(capfd, *argv)
@@ -180,47 +181,61 @@ def test_a_project_to_report_to_without_its_library_is_told_before_anything_runs
 
 OWN = """
 import dataclasses
-from alignjax.pipeline import stages
-from alignjax.pipeline.config import load_module
+from typing import ClassVar
+import alignjax as aj
 
-quickstart = load_module({quickstart!r}).get_config(small=True)
+quickstart = aj.load_module({quickstart!r}).get_config(small=True)
 
-def method(generate, task, prompts, numbers, seed):
-    {body}
+@dataclasses.dataclass(frozen=True)
+class Method:
+    judge: ClassVar[None] = None
+
+    def check(self, task):
+        {method}
+
+def loss(logp, reference_logp, mask, preference):
+    {loss}
 
 def get_config():
     task = dataclasses.replace(quickstart.task, {task})
-    own = dataclasses.replace(quickstart.stages["pairs"], method=method)
-    return dataclasses.replace(quickstart, task=task).with_stages(pairs=own, zero=stages.ZeroShot("base"))
+    labels = dataclasses.replace(quickstart.stages["pairs"], method=Method())
+    arm = dataclasses.replace(quickstart.stages["nash_md"], objective=aj.PreferenceGradient(loss))
+    zero = aj.ZeroShotPreference("base")
+    return dataclasses.replace(quickstart, task=task).with_stages(pairs=labels, nash_md=arm, zero=zero)
 """
+TEMPLATE = "template=quickstart.task.template._replace(other='')"
 
 
 @pytest.mark.parametrize(
-    ("body", "task", "told"),
+    ("method", "loss", "task", "message"),
     [
-        ("raise stages.experiment.UserError('no key; set KEY')", "", "pairs.method: no key; set KEY"),
-        ("raise ValueError(max(prompts))", "template=None", "preference: task 'sandbox-harmless' has no template"),
-        ("prompts[0]", "template=quickstart.task.template._replace(other='')", "zero: preference.choice needs both"),
-        ("pass", "format=quickstart.task.format._replace(stop='Human')", "stop='Human'"),
+        ("raise aj.UserError('no key; set KEY')", "pass", "", "pairs.method: no key; set KEY"),
+        ("pass", "raise aj.UserError('no sign; give one')", "", "nash_md.objective: no sign; give one"),
+        ("pass", "pass", "template=None", "preference: task 'sandbox-harmless' has no template"),
+        ("pass", "raise ValueError('one token')", TEMPLATE, "zero: form=choice needs both answers"),
+        ("pass", "pass", "format=quickstart.task.format._replace(stop='Human')", "stop='Human'"),
     ],
 )
-def test_what_a_method_and_a_task_of_ones_own_refuse_is_told_before_anything_runs(capfd, tmp_path, body, task, told):
-    """A method that minds being asked for nothing is no reason."""
-    (tmp_path / "own.py").write_text(OWN.format(quickstart=QUICKSTART, body=body, task=task))
-    assert told in refused(capfd, "run", str(tmp_path / "own.py"), "--workdir", str(tmp_path / "w"))
+def test_a_user_s_method_objective_or_task_is_refused_before_anything_runs(
+    capfd, tmp_path, method, loss, task, message
+):
+    """A ValueError of an objective that is given one token is no refusal."""
+    (tmp_path / "own.py").write_text(OWN.format(quickstart=QUICKSTART, method=method, loss=loss, task=task))
+    assert message in refused(capfd, "run", str(tmp_path / "own.py"), "--workdir", str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
-def test_help_shows_what_a_file_is_and_what_it_can_set(capfd):
+def test_help_shows_the_documentation_and_the_settings_of_a_file(capfd):
     assert main(["run", QUICKSTART, "--help"]) == 0
     told = capfd.readouterr().out
     assert "The straight line on two cores" in told and "  small = False" in told
-    assert "nash_md.objective.tau = 0.02" in told and "mesh.fsdp = 1" in told
+    assert "nash_md.objective.loss.tau = 0.02" in told and "mesh.fsdp = 1" in told
+    assert "nash_md.data.samplers.1.role = POLICY" in told and "nash_md.data.samplers.1.beta = 0.25" in told
     stories = str(EXPERIMENTS / "stories.py")
     assert main(["run", stories, "--help"]) == 0
     told = capfd.readouterr().out
-    assert "checkpoint must be given" in told and "principle = 'girl'" in told
-    assert "when checkpoint and openings are given with --help" in told
+    assert "checkpoint (required)" in told and "principle = 'girl'" in told
+    assert "give --set checkpoint=... and --set openings=... with --help" in told
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +266,7 @@ def test_a_refused_start_leaves_the_finished_stage_and_no_record(capfd, moment, 
     late = settings("base.model.vocab_size=100")  # only the tokenizer's training shows that it is too small
     assert "is below" in refused(capfd, *argv, "--only", "base", "--redo", *late)
     assert (tmp_path / "w" / "base" / "stage.json").read_text() == before
-    assert "finished in" in refused(capfd, *argv, "--only", "nash_md", "--redo")
+    assert "not finished in" in refused(capfd, *argv, "--only", "nash_md", "--redo")
     assert {path.name for path in (tmp_path / "w").iterdir() if path.is_dir()} <= {"base", "compiled"}
 
 
@@ -281,27 +296,38 @@ def test_redo_makes_a_changed_stage_again(moment, tmp_path):
 
 WORKER = """
 import dataclasses
-from alignjax.pipeline.stages import Experiment
-from alignjax.errors import UserError
+from typing import ClassVar
+import alignjax as aj
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
     value: int
+    makes: ClassVar[aj.Kind] = aj.Kind.FINDINGS
+    meanings: ClassVar[dict[str, str]] = {}
 
-    def inputs(self):
+    def network(self, context):
+        return None
+
+    def exposure(self, context):
+        return aj.Exposure()
+
+    def check(self, context):
+        pass
+
+    def programs(self, context):
         return ()
 
-    def run(self, context):
+    def run(self, context, programs):
         resumed = (work := context.folder / "work").exists()
         work.write_text(str(self.value))
         if self.value == 3 and not resumed:
             raise OSError("no more room")
         if self.value > 1:
-            raise UserError(f"value={self.value} cannot be; choose 1")
+            raise aj.UserError(f"value={self.value} cannot be; choose 1")
         return {}
 
 def get_config():
-    return Experiment(task=None, stages={"it": Worker(1)})
+    return aj.Experiment(task=None, stages={"it": Worker(1)})
 """
 
 
@@ -396,16 +422,17 @@ def test_an_interrupt_is_told_and_names_what_goes_on(tmp_path, environment):
     "moment",
     [
         # A callback's exception is printed and lost: what XLA's gc callback does to a KeyboardInterrupt.
-        "gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT)); commands.main = gc.collect",
-        "commands.main = lambda: signal.raise_signal(signal.SIGINT)",
-        # While the command is imported, which takes a second or more.
-        "for name in ('commands', 'run'): delattr(alignjax, name), sys.modules.pop(f'alignjax.{name}')\n"
+        "gc.callbacks.append(lambda *_: signal.raise_signal(signal.SIGINT)); cli.main = gc.collect",
+        "cli.main = lambda: signal.raise_signal(signal.SIGINT)",
+        # While the command imports its modules, which takes a second or more.
+        "import alignjax.pipeline as pipeline; delattr(pipeline, 'config'), sys.modules.pop('alignjax.pipeline.config')\n"
+        "del alignjax.cli, sys.modules['alignjax.cli']; sys.modules.pop('jax', None)\n"
         "signal.setitimer(signal.ITIMER_REAL, 0.05)",
     ],
 )
 def test_an_interrupt_at_any_moment_ends_the_process(environment, moment):
     code = (
-        "import gc, os, signal, sys, alignjax; from alignjax import __main__, commands\n"
+        "import gc, os, signal, sys, alignjax; from alignjax import __main__, cli\n"
         "signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
         f"{moment}\n__main__.main(); signal.pause() if 'ITIMER' in {moment!r} else None\n"
     )
@@ -450,7 +477,7 @@ def checkpoint(tmp_path):
     """A tiny Llama with a tokenizer."""
     config = dataclasses.replace(TINY, vocab_size=320)
     tokenizer = huggingface.train_tokenizer(["\n once a upon a", "\n a time"] * 9, 300, [])
-    huggingface.write_folder(tmp_path / "tiny", config, transformer(config).init(jax.random.key(0)), tokenizer)
+    huggingface.write_folder(tmp_path / "tiny", config, decoder(config).init(jax.random.key(0)), tokenizer)
     return tmp_path / "tiny"
 
 
