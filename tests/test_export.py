@@ -99,7 +99,7 @@ def test_a_policy_is_exported_bit_for_bit(workdir, tmp_path, name, capfd):
 def test_adapters_are_exported_as_a_peft_folder(workdir, tmp_path, name):
     """Read back, they are the same function; where no projections are fused, the same bits."""
     assert main(["export", str(workdir / f"{name}_lora"), str(tmp_path / "out")]) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [peft.CONFIG, peft.TENSORS]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [peft.CONFIG_FILE, peft.TENSORS_FILE]
     network = load(workdir, f"{name}_lora")[0]
     spec, adapters = peft.read_adapters(tmp_path / "out", network.model.config)
     assert set(network.over.lora.targets) <= set(spec.targets)
@@ -270,7 +270,7 @@ def test_a_stage_that_cannot_be_exported_is_refused(workdir, tmp_path, tokenizer
 def test_adapters_that_are_not_plain_are_refused(workdir, tmp_path, change, message):
     network = load(workdir, "llama_lora")[0]
     peft.write_adapters(tmp_path / "a", LLAMA, network.adapters, network.over.lora, "base")
-    path = tmp_path / "a" / peft.CONFIG
+    path = tmp_path / "a" / peft.CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
         peft.read_adapters(tmp_path / "a", LLAMA)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives
+from alignjax import losses
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models import lora
@@ -17,9 +17,12 @@ from alignjax.models.build import build
 from alignjax.models.log_probs import log_prob
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
+from alignjax.objectives import PreferenceGradient
 from alignjax.sampling.process import geometric_mixture
-from alignjax.training import learn as train
-from alignjax.types import Rollout
+from alignjax.sampling.samplers import joint_process, mixture
+from alignjax.training.collect import Frozen, roles_of
+from alignjax.training.learn import init_state, make_learn
+from alignjax.types import Response, pair_batch
 from tests.conftest import TINY, ragged
 
 T5 = T5Config(vocab_size=24, width=16, layers=1, decoder_layers=2, heads=4, head_dim=4, hidden=24)
@@ -106,17 +109,23 @@ def test_the_mixture_s_reference_is_the_base_and_not_the_adapted_policy(world):
     """If policy and reference shared their adapters, every beta would give the policy."""
     model, base, adapters, _ = world
 
-    @jax.jit
+    def assemble(trained, frozen):
+        return lora.overlay(frozen.base, trained, SPEC.scale)
+
+    @functools.partial(jax.jit, static_argnames="beta")
     def mixture_logp(base, adapters, beta):
-        adapted = lora.overlay(base, adapters, SPEC.scale)
-        policy, reference = (model.prefill(params, PROMPT, 3) for params in (adapted, base))
-        return jax.nn.log_softmax(geometric_mixture(policy, reference, beta).logits)
+        state = init_state(adapters, optax.sgd(1.0), jax.random.key(0), False)
+        roles = roles_of(state, Frozen(base, base), assemble)
+        process = joint_process(lambda params, prompt: model.prefill(params, prompt, 3), roles, [mixture(beta)], PROMPT)
+        return jax.nn.log_softmax(process.logits)
 
     adapted = lora.overlay(base, adapters, 4.0)
-    policy, reference = (jax.nn.log_softmax(model.prefill(params, PROMPT, 3).logits) for params in (adapted, base))
+    sides = [model.prefill(params, PROMPT, 3) for params in (adapted, base)]
+    policy, reference = (jax.nn.log_softmax(side.logits) for side in sides)
     np.testing.assert_allclose(mixture_logp(base, adapters, 1.0), reference, atol=2e-5)
     np.testing.assert_allclose(mixture_logp(base, adapters, 0.0), policy, atol=2e-5)
     half = mixture_logp(base, adapters, 0.5)
+    np.testing.assert_allclose(half, jax.nn.log_softmax(geometric_mixture(*sides, 0.5).logits), atol=2e-5)
     assert np.abs(half - policy).max() > 0.01 and np.abs(half - reference).max() > 0.01
 
 
@@ -124,16 +133,18 @@ def test_the_mixture_s_reference_is_the_base_and_not_the_adapted_policy(world):
 def test_training_moves_the_adapters_alone_and_as_the_full_gradient_says(world):
     """dL/dB = scale A^T dL/dW and dL/dA = scale dL/dW B^T, of the gradient at the merged weights."""
     model, base, adapters, _ = world
-    rows = Rollout(PROMPT, REPLY, REPLY, np.array([0.9, 0.2], np.float32), np.zeros(REPLY.mask.shape, np.float32))
-    objective = functools.partial(objectives.nash_md, log_prob=log_prob(model), tau=0.1)
+    response = Response(REPLY, reference_logp=np.zeros(REPLY.mask.shape, np.float32))
+    rows = pair_batch(PROMPT, response, response, np.array([0.9, 0.2], np.float32))
+    gradient = PreferenceGradient(functools.partial(losses.nash_md, tau=0.1))
+    objective = functools.partial(gradient, log_prob=log_prob(model))
     optimizer = optax.sgd(1.0)
 
-    def adapted(trained, frozen):
-        return lora.overlay(frozen["base"], trained, SPEC.scale)
+    def assemble(trained, frozen):
+        return lora.overlay(frozen.base, trained, SPEC.scale)
 
-    update = jax.jit(train.make_update(objective, optimizer, whole=adapted))
-    state = train.init(adapters, optimizer, jax.random.key(0), False)
-    after, _ = update(state, {"base": base}, rows)
+    learn = jax.jit(make_learn(objective, optimizer, assemble=assemble))
+    state = init_state(adapters, optimizer, jax.random.key(0), False)
+    after, _ = learn(state, Frozen(base), rows)
     merged = lora.merge(lora.overlay(base, adapters, SPEC.scale))
     full = jax.jit(jax.grad(lambda p: objective(p, rows, None)[0]))(merged)
     for path, part in by_projection(adapters):

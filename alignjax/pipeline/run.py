@@ -148,4 +148,4 @@ def show_report(experiment: Experiment, workdir: Path) -> None:
             made_with = f"was made with {difference(found, resolve(experiment, name), stage)}"
             what = made_with if found.get("finished") else "is not finished"
             raise UserError(f"stage {name!r} in {workdir} {what}; run the experiment first")
-    print(report.write(workdir, {name: store.read_record(workdir / name) for name in experiment.stages}))
+    print(report.write_report(workdir, {name: store.read_record(workdir / name) for name in experiment.stages}))
