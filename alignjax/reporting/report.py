@@ -46,7 +46,7 @@ def curves_section(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> s
 
 
 def metric_meaning(metric: str, runs: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns what a metric shows, as the stages that logged it declare. Different meanings are listed with their stages."""
+    """Returns what a metric shows, as the stages that logged it declare; different meanings with their stages."""
     stages: dict[str, list[str]] = {}  # meaning -> stages
     for name, rows in runs.items():
         if any(metric in row for row in rows):
