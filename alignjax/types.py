@@ -118,7 +118,7 @@ def preference_matrix(probabilities: dict[tuple[int, int], Array], count: int) -
     P + P' = 1 exactly: 1 - p has no rounding for p in [1/2, 1], nor has 1 - (1 - p).
     """
     rows = len(next(iter(probabilities.values())))
-    matrix = jnp.full((rows, count, count), 0.5, jnp.float32)
+    matrix = jnp.full((rows, count, count), 0.5, jnp.result_type(jnp.float32, *probabilities.values()))
     for (i, j), p in probabilities.items():
         matrix = matrix.at[:, i, j].set(p).at[:, j, i].set(1 - p)
     return matrix

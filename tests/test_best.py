@@ -10,30 +10,31 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from alignjax.distributed import sharding
+from alignjax.distributed.hosts import Hosts
 from alignjax.errors import RunAgain, UserError
-from alignjax.pipeline import stages
-from alignjax.pipeline.stages import Adam, Best, Loop
-from alignjax.training import data
-from alignjax.training.loop import Learning, run_loop
+from alignjax.training import data, loop
+from alignjax.training.loop import Best, Learning, Loop, Run
 from alignjax.training.metrics import MetricsWriter, read_metrics
+from alignjax.training.optimizer import Adam
 
 STEPS = 14
 
 
-def objective(params, batch, key):
+def loss(params, batch, key):
     w = params["w"].mean()
     return (w - 3) ** 2 + 0 * batch.sum(), {"near": -((w - 1) ** 2), "far": (w - 1) ** 2, "nothing": w * jnp.nan}
 
 
 def train(folder, best, steps=STEPS, params=None, frozen=None):
     """(parameters, figures), at a constant rate: a step does not depend on how many follow."""
-    experiment = stages.Experiment(task=None, stages={"walk": None})
-    context = stages.Context(experiment, folder, "walk", sharding.make_mesh(sharding.Mesh()))
-    loop = Loop(steps=steps, batch=8, log_every=3, best=best)
-    learning = Learning(loop, Adam(lr=0.2, warmup=0, schedule="constant"), (("w$", PartitionSpec()),), objective)
-    plan = data.planned([1] * 8, [1], 8, 0)
+    mesh, params = sharding.make_mesh(sharding.Mesh()), params or {"w": jnp.zeros(3)}
+    settings = Loop(steps=steps, batch=8, log_every=3, best=best)
+    learning = Learning(settings, Adam(lr=0.2, warmup=0, schedule="constant"), loss, (("w$", PartitionSpec()),))
+    plan = data.plan_batches([1] * 8, [1], 8, 0)
     make_batch = lambda chosen: np.ones(len(chosen.indices), np.float32)  # noqa: E731
-    return run_loop(context, learning, params or {"w": jnp.zeros(3)}, plan, make_batch, frozen)
+    run = Run("walk", folder / "walk", mesh, Hosts(), jax.random.key(0))
+    trained = loop.train(run, learning.compile(params, mesh), lambda: (params, frozen), plan, make_batch)
+    return trained.params, trained.figures
 
 
 def windows(folder, metric, every):
@@ -55,7 +56,7 @@ def test_the_result_is_the_save_with_the_best_mean_since_the_one_before(tmp_path
     assert nothing == {}
 
 
-def test_what_is_trained_is_taken_over_unless_it_is_frozen_too(tmp_path):
+def test_training_takes_over_the_first_parameters_unless_they_are_frozen_too(tmp_path):
     w, kept = jnp.zeros(3), jnp.zeros(3)
     ended, _ = train(tmp_path / "a", None, params={"w": w})
     also, _ = train(tmp_path / "b", None, params={"w": kept}, frozen={"reference": {"w": kept}})
@@ -75,13 +76,13 @@ def test_preempted_between_two_saves_it_chooses_the_same(tmp_path, monkeypatch, 
     whole = train(tmp_path / "whole", Best("near", 4))
     write = MetricsWriter.write
 
-    def told(self, step, values):
+    def write_and_preempt(self, step, values):
         write(self, step, values)
         if step == when:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(RunAgain):
-        patch.setattr(MetricsWriter, "write", told)
+        patch.setattr(MetricsWriter, "write", write_and_preempt)
         train(tmp_path / "two", Best("near", 4))
     again = train(tmp_path / "two", Best("near", 4))
     assert again[1] == whole[1]
@@ -94,3 +95,37 @@ def test_a_metric_that_is_not_there_or_no_number(tmp_path):
     assert train(tmp_path / "nan", Best("nothing", 4))[1]["best_step"] == STEPS
     with pytest.raises(UserError, match=r"Best\.every=0"):
         Best("near", 0)
+
+
+def test_the_learning_rate_s_schedule_counts_updates_and_not_batches(tmp_path):
+    """Under a constant gradient Adam moves by the learning rate, here a line to zero over 3 x 2 x 2 updates."""
+    mesh, params = sharding.make_mesh(sharding.Mesh()), {"w": jnp.zeros(())}
+    settings, adam = Loop(steps=3, batch=8, epochs=2, minibatches=2), Adam(lr=0.1, warmup=0, schedule="linear")
+    constant = lambda params, batch, key: (params["w"] + 0 * batch.sum(), {})  # noqa: E731
+    learner = Learning(settings, adam, constant, (("w$", PartitionSpec()),)).compile(params, mesh)
+    run = Run("walk", tmp_path / "walk", mesh, Hosts(), jax.random.key(0))
+    make_batch = lambda chosen: np.ones(len(chosen.indices), np.float32)  # noqa: E731
+    trained = loop.train(run, learner, lambda: (params, None), data.plan_batches([1] * 8, [1], 8, 0), make_batch)
+    np.testing.assert_allclose(trained.params["w"], -0.1 * sum(1 - k / 12 for k in range(12)), rtol=1e-4)
+
+
+def test_collect_makes_the_batch_that_is_learned_from_out_of_the_state_and_the_frozen_trees(tmp_path):
+    mesh, params = sharding.make_mesh(sharding.Mesh()), {"w": jnp.ones(())}
+    to_batch = lambda params, batch, key: (batch.mean() * params["w"], {"batch": batch.mean()})  # noqa: E731
+    adam = Adam(lr=1.0, warmup=0, schedule="constant")
+    learner = Learning(Loop(steps=2, batch=8), adam, to_batch, (("w$", PartitionSpec()),)).compile(params, mesh)
+    run = Run("walk", tmp_path / "walk", mesh, Hosts(), jax.random.key(0))
+
+    def collect(state, frozen, raw):
+        return raw + 10 * state.step + 100 * state.params["w"] + frozen.tree()["offset"]
+
+    loop.train(
+        run,
+        learner,
+        lambda: (params, {"offset": jnp.float32(1000)}),
+        data.plan_batches([1] * 8, [1], 8, 0),
+        lambda chosen: np.ones(len(chosen.indices), np.float32),
+        collect,
+    )
+    values = [row["batch"] for row in read_metrics(tmp_path / "walk" / "metrics.jsonl")]
+    assert values == pytest.approx([1 + 0 + 100 + 1000, 1 + 10 + 0 + 1000], rel=1e-4)

@@ -1,7 +1,6 @@
-"""Nash-MD-PG against the exact gradient, by enumeration of a world of two tokens and two steps."""
+"""Objectives against exact gradients and stationary points, by enumeration of worlds of a few completions."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,194 +8,326 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives
+from alignjax import losses
 from alignjax.errors import UserError
-from alignjax.sampling import samplers as rollout
-from alignjax.types import Completion, Pair, Prompt, Rollout
+from alignjax.games import game as games
+from alignjax.games import solve
+from alignjax.objectives import DirectAlignment, PreferenceGradient, RewardGradient, preference_loss, score_responses
+from alignjax.types import Completion, PreferenceBatch, Prompt, Response, pair_batch
+from tests.conftest import ragged
+from tests.enumerated import (
+    ACTIONS,
+    COMPLETIONS,
+    TAU,
+    all_pairs,
+    as_batch,
+    bradley_terry,
+    descend,
+    drawn_from,
+    expected_gradient,
+    intransitive,
+    log_prob,
+    one_step,
+    relative_error,
+    sequence_logp,
+    step_mixture,
+    table_of,
+    tabular,
+)
 
-COMPLETIONS = np.array(list(itertools.product((0, 1), repeat=2)), np.int32)  # [4, 2]
-TAU = 0.3
-
-
-def log_prob(params, prompt, completion):
-    """A tabular policy: logits of the first token, and of the second given the first."""
-    first = jax.nn.log_softmax(params["first"])[completion.tokens[:, 0]]
-    second = jax.nn.log_softmax(params["second"])[completion.tokens[:, 0], completion.tokens[:, 1]]
-    return jnp.where(completion.mask, jnp.stack([first, second], 1), 0.0)
-
-
-def tabular(seed):
-    a, b = jax.random.split(jax.random.key(seed))
-    return {"first": jax.random.normal(a, (2,)), "second": jax.random.normal(b, (2, 2))}
-
-
-def everything(rows=COMPLETIONS):
-    ones = np.ones((len(rows), 1))
-    return Prompt(np.int32(ones), ones > 0), Completion(rows, np.ones(rows.shape, bool))
-
-
-def sequence_logp(params):
-    return log_prob(params, *everything()).sum(1)  # [4]
-
-
-def preference():
-    """An intransitive matrix P[y, y'] = 1 - P[y', y]."""
-    scores = np.random.default_rng(0).normal(size=(4, 4)) * 2
-    return jax.nn.sigmoid(jnp.asarray(scores - scores.T))
+REWARDS = (0.3, -1.2, 2.0, 0.4)
 
 
-def step_mixture(params, reference, beta):
-    """The one-step-at-a-time mixture as a tabular policy: logits mixed at every prefix."""
-    return jax.tree.map(
-        lambda a, b: (1 - beta) * jax.nn.log_softmax(a) + beta * jax.nn.log_softmax(b), params, reference
-    )
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def nash_md(tau=TAU):
+    return PreferenceGradient(functools.partial(losses.nash_md, tau=tau))
+
+
+def online_ipo(tau=TAU):
+    return DirectAlignment(functools.partial(losses.online_ipo, tau=tau))
+
+
+def reward_gradient(tau=TAU, bound=10.0):
+    return RewardGradient(functools.partial(losses.regularized_policy_gradient, tau=tau), bound)
+
+
+def negative(tree):
+    return jax.tree.map(jnp.negative, tree)
 
 
 def exact_gradient(params, reference, opponent):
     """d/d theta of P(pi > pi') - tau KL(pi, mu), pi' held fixed, summed over all completions."""
 
     def value(theta):
-        logp, ref = sequence_logp(theta), sequence_logp(reference)
-        payoff = preference() @ jnp.exp(sequence_logp(opponent))
-        return jnp.sum(jnp.exp(logp) * (payoff - TAU * (logp - ref)))
+        logp, reference_logp = sequence_logp(theta), sequence_logp(reference)
+        payoff = intransitive() @ jnp.exp(sequence_logp(opponent))
+        return jnp.sum(jnp.exp(logp) * (payoff - TAU * (logp - reference_logp)))
 
     return jax.grad(value)(params)
 
 
-def expected_gradient(objective, params, reference, opponent):
-    """Minus the objective's gradient, averaged over every y ~ pi and y' ~ pi' with its exact weight."""
-    weights = jnp.exp(sequence_logp(params))[:, None] * jnp.exp(sequence_logp(opponent))[None]
-
-    def one(y, other):
-        prompt, completion = everything(COMPLETIONS[y][None])
-        ref = log_prob(reference, prompt, completion)
-        seen = Rollout(prompt, completion, completion, preference()[y, other][None], ref)
-        return jax.grad(lambda p: objective(p, seen, None, log_prob=log_prob, tau=TAU)[0])(params)
-
-    total = jax.tree.map(jnp.zeros_like, params)
-    for y, other in itertools.product(range(4), repeat=2):
-        total = jax.tree.map(lambda t, g, w=weights[y, other]: t - w * g, total, one(y, other))
-    return total
-
-
-def relative_error(a, b):
-    difference = optax.tree.norm(jax.tree.map(jnp.subtract, a, b))
-    return float(difference / optax.tree.norm(b))
+# --- gradients of policy gradients ---
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
-def test_expected_gradient_is_the_exact_one(beta):
+def test_the_expected_gradient_of_nash_md_is_the_exact_one(beta):
     params, reference = tabular(1), tabular(2)
     opponent = step_mixture(params, reference, beta)
-    got = expected_gradient(objectives.nash_md, params, reference, opponent)
-    assert relative_error(got, exact_gradient(params, reference, opponent)) < 1e-5
+    batch = all_pairs(reference, intransitive())
+    got = expected_gradient(nash_md(), params, batch, drawn_from(params, opponent))
+    assert relative_error(negative(got), exact_gradient(params, reference, opponent)) < 1e-12
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
-def test_the_expected_gradient_of_a_reward_is_the_exact_one_whoever_the_baseline(beta, monkeypatch):
-    rewards = jnp.asarray([0.3, -1.2, 2.0, 0.4])
-    monkeypatch.setitem(globals(), "preference", lambda: jax.nn.sigmoid(rewards[:, None] - rewards[None]))
-    params, reference = tabular(1), tabular(2)
+def test_the_expected_gradient_of_a_reward_is_the_exact_one_for_every_baseline(beta):
+    rewards, params, reference = jnp.asarray(REWARDS), tabular(1), tabular(2)
 
     def value(theta):
         logp = sequence_logp(theta)
         return jnp.sum(jnp.exp(logp) * (rewards - TAU * (logp - sequence_logp(reference))))
 
-    for bound, low, high in ((10.0, 0.0, 1e-5), (1.0, 0.01, 9.0)):  # a bound that cuts is another objective
-        objective = functools.partial(objectives.policy_gradient, bound=bound)
-        got = expected_gradient(objective, params, reference, step_mixture(params, reference, beta))
-        assert low <= relative_error(got, jax.grad(value)(params)) < high
+    batch = all_pairs(reference, bradley_terry(rewards), rewards)
+    weights = drawn_from(params, step_mixture(params, reference, beta))
+    for bound, low, high in ((10.0, 0.0, 1e-12), (1.0, 0.01, 9.0)):  # a bound that cuts is another objective
+        got = expected_gradient(reward_gradient(bound=bound), params, batch, weights)
+        assert low <= relative_error(negative(got), jax.grad(value)(params)) < high
 
 
-def test_a_reply_that_loses_outright_has_the_bound_for_a_penalty():
-    prompt, completion = everything()
-    ref = log_prob(tabular(2), prompt, completion)
+def test_a_response_that_loses_outright_has_the_bound_for_a_penalty():
+    prompt, completion = as_batch(COMPLETIONS)
+    response = Response(completion, reference_logp=log_prob(tabular(2), prompt, completion))
 
-    def gradient(p):
-        seen = Rollout(prompt, completion, completion, jnp.asarray(p), ref)
-        return jax.grad(lambda w: objectives.policy_gradient(w, seen, None, log_prob=log_prob, tau=0.0, bound=2.0)[0])(
-            tabular(1)
-        )
+    def gradient(rewards):
+        batch = PreferenceBatch(prompt, (response, response), jnp.full((4, 2, 2), 0.5), jnp.asarray(rewards))
+        loss = reward_gradient(tau=0.0, bound=2.0)
+        return jax.grad(lambda w: loss(w, batch, None, log_prob=log_prob)[0])(tabular(1))
 
-    inside = jax.nn.sigmoid(jnp.asarray([2.0, -2.0, 0.0, 1.0]))
-    sure = gradient([1.0, 0.0, 0.5, float(inside[3])])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), sure, gradient(inside))
+    lost = -jnp.inf
+    outright = gradient([[1.5, lost], [lost, 0.7], [lost, lost], [1.0, 0.0]])
+    inside = gradient([[2.0, 0.0], [-1.0, 1.0], [3.0, 3.0], [1.0, 0.0]])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), outright, inside)
 
 
 def test_same_token_kl_would_be_a_wrong_gradient():
     """The well-known fault: each token answers for its own KL term alone."""
 
-    def same_token(params, rollout, key, *, log_prob, tau):
-        logp = log_prob(params, rollout.prompt, rollout.y)
-        ratio = jax.lax.stop_gradient(logp) - rollout.ref_logp
-        return -jnp.mean(jnp.sum(logp * (rollout.p[:, None] - 0.5 - tau * ratio), -1)), {}
+    def same_token(logp, reference_logp, mask, preference):
+        ratio = jax.lax.stop_gradient(logp) - reference_logp
+        return -jnp.sum(logp * (preference[:, None] - 0.5 - TAU * ratio), -1)
 
     params, reference = tabular(1), tabular(2)
     opponent = step_mixture(params, reference, 0.25)
-    assert relative_error(
-        expected_gradient(same_token, params, reference, opponent), exact_gradient(params, reference, opponent)
-    ) > 0.05  # fmt: skip
+    batch, weights = all_pairs(reference, intransitive()), drawn_from(params, opponent)
+    got = expected_gradient(PreferenceGradient(same_token), params, batch, weights)
+    assert relative_error(negative(got), exact_gradient(params, reference, opponent)) > 0.05
 
 
-def test_exact_gradient_ascent_reaches_the_nash_of_its_own_fixed_point():
-    """Following the expected gradient in self-play, pi* proportional to mu exp(P(y > pi*) / tau)."""
-    reference, table = tabular(2), preference()
-    params = reference
-    ascend = jax.jit(lambda p: jax.tree.map(lambda x, g: x + 2.0 * g, p, exact_gradient(p, reference, p)))
-    for _ in range(3000):
-        params = ascend(params)
-    pi = np.exp(sequence_logp(params))
-    nash = np.exp(sequence_logp(reference) + table @ pi / TAU)
-    np.testing.assert_allclose(pi, nash / nash.sum(), atol=1e-4)
+def test_a_tie_at_the_reference_has_no_gradient_at_all():
+    """1/2 is the baseline: a sample with p = 1/2 moves nothing where policy and reference agree, to the bit."""
+    params = tabular(1)
+    tie, win = (all_pairs(params, jnp.full((4, 4), p)) for p in (0.5, 0.75))
+    for row in range(16):
+        weights = jnp.zeros(16).at[row].set(1.0)
+        assert optax.tree.norm(expected_gradient(nash_md(), params, tie, weights)) == 0
+        assert optax.tree.norm(expected_gradient(nash_md(), params, win, weights)) > 0.05
 
 
-def test_reward_to_go_sums_what_is_to_come():
-    np.testing.assert_allclose(objectives.reward_to_go(jnp.array([[1.0, 2.0, 4.0]])), [[7.0, 6.0, 4.0]])
+# --- stationary points ---
+
+
+def regularised_nash(p, reference, tau):
+    """The Nash policy of the regularised game over all completions, [Y], by the games' solver."""
+    game = games.from_matrix(np.asarray(p), np.exp(sequence_logp(reference)), tau)
+    return solve.regularised_nash(game).policy[0]
+
+
+def test_following_the_expected_gradient_of_self_play_leads_to_the_regularised_nash():
+    """pi* proportional to mu exp(P(y > pi*) / tau)."""
+    reference, p = tabular(2), intransitive()
+    batch = all_pairs(reference, p)
+    found = descend(lambda w: expected_gradient(nash_md(), w, batch, drawn_from(w, w)), reference, 2.0)
+    pi = jnp.exp(sequence_logp(found))
+    fixed = jnp.exp(sequence_logp(reference) + p @ pi / TAU)
+    np.testing.assert_allclose(pi, fixed / fixed.sum(), atol=1e-10)
+    np.testing.assert_allclose(pi, regularised_nash(p, reference, TAU), atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_dpo_is_stationary_at_the_tilted_reference_whatever_pairs_it_is_given(seed):
+    """pi proportional to mu exp(r / beta), for Bradley-Terry preferences and every full-support weight of pairs."""
+    beta, rewards, reference = 0.5, jnp.asarray(REWARDS), tabular(2)
+    weights = jax.nn.softmax(jax.random.normal(jax.random.key(seed), (16,)))
+    objective = DirectAlignment(functools.partial(losses.dpo, beta=beta))
+    batch = all_pairs(reference, bradley_terry(rewards))
+    want = jax.nn.log_softmax(sequence_logp(reference) + rewards / beta)
+    at = expected_gradient(objective, table_of(want), batch, weights)
+    assert optax.tree.norm(at) < 1e-14
+    assert optax.tree.norm(expected_gradient(objective, reference, batch, weights)) > 1e-2
+    found = descend(lambda w: expected_gradient(objective, w, batch, weights), tabular(3), 20.0)
+    np.testing.assert_allclose(sequence_logp(found), want, atol=1e-8)
+
+
+def test_the_gradient_of_online_ipo_is_four_times_that_of_self_play():
+    params, reference = tabular(1), tabular(2)
+    batch, weights = all_pairs(reference, intransitive()), drawn_from(params, params)
+    ipo = expected_gradient(online_ipo(), params, batch, weights)
+    self_play = expected_gradient(nash_md(), params, batch, weights)
+    assert relative_error(ipo, jax.tree.map(lambda g: 4 * g, self_play)) < 1e-12
+    off_policy = expected_gradient(online_ipo(), params, batch, drawn_from(reference, reference))
+    assert relative_error(off_policy, ipo) > 0.05
+
+
+def test_following_online_ipo_leads_to_the_regularised_nash():
+    reference, p = tabular(2), intransitive()
+    batch = all_pairs(reference, p)
+    found = descend(lambda w: expected_gradient(online_ipo(), w, batch, drawn_from(w, w)), tabular(1), 0.5)
+    np.testing.assert_allclose(jnp.exp(sequence_logp(found)), regularised_nash(p, reference, TAU), atol=1e-10)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.6])
+def test_ipo_md_and_nash_md_end_where_the_mixture_is_the_nash_at_a_higher_temperature(beta):
+    """tau / (1 - beta), in a world of one step: there the mixture of tokens is that of whole completions."""
+    reference, p = one_step(2), intransitive(len(ACTIONS))
+    batch = all_pairs(reference, p)
+
+    def ipo_md(params):
+        mixed = step_mixture(params, reference, beta)
+        return expected_gradient(online_ipo(), params, batch, drawn_from(mixed, mixed))
+
+    def policy_gradient(params):
+        mixed = step_mixture(params, reference, beta)
+        return expected_gradient(nash_md(), params, batch, drawn_from(params, mixed))
+
+    ends = [descend(gradient, one_step(1), rate) for gradient, rate in ((ipo_md, 0.5), (policy_gradient, 2.0))]
+    want = regularised_nash(p, reference, TAU / (1 - beta))
+    for params in ends:
+        mixed = jnp.exp(sequence_logp(step_mixture(params, reference, beta)))
+        np.testing.assert_allclose(mixed, want, atol=1e-9)
+    np.testing.assert_allclose(*map(sequence_logp, ends), atol=1e-8)
+    if beta:
+        assert np.abs(want - regularised_nash(p, reference, TAU)).max() > 0.01
+
+
+# --- what objectives hand to their losses ---
 
 
 def test_padding_and_its_log_probs_change_nothing():
     params, reference = tabular(1), tabular(2)
-    prompt, completion = everything()
+    prompt, completion = as_batch(COMPLETIONS)
     padded = Completion(np.pad(COMPLETIONS, ((0, 0), (0, 3))), np.pad(completion.mask, ((0, 0), (0, 3))))
 
     def wide(params, prompt, completion):
         short = Completion(completion.tokens[:, :2], completion.mask[:, :2])
         return jnp.pad(log_prob(params, prompt, short), ((0, 0), (0, 3)), constant_values=5.0)
 
-    p = jnp.array([0.2, 0.9, 0.5, 0.6])
-    ref = log_prob(reference, prompt, completion)
-    a = Rollout(prompt, completion, completion, p, ref)
-    b = Rollout(prompt, padded, padded, p, jnp.pad(ref, ((0, 0), (0, 3)), constant_values=-3.0))
-    one = jax.value_and_grad(lambda w: objectives.nash_md(w, a, None, log_prob=log_prob, tau=TAU)[0])(params)
-    two = jax.value_and_grad(lambda w: objectives.nash_md(w, b, None, log_prob=wide, tau=TAU)[0])(params)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), one, two)
+    p, reference_logp = jnp.array([0.2, 0.9, 0.5, 0.6]), log_prob(reference, prompt, completion)
+    filled = jnp.pad(reference_logp, ((0, 0), (0, 3)), constant_values=-3.0)
+    for objective in (nash_md(), online_ipo(), reward_gradient()):
+
+        def value(score, response, objective=objective):
+            batch = pair_batch(prompt, response, response, p)
+            batch = PreferenceBatch(prompt, batch.responses, batch.preference, jnp.stack([p, 1 - p], 1))
+            return jax.value_and_grad(lambda w: objective(w, batch, None, log_prob=score), has_aux=True)(params)
+
+        tight = value(log_prob, Response(completion, reference_logp=reference_logp))
+        loose = value(wide, Response(padded, reference_logp=filled))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15), tight, loose)
 
 
-def test_preference_cross_entropy_is_minimal_at_the_label():
-    """Against soft labels p the best constant logit is log p / (1 - p), and the loss there is the entropy."""
-    p = jnp.array([0.3, 0.3])
-    pair = Pair(None, None, None, p)
-    loss = jax.grad(
-        lambda z: objectives.preference_cross_entropy({}, pair, None, logit=lambda *_: jnp.stack([z, z]))[0]
+@pytest.mark.parametrize(("build", "scored"), [(nash_md, 1), (reward_gradient, 1), (online_ipo, 2)])
+def test_a_response_is_scored_only_where_the_loss_reads_it_and_all_in_one_pass(build, scored):
+    """A response that the objective does not list has no reference log-probs, and is not missed."""
+    objective, params, reference = build(), tabular(1), tabular(2)
+    batch = all_pairs(reference, intransitive(), jnp.asarray(REWARDS))
+    assert objective.scored == tuple(range(scored))
+    rows = []
+
+    def counting(params, prompt, completion):
+        rows.append(len(completion.tokens))
+        return log_prob(params, prompt, completion)
+
+    known = tuple(r if k < scored else Response(r.completion) for k, r in enumerate(batch.responses))
+    lean = PreferenceBatch(batch.prompt, known, batch.preference, batch.reward)
+    loss, _ = objective(params, lean, None, log_prob=counting)
+    assert rows == [16 * scored]
+    assert loss == objective(params, batch, None, log_prob=log_prob)[0]
+    unscored = PreferenceBatch(
+        batch.prompt, tuple(Response(r.completion) for r in known), batch.preference, batch.reward
     )
-    assert abs(loss(jnp.log(0.3 / 0.7))) < 1e-6
-    value, metrics = objectives.preference_cross_entropy({}, pair, None, logit=lambda *_: jnp.log(p / (1 - p)))
-    np.testing.assert_allclose(value, -(0.3 * np.log(0.3) + 0.7 * np.log(0.7)), rtol=1e-6)
-    assert metrics["accuracy"] == 1.0
+    with pytest.raises(ValueError, match="no reference log-probs"):
+        objective(params, unscored, None, log_prob=log_prob)
 
 
-def test_next_token_is_the_mean_over_real_tokens():
-    logp = jnp.array([[-1.0, -2.0, -50.0], [-3.0, -50.0, -50.0]])
-    mask = jnp.array([[True, True, False], [True, False, False]])
-    assert objectives.next_token(logp, mask)[0] == 2.0
+def test_responses_scored_together_have_their_own_log_probs():
+    params, batch = tabular(1), all_pairs(tabular(2), intransitive())
+    for numbers in ((0, 1), (1, 0), (1,)):
+        for k, logp in zip(numbers, score_responses(log_prob, params, batch, numbers), strict=True):
+            np.testing.assert_array_equal(logp, log_prob(params, batch.prompt, batch.responses[k].completion))
 
 
-def test_a_negative_tau_and_a_beta_that_is_no_weight_are_refused():
+def test_the_opponent_s_tokens_do_not_enter_a_policy_gradient():
+    params, batch = tabular(1), all_pairs(tabular(2), intransitive(), jnp.asarray(REWARDS))
+    for objective in (nash_md(), reward_gradient()):
+        other = Response(Completion(jnp.zeros((16, 2), jnp.int32), jnp.zeros((16, 2), bool)))
+        changed = PreferenceBatch(batch.prompt, (batch.responses[0], other), batch.preference, batch.reward)
+        gradients = [
+            jax.grad(lambda w, b=b, f=objective: f(w, b, None, log_prob=log_prob)[0])(params) for b in (batch, changed)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *gradients)
+
+
+def test_metrics_are_what_their_meanings_say():
+    """The preference, margins, accuracies, KL and lengths of four pairs, written out."""
+    params, reference = tabular(1), tabular(2)
+    prompt, first = as_batch(COMPLETIONS)
+    second = Completion(first.tokens[::-1], first.mask)
+    responses = tuple(Response(side, reference_logp=log_prob(reference, prompt, side)) for side in (first, second))
+    p, reward = jnp.array([0.9, 0.2, 0.5, 0.6]), jnp.array([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0], [0.0, -jnp.inf]])
+    batch = pair_batch(prompt, *responses, p)
+    batch = PreferenceBatch(prompt, responses, batch.preference, reward)
+    ratio = np.asarray(sequence_logp(params) - sequence_logp(reference))
+    margin, sign = ratio - ratio[::-1], np.array([1, -1, 0, 1])  # response 1 has the reversed order
+    common = {"kl": np.mean(ratio), "length": 2.0}
+    accuracy = {"accuracy": np.mean(0.5 + 0.5 * np.sign(sign * margin)), "log_ratio_margin": np.mean(sign * margin)}
+    clipped = {"preference": 0.55, "margin": (1.0 - 0.5 + 0.0 + 1.0) / 4}
+    cases = (nash_md(), {"preference": 0.55}), (reward_gradient(bound=1.0), clipped), (online_ipo(), accuracy)
+    for objective, want in cases:
+        loss, metrics = objective(params, batch, None, log_prob=log_prob)
+        assert metrics.keys() == objective.meanings.keys()
+        assert metrics.pop("loss", loss) == loss
+        assert {name: float(value) for name, value in metrics.items()} == pytest.approx({**want, **common}, rel=1e-6)
+
+
+def test_a_preference_model_learns_the_mean_loss_of_its_logits():
+    p = jnp.array([0.3, 0.3, 0.8, 0.5])
+    sides = [ragged([[1, 2]] * 4), ragged([[3]] * 4)]
+    batch = pair_batch(Prompt(np.zeros((4, 1), np.int32), np.ones((4, 1), bool)), *map(Response, sides), p)
+
+    def value(logits):
+        def logit(params, prompt, first, second):
+            assert prompt is batch.prompt and first is sides[0] and second is sides[1]
+            return jnp.asarray(logits)
+
+        return preference_loss({}, batch, None, loss=losses.preference_cross_entropy, logit=logit)
+
+    loss, metrics = value(jnp.log(p / (1 - p)))
+    np.testing.assert_allclose(loss, -np.mean(p * np.log(p) + (1 - p) * np.log(1 - p)), rtol=1e-6)
+    assert metrics["loss"] == loss
+    assert metrics["accuracy"] == (1 + 1 + 1 + 0.5) / 4
+    assert value([1.0, -1.0, 0.0, 2.0])[1]["accuracy"] == (0 + 1 + 0.5 + 0.5) / 4
+
+
+def test_settings_out_of_range_are_refused():
+    batch = all_pairs(tabular(2), intransitive())
     with pytest.raises(UserError, match="tau=-1 must not be negative"):
-        objectives.nash_md({}, None, None, log_prob=None, tau=-1)
-    for tau, bound in ((-1, 1.0), (0.1, 0.0)):
-        with pytest.raises(UserError, match="must not be negative, and bound"):
-            objectives.policy_gradient({}, None, None, log_prob=None, tau=tau, bound=bound)
-    for beta in (-0.1, 1.5, float("nan")):
-        with pytest.raises(UserError, match="is no weight of the reference"):
-            rollout.mixture(lambda params: None, {}, {}, {}, beta=beta)
+        nash_md(tau=-1)(tabular(1), batch, None, log_prob=log_prob)
+    for bound in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match=r"RewardGradient\.bound"):
+            reward_gradient(bound=bound)
+    with pytest.raises(ValueError, match="no rewards"):
+        reward_gradient()(tabular(1), batch, None, log_prob=log_prob)

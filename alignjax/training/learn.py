@@ -114,7 +114,7 @@ def over_minibatches(
     def one(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
         epoch, part = number // schedule.minibatches, number % schedule.minibatches
         order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(schedule.minibatches, -1)
-        minibatch = jax.tree.map(lambda x: x[order[part]], batch)
+        minibatch = jax.tree.map(lambda x: jnp.asarray(x)[order[part]], batch)
         return update(state, frozen, minibatch, jax.random.fold_in(key, schedule.epochs + number))
 
     state, metrics = jax.lax.scan(one, state, jnp.arange(schedule.updates))

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import alignjax as aj
-from alignjax.games import dynamics, game, solve, text, zoo
+from alignjax.games import dynamics, game, simulation, solve, text, zoo
 from alignjax.games.dynamics import Dynamic
 from alignjax.games.game import Game
 from alignjax.reporting.tables import markdown_table
@@ -41,7 +41,7 @@ def arms(tau: float) -> dict[str, tuple[Dynamic, Claim | None]]:
     """Returns every dynamic with the step sizes of its theorem; where the theorem leaves them open, h = tau."""
     h = 1 / (tau + 3)
     return {
-        "Nash-MD": (dynamics.nash_md(dynamics.theorem_1), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
+        "Nash-MD": (dynamics.nash_md(dynamics.theorem_1_step_size), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
         "Nash-MD, constant": (dynamics.nash_md(tau), None),
         "OMD, h=.5": (dynamics.omd(0.5), None),
         "INPO": (dynamics.inpo(), lambda t, tau, start: 32 / (tau**2 * (t + 1))),
@@ -88,7 +88,8 @@ def race(
         start = float(game.kl(played, nash, played.log_mu))
         for number, (name, (dynamic, claim)) in enumerate(runners.items()):
             steps = np.unique(np.geomspace(1, evaluations // dynamic.evaluations, records).astype(int))
-            trace = dynamics.play(dynamic, dynamics.stack([played]), nash[None], tuple(steps.tolist()), keys, batch)
+            stacked = simulation.stack_games([played])
+            trace = simulation.simulate(dynamic, stacked, nash[None], tuple(steps.tolist()), keys, batch)
             seen = {key: np.median(getattr(trace, key)[0], axis=0) for key in (*figures, "evaluations")}
             for key, axes in panels.items():
                 above = np.maximum(seen[key], 1e-17)
@@ -136,17 +137,20 @@ def mixtures(seeds: int, scale: float) -> aj.Finding:
     The world has three tokens and length three. The figures, total variation and KL(sequences, tokens), are means over
     random policies.
     """
-    world, rows = text.completions(3, 3, eos=2), []
-    prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular(world)
+    world, rows = text.enumerate_completions(3, 3, eos=2), []
+    prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular_log_prob(world)
     rng = np.random.default_rng(0)
-    logits = rng.normal(scale=scale, size=(seeds, 2, text.prefixes(world).max() + 1, 3))
-    policies = [[text.sequences(log_prob, {"logits": table}, prompt, world) for table in pair] for pair in logits]
+    logits = rng.normal(scale=scale, size=(seeds, 2, text.prefix_numbers(world).max() + 1, 3))
+    tables = ([{"logits": table} for table in pair] for pair in logits)
+    policies = [[text.sequence_log_probs(log_prob, table, prompt, world) for table in pair] for pair in tables]
     for beta in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0):
-        apart = []
+        distances = []
         for policy, reference in policies:
-            whole, step = game.mixture(policy, reference, beta), text.step_mixture(world, policy, reference, beta, 3)
-            apart.append((0.5 * np.abs(np.exp(whole) - np.exp(step)).sum(), float(game.divergence(whole, step)[0])))
-        rows.append([beta, *map(float, np.mean(apart, 0))])
+            sequence = game.mixture_policy(policy, reference, beta)
+            token = text.token_mixture(world, policy, reference, beta, 3)
+            distance = 0.5 * np.abs(np.exp(sequence) - np.exp(token)).sum()
+            distances.append((distance, float(game.divergence(sequence, token)[0])))
+        rows.append([beta, *map(float, np.mean(distances, 0))])
     table = markdown_table(["beta", "total variation", "KL, nats"], [[f"{x:.3f}" for x in row] for row in rows])
     return aj.Finding(f"## The mixture of sequences against the mixture of tokens\n\n{table}", {}, rows)
 

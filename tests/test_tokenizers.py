@@ -1,37 +1,33 @@
-"""Text between models: tokenizers of many kinds, chat templates, stop sequences, and a preference model that reads
-another tokenizer's tokens."""
+"""Tokenizers of many kinds: what stands around a prompt, continuations, chat templates and stop sequences."""
 
 import dataclasses
-import types
 
-import jax
 import numpy as np
 import pytest
 import tokenizers
 import transformers
 
 from alignjax.checkpoints import huggingface
-from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import (
-    with_chat_template,
     decode_continuation,
     decode_reply,
     encode_continuation,
     pad,
     stop_sequences,
+    with_chat_template,
 )
-from alignjax.pipeline.stages import Trainable, stop_tokens, unseen_stops
-from alignjax.pipeline.stages.train_policy import shares_tokens, translator
-from alignjax.preferences import models as preference
-from alignjax.sampling import samplers as rollout
-from alignjax.sampling.process import Process, Sample, ends, sample
+from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops
 from alignjax.tasks import sandbox
-from alignjax.tasks.task import EOS, Format, dialogue_messages
-from alignjax.types import Completion, TrainState
-from tests.test_huggingface import TEXTS
+from alignjax.tasks.dialogue_format import dialogue_messages
+from alignjax.tasks.task import EOS, Format
+from alignjax.types import Completion
 
+TEXTS = [
+    "Human: may I sing?\n\nAssistant: Sing on, my dear.\n\nHuman: Thank you.",
+    "Human: no\n\nAssistant: Well.",
+] * 20
 MARKER = "\n\nHuman:"
 CHAT = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
@@ -84,7 +80,7 @@ def test_a_prompt_has_what_stands_before_and_never_what_stands_behind(tmp_path, 
     )
     ids = tokenizer.encode("Sing on, my dear.")
     assert ids == ([bos] if kind in ("llama", "pad_is_eos") else []) + tokenizer.encode_bare("Sing on, my dear.")
-    assert eos not in ids and tokenizer.ends == (eos,)
+    assert eos not in ids and tokenizer.end_tokens == (eos,)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +132,7 @@ def test_a_chat_model_is_asked_through_its_own_template(tmp_path):
 def test_every_end_token_of_a_generation_config_stops(tmp_path):
     KINDS["llama"]().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
-    task = dataclasses.replace(sandbox.task(sandbox.World()), format=Format(" ", MARKER, (EOS, MARKER)))
+    task = dataclasses.replace(sandbox.sandbox_task(), format=Format(" ", MARKER, (EOS, MARKER)))
     tokenizer = huggingface.read_tokenizer(tmp_path)
     stop = stop_tokens(task, tokenizer)
     assert stop[:2] == ((1,), (7,)) and tuple(encode_continuation(tokenizer, MARKER)) in stop and len(stop[2]) > 1
@@ -184,91 +180,3 @@ def test_a_stop_is_met_however_its_beginning_is_written():
                 huggingface.train_tokenizer(["x"] * 9, 280, ())._replace(encode_bare=lambda t: [3] * t.count("a")),
                 nothing,
             )
-
-
-def test_a_stop_sequence_of_several_tokens_ends_a_row_where_it_is_whole():
-    """A process that writes a fixed text: the reply ends behind 5 6 7, and not at 5 6 8 or at a half at the end."""
-    script = np.array([[5, 6, 8, 5, 6, 7, 9, 9], [1, 5, 5, 6, 7, 1, 1, 1], [9, 9, 9, 9, 9, 9, 5, 6]])
-    logits = 50.0 * np.eye(12, dtype=np.float32)[script]  # [B, T, V]
-
-    def step(index, token):
-        return index + 1, jax.lax.dynamic_index_in_dim(logits, index + 1, 1, keepdims=False)
-
-    keys = jax.random.split(jax.random.key(0), 3)
-    drawn = jax.jit(lambda: sample(Process(step, 0, logits[:, 0]), keys, 8, ((5, 6, 7), (4,))))()
-    assert drawn.completion.mask.sum(1).tolist() == [6, 5, 8] and drawn.finished.tolist() == [True, True, False]
-    assert drawn.completion.tokens[0, :6].tolist() == [5, 6, 8, 5, 6, 7]
-    assert not ends(np.array([[7, 5, 6]]), np.int32(0), ((5, 6, 7),)).any()  # nothing before the beginning
-
-
-REPLIES = (" Sing on, my dear.", " Well.", "", " Sing")
-PROMPTS = ["Human: may I sing?\n\nAssistant:", "Human: no\n\nAssistant:"]
-
-
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory):
-    """A policy's tokenizer and another's, of another kind."""
-    mine = huggingface.train_tokenizer(TEXTS, 320, ("Human:",))
-    return mine, opened(KINDS["llama"](), tmp_path_factory.mktemp("theirs"))
-
-
-def drawn_of(tokenizer, texts):
-    """Replies as a policy drew them, each with its end."""
-    ids = [encode_continuation(tokenizer, text) for text in texts]
-    completion = pad(ids, 16)
-    return Sample(completion, np.zeros((len(ids), 16), np.float32), np.array([MARKER in text for text in texts]))
-
-
-def test_the_preference_model_reads_the_replies_as_text_in_its_own_tokens(readers):
-    mine, theirs = readers
-    task = sandbox.task(sandbox.World())
-    y = drawn_of(mine, [f" Sing on, my dear.{MARKER}", f" Well.{MARKER}"])
-    other = drawn_of(mine, [f"{MARKER}", " never ends"])
-    prompt = pad([mine.encode(text) for text in PROMPTS], 16)
-    context = types.SimpleNamespace(task=task, mesh=sharding.make_mesh(sharding.Mesh(1, 1, 1), jax.devices()[:1]))
-    trained = Trainable({}, {}, lambda params, frozen: params, None, ())
-    state = TrainState(np.int32(3), {"w": np.zeros(1)}, {}, {}, jax.random.key(0))
-    stop = stop_tokens(task, mine)
-    before = translator(context, lambda *_: rollout.Drawn(prompt, y, other), trained, mine, theirs, PROMPTS, stop, 12)
-    drawn, seen = before(state, None, prompt)
-    for i, text in enumerate(PROMPTS):
-        assert seen.prompt.tokens[i][seen.prompt.mask[i]].tolist() == theirs.encode(text)
-    for i, reply in enumerate(("Sing on, my dear.", "Well.")):
-        ids = encode_continuation(theirs, f" {reply}{MARKER}")[:12]
-        assert seen.y.tokens[i][seen.y.mask[i]].tolist() == ids
-    assert [side.tolist() for side in seen.answered] == [[True, True], [False, False]]
-    np.testing.assert_array_equal(drawn.y.completion.tokens, y.completion.tokens)
-
-
-def test_a_refused_reply_loses_to_an_answer_and_ties_with_another(readers):
-    mine, _ = readers
-    sides = [drawn_of(mine, [" a", " b", " c"]) for _ in range(2)]
-    prompt = pad([[3], [4], [5]], 1)
-    seen = rollout.Seen(
-        prompt,
-        sides[0].completion,
-        sides[1].completion,
-        (np.array([True, False, False]), np.array([False, True, False])),
-    )
-
-    def logit(params, prompt, first, second):
-        return jax.numpy.full(3, 2.0)
-
-    def found(seen):
-        score = lambda *_: np.zeros((3, 16), np.float32)  # noqa: E731
-        frozen = {"reference": {}, "preference": {}}
-        return rollout.compared(score, logit, False, frozen, rollout.Drawn(prompt, *sides), seen).p.tolist()
-
-    assert found(seen) == [1.0, 0.0, 0.5]
-    asked = dataclasses.replace(seen, answered=None)
-    assert found(asked) == [float(preference.probability(np.float32(2.0)))] * 3
-
-
-def test_tokens_are_shared_only_between_equal_tokenizers_and_end_markers(readers):
-    task = sandbox.task(sandbox.World())
-    one, same, other = (types.SimpleNamespace(fingerprint=mark) for mark in ("a", "a", "b"))
-    assert shares_tokens(task, one, same) and not shares_tokens(task, one, other)
-    chatty = dataclasses.replace(task, format=task.format._replace(stop=(EOS, MARKER)))
-    assert not shares_tokens(chatty, one, same)
-    plain = dataclasses.replace(chatty, format=chatty.format._replace(end=""))
-    assert shares_tokens(plain, one, same)

@@ -1,0 +1,231 @@
+"""The mutants: what is exchanged, and the tests that must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """One replacement in one file."""
+
+    name: str
+    file: str
+    old: str  # stands in the file once
+    new: str
+    tests: tuple[str, ...]
+
+
+COLLECT, SAMPLERS, LEARN = ("tests/test_collect.py",), ("tests/test_samplers.py",), ("tests/test_learn.py",)
+STAGES, WIRING, LABELING = ("tests/test_stages.py",), ("tests/test_wiring.py",), ("tests/test_labeling.py",)
+LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
+_DATA = "alignjax/pipeline/stages/policy_data.py"
+
+MUTANTS = (
+    Mutant(
+        "P is asked with y and y' exchanged", "alignjax/training/collect.py",
+        "view.responses[i], view.responses[j])", "view.responses[j], view.responses[i])", COLLECT,
+    ),
+    Mutant(
+        "a pair's sides are exchanged and its label is kept", "alignjax/pipeline/stages/pair_batches.py",
+        "Response(pad(first, limits.response)), Response(pad(second, limits.response))",
+        "Response(pad(second, limits.response)), Response(pad(first, limits.response))", WIRING,
+    ),
+    Mutant(
+        "the mixture's reference is the policy", "alignjax/sampling/samplers.py",
+        "prefill(roles[role], ", "prefill(roles[Role.POLICY], ", SAMPLERS,
+    ),
+    Mutant(
+        "the moving average is the policy", "alignjax/sampling/samplers.py",
+        "moving_average = Sampler(Role.AVERAGE)", "moving_average = Sampler(Role.POLICY)", SAMPLERS,
+    ),
+    Mutant(
+        "the reference is the adapted policy", "alignjax/training/collect.py",
+        "frozen.reference or {}", "assemble(state.params, frozen)", WIRING,
+    ),
+    Mutant(
+        "P sees stop tokens that it never saw in training", "alignjax/training/collect.py",
+        "hide_tokens(sample.completion, self.unseen)", "hide_tokens(sample.completion, ())", COLLECT,
+    ),
+    Mutant(
+        "an unfinished response does not lose", "alignjax/training/collect.py",
+        "sample.finished | (not self.unfinished_loses)", "sample.finished | True", COLLECT,
+    ),
+    Mutant(
+        "a refused response does not lose", "alignjax/training/collect.py",
+        "valid = [a & b for a, b in", "valid = [a for a, b in", COLLECT,
+    ),
+    Mutant(
+        "a response that loses outright keeps its reward", "alignjax/training/collect.py",
+        "jnp.where(jnp.stack(valid, 1), reward, -jnp.inf)", "reward", COLLECT,
+    ),
+    Mutant(
+        "the tournament asks training prompts", "alignjax/pipeline/stages/tournament.py",
+        "task.source.prompts(self.split, self.prompts,", 'task.source.prompts("train", self.prompts,', WIRING,
+    ),
+    Mutant(
+        "a policy learns on test prompts", _DATA,
+        'source.prompts("train", self.prompts,', 'source.prompts("test", self.prompts,', WIRING,
+    ),
+    Mutant(
+        "the KL estimate has the other sign", "alignjax/sampling/generate.py",
+        "(logp - log_prob(params, prompt, completion)).sum(-1)",
+        "(log_prob(params, prompt, completion) - logp).sum(-1)", WIRING,
+    ),
+    Mutant(
+        "the KL is measured to the policy itself", "alignjax/pipeline/stages/tournament.py",
+        '"score"), reference.params)', '"score"), policy.params)', WIRING,
+    ),
+    Mutant(
+        "the example number is not folded into a reply's key", "alignjax/sampling/generate.py",
+        "(None, 0))(key, numbers)", "(None, 0))(key, numbers * 0)", WIRING,
+    ),
+    Mutant(
+        "the baseline 1/2 is 0", "alignjax/losses/policy_gradient.py", "preference - 0.5, tau",
+        "preference, tau", LOSSES,
+    ),
+    Mutant(
+        "antisymmetric up to rounding", "alignjax/preferences/preference_models.py",
+        "return -order * margin(params, prompt, low, high)", "return margin(params, prompt, first, second)",
+        ("tests/test_preference_models.py",),
+    ),
+    Mutant(
+        "offline pairs come from the held-out split", _DATA,
+        'load_pairs(context, self.pairs, "train")', 'load_pairs(context, self.pairs, "held_out")', WIRING,
+    ),
+    Mutant(
+        "direct alignment takes the label of the exchanged pair", "alignjax/objectives.py",
+        "p = batch.probability(0, 1)\n        loss, sign", "p = batch.probability(1, 0)\n        loss, sign", LOSSES,
+    ),
+    Mutant(
+        "the reward's margin is reversed", "alignjax/objectives.py", "batch.margin(0, 1)", "batch.margin(1, 0)", LOSSES,
+    ),
+    Mutant(
+        "the preference gradient takes the opponent's probability", "alignjax/objectives.py",
+        "response, preference = batch.responses[0], batch.probability(0, 1)",
+        "response, preference = batch.responses[0], batch.probability(1, 0)", LOSSES,
+    ),
+    Mutant(
+        "the preference gradient scores the opponent's response", "alignjax/objectives.py",
+        "response, preference = batch.responses[0],", "response, preference = batch.responses[1],", LOSSES,
+    ),
+    Mutant(
+        "the KL of a token counts its own term alone", "alignjax/losses/policy_gradient.py",
+        "tau * reward_to_go(log_ratio)", "tau * log_ratio", LOSSES,
+    ),
+    Mutant(
+        "gradient flows through the advantage", "alignjax/losses/policy_gradient.py",
+        "logp * lax.stop_gradient(advantage)", "logp * advantage", LOSSES,
+    ),
+    Mutant(
+        "every step has the same randomness", "alignjax/training/learn.py",
+        "jax.random.fold_in(state.key, state.step)", "jax.random.fold_in(state.key, 0)", COLLECT,
+    ),
+    Mutant(
+        "the responses to one prompt share their randomness", "alignjax/sampling/samplers.py",
+        "(None, 0))(key, jnp.arange(count))", "(None, 0))(key, 0 * jnp.arange(count))", SAMPLERS,
+    ),
+    Mutant(
+        "the rows of a batch share their randomness", "alignjax/sampling/samplers.py",
+        "(sampler_keys, row))(jnp.arange(rows))", "(sampler_keys, row))(0 * jnp.arange(rows))", SAMPLERS,
+    ),
+    Mutant(
+        "the moving average forgets instead of remembering", "alignjax/training/learn.py",
+        "average_decay * a + (1 - average_decay) * p", "average_decay * p + (1 - average_decay) * a", LEARN,
+    ),
+    Mutant(
+        "an epoch uses one minibatch again and again", "alignjax/training/learn.py",
+        "x[order[part]]", "x[order[0]]", LEARN,
+    ),
+    Mutant(
+        "accumulated parts are one part repeated", "alignjax/training/learn.py",
+        "x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)",
+        "x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)[jnp.zeros(accumulate, int)]", LEARN,
+    ),
+    Mutant(
+        "an erring annotator never errs", "alignjax/labeling/judged.py", "1 - p if wrong else p", "p", LABELING,
+    ),
+    Mutant(
+        "RLCD prefers the negative side", "alignjax/labeling/rlcd.py", "float(not swapped)", "float(swapped)", LABELING,
+    ),
+    Mutant(
+        "RLCD's earlier turns carry the polarity of the last", "alignjax/labeling/rlcd.py",
+        "positive = [contrast(x, plus, minus)", "positive = [contrast(x, plus, plus)", LABELING,
+    ),
+    Mutant(
+        "both replies of a pair share their randomness", "alignjax/labeling/method.py",
+        "side * attempts + attempt", "attempt", LABELING,
+    ),
+    Mutant(
+        "a tournament's row loses what it won", "alignjax/preferences/tournament.py",
+        "judge(list(prompts), list(replies[name]), list(replies[names[j]]))",
+        "judge(list(prompts), list(replies[names[j]]), list(replies[name]))", ("tests/test_tournament.py",),
+    ),
+    Mutant(
+        "the policies of a tournament share their randomness", "alignjax/pipeline/stages/tournament.py",
+        "zlib.crc32(name.encode())", 'zlib.crc32(b"policy")', WIRING,
+    ),
+    Mutant(
+        "a judge may be fitted to pairs that P was measured on", "alignjax/pipeline/judges.py",
+        "judged.fitted & (trained.fitted | trained.measured)", "judged.fitted & trained.fitted", STAGES,
+    ),
+    Mutant(
+        "a judge may be the model that a policy was trained against", "alignjax/pipeline/judges.py",
+        "if judged.identity & trained.trained_against:", "if False:", STAGES,
+    ),
+    Mutant(
+        "a policy trained offline has seen nothing", _DATA,
+        "return context.exposure(self.pairs)",
+        "return Exposure()", STAGES,
+    ),
+    Mutant(
+        "an asked model has no identity", "alignjax/pipeline/stages/fit_preference.py",
+        "own = Exposure(identity=frozenset({context.fingerprint(self.start)}))", "own = Exposure()", STAGES,
+    ),
+    Mutant(
+        "arms do not share their randomness", "alignjax/pipeline/experiment.py",
+        "kind = type(self.experiment.stages[self.name]).__name__", "kind = self.name", STAGES,
+    ),
+    Mutant(
+        "a resumed loop is shifted by a batch", "alignjax/training/loop.py",
+        "run.mesh, start, learner.loop.steps)", "run.mesh, start and start + 1, learner.loop.steps)", LEARN + WIRING,
+    ),
+    Mutant(
+        "a prompt's row is taken for its number", _DATA, "pad([ids[kept[i]] for i", "pad([ids[i] for i", WIRING,
+    ),
+    Mutant(
+        "the best save is the worst", "alignjax/training/loop.py",
+        "(-1 if self.lowest else 1)", "(1 if self.lowest else -1)", ("tests/test_best.py",),
+    ),
+    Mutant(
+        "adapters are not scaled", "alignjax/pipeline/trainable.py", "params, spec.scale)", "params, 1.0)", WIRING,
+    ),
+    Mutant(
+        "text between tokenizers is not filtered", "alignjax/training/text_bridge.py",
+        'self.task.clean(text) or ""', "text", COLLECT,
+    ),
+    Mutant(
+        "text between tokenizers is not cut", "alignjax/training/text_bridge.py",
+        "row[: self.longest] for row", "row[: self.longest - 1] for row", COLLECT,
+    ),
+    Mutant(
+        "a preference model is measured on what it was fitted to", "alignjax/pipeline/stages/fit_preference.py",
+        '"held_out" if self.truth == self.pairs else "train"', '"train"', STAGES,
+    ),
+    Mutant(
+        "held-out pairs of a file are trained on", "alignjax/pipeline/stages/load.py",
+        'if row["prompt"] not in last]}', "]}", ("tests/test_stages.py", "tests/test_labeling.py"),
+    ),
+    Mutant(
+        "an empty reply does not lose to a judge", "alignjax/preferences/judges.py",
+        "np.where(first * second > 0, probability(logits), 0.5 + 0.5 * (first - second))", "probability(logits)",
+        ("tests/test_tournament.py",),
+    ),
+    Mutant(
+        "non-finite log-probs are written as text", "alignjax/sampling/generate.py",
+        "if not bool(drawn.finite):", "if False:", WIRING,
+    ),
+    Mutant(
+        "a trained network is saved without its adapters' base", "alignjax/pipeline/trainable.py",
+        "Over(start.over.base if start.over else start.stage, spec)", "Over(start.stage, spec)", WIRING + STAGES,
+    ),
+)  # fmt: skip

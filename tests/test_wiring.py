@@ -1,0 +1,357 @@
+"""Who writes, who is asked, which split, which sign: stage-level laws in a world small enough to know the answer.
+
+The networks are random tables of a few thousand numbers, the tasks a handful of sentences. Everything else is real:
+stages, collectors, adapters, judges, files.
+"""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import alignjax as aj
+from alignjax.checkpoints import huggingface
+from alignjax.distributed import sharding, storage
+from alignjax.errors import UserError
+from alignjax.fields import Kind
+from alignjax.models.build import build
+from alignjax.models.log_probs import log_prob
+from alignjax.models.tokenizer import encode_continuation, pad
+from alignjax.pipeline import networks
+from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec
+from alignjax.pipeline.networks import Network, NetworkRecord
+from alignjax.pipeline.run import run
+from alignjax.pipeline.stages.policy_data import OnlineData
+from alignjax.sampling.generate import Generator, ReplyFormat, reply_scorer, reply_writer
+from alignjax.sampling.process import Sampling
+from alignjax.tasks.task import Format, Task, Template
+from alignjax.training import data
+from alignjax.training.loop import Learning, Run, train
+from alignjax.training.metrics import read_metrics
+
+WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven", "yes", "no"]
+TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) + "." for i in range(len(WORDS))]
+MODEL = aj.TransformerConfig(vocab_size=300, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, hidden=24)
+WRITING = aj.Writing(max_new_tokens=6, buckets=(16,), batch=8)
+SPLITS = ("train", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences:
+    """Prompts that name their split; every request is noted in ``asked``."""
+
+    asked: ClassVar[list] = []
+
+    def prompts(self, split, count, seed):
+        self.asked.append(split)
+        return [
+            f"{split[0]} {WORDS[i % 10]} {WORDS[(i * 7 + 3) % 10]}{' red' * (i % 3)}" for i in range(min(count, 10))
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """A stage whose network is drawn from a seed."""
+
+    number: int
+    scale: float = 3.0
+    poison: float = 1.0  # a factor of the embedding
+    makes: ClassVar[Kind] = Kind.POLICY
+    meanings: ClassVar[dict] = {}
+
+    def check(self, context):
+        pass
+
+    def network(self, context):
+        return NetworkSpec(NetworkRecord(MODEL, "float32", {}, False, None), tokenizer(), "words")
+
+    def exposure(self, context):
+        return Exposure()
+
+    def programs(self, context):
+        return ()
+
+    def params(self):
+        params = jax.tree.map(lambda x: x * self.scale, build(MODEL).init(jax.random.key(self.number)))
+        return {**params, "embed": jax.tree.map(lambda x: x * self.poison, params["embed"])}
+
+    def run(self, context, programs):
+        networks.save(context.folder, Network(context.name, build(MODEL), tokenizer(), "words", self.params()))
+        return {}
+
+
+TOKENIZER = []
+
+
+def tokenizer():
+    if not TOKENIZER:
+        TOKENIZER.append(huggingface.train_tokenizer(TEXTS, MODEL.vocab_size, ()))
+    return TOKENIZER[0]
+
+
+def keep(raw):
+    """Any text is a reply."""
+    return raw or " "
+
+
+def longer(prompt, reply, other):
+    """Prefers the longer reply."""
+    return 0.5 + 0.5 * float(np.sign(len(reply) - len(other)))
+
+
+def task(**changes):
+    fields = dict(
+        name="words", source=Sentences(), format=Format(before=" ", end="", stop=(aj.EOS,)), clean=keep,
+        template=Template("", " or", " which:", " yes", " no"), oracles={"longer": longer},
+        score=lambda prompt, reply: float(len(reply)),
+    )  # fmt: skip
+    return Task(**{**fields, **changes})
+
+
+def experiment(**stages):
+    return aj.Experiment(task(), {"base": Random(0), "other": Random(1), **stages}, mesh=aj.Mesh(data=-1))
+
+
+def policy_stage(**changes):
+    fields = dict(
+        start="base", reference="base", objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=0.1)),
+        data=OnlineData(samplers=(aj.policy, aj.policy), prompts=10, preference="asked", unfinished_loses=False),
+        adam=aj.Adam(1e-2, warmup=0, schedule="constant"), loop=aj.Loop(steps=2, batch=8, log_every=1), buckets=(16,),
+        max_new_tokens=6,
+    )  # fmt: skip
+    return aj.TrainPolicy(**{**fields, **changes})
+
+
+def mesh():
+    return sharding.make_mesh(aj.Mesh(data=-1))
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Labels, two preference models, three policies and a tournament; the splits that each stage asked for."""
+    folder, splits = tmp_path_factory.mktemp("wiring"), {}
+    label = aj.Label(
+        generator="base", method=aj.Judged(aj.Oracle("longer")), split="validation", prompts=10, writing=WRITING
+    )
+    lora = aj.Lora(2, 8.0, ("q", "v"))
+    pairs = folder / "pairs.jsonl"
+    rows = [f'{{"prompt": "x {w}", "first": "yes {w}", "second": "no {w}", "p": 1}}' for w in WORDS[:8]]
+    rows += [f'{{"prompt": "z {w}", "first": "no {w}", "second": "yes {w}", "p": 0}}' for w in WORDS[:8]]
+    pairs.write_text("\n".join(rows))
+    fit = aj.FitPreference(
+        start="base", pairs="file", truth="file", form=aj.bradley_terry, adam=aj.Adam(3e-2, warmup=0),
+        loop=aj.Loop(steps=30, batch=8), buckets=(16,), response=8,
+    )  # fmt: skip
+    stages = {
+        "labels": label,
+        "file": aj.LoadPairs(str(pairs), held_out=0.25),
+        "fitted": fit,
+        "asked": aj.ZeroShotPreference("base"),
+        "online": policy_stage(),
+        "adapted": policy_stage(lora=lora),
+        "offline": policy_stage(
+            objective=aj.DirectAlignment(partial(aj.losses.dpo, beta=0.1)), data=aj.OfflineData("file"),
+            loop=aj.Loop(steps=12, batch=8, log_every=1), adam=aj.Adam(3e-3, warmup=0, schedule="constant"),
+            max_new_tokens=8,
+        ),
+        "adapted_further": policy_stage(start="adapted", lora=lora),
+        "table": aj.Tournament(
+            policies={"base": "base", "other": "other", "adapted": "adapted"}, reference="base",
+            judges={"longer": aj.Oracle("longer")}, prompts=10, writing=WRITING,
+        ),
+    }  # fmt: skip
+    whole = experiment(**stages)
+    with pytest.MonkeyPatch.context() as patch:
+        from alignjax.pipeline import run as module
+
+        execute = module.execute
+
+        def recorded(context):
+            Sentences.asked.clear()
+            result = execute(context)
+            splits[context.name] = set(Sentences.asked)
+            return result
+
+        patch.setattr(module, "execute", recorded)
+        run(whole, folder)
+    return whole, folder, splits
+
+
+def test_every_stage_reads_its_own_split(line):
+    splits = line[2]
+    assert splits["labels"] == {"validation"} and splits["table"] == {"test"}
+    assert splits["online"] == splits["adapted"] == {"train"} and splits["offline"] == set()
+
+
+def context_of(line, name):
+    return Context(line[0], line[1], name, mesh())
+
+
+def test_a_preference_model_agrees_with_separable_pairs_it_did_not_see(line):
+    """ "yes" was preferred in every pair, first or second: the model must prefer it on held-out prompts."""
+    figures = storage.read_json(line[1] / "fitted" / "stage.json")["figures"]["held_out"]
+    assert figures["accuracy"] == 1.0 and figures["n"] == 4
+
+
+def test_the_splits_of_a_file_share_no_prompt(line):
+    splits = [data.read_pairs(line[1] / "file" / "data", split) for split in ("train", "held_out")]
+    prompts = [{row["prompt"] for row in rows} for rows in splits]
+    assert not prompts[0] & prompts[1] and [len(rows) for rows in splits] == [12, 4]
+
+
+def test_dpo_on_stored_pairs_raises_the_preferred_response(line):
+    rows = read_metrics(line[1] / "offline" / "metrics.jsonl")
+    assert rows[0]["log_ratio_margin"] == 0.0 and rows[-1]["log_ratio_margin"] > 0.5 and rows[-1]["accuracy"] > 0.9
+
+
+def test_under_adapters_the_reference_is_the_base(line):
+    """A policy is its reference before its first step, and no more after it."""
+    for name in ("online", "adapted"):
+        first, second = read_metrics(line[1] / name / "metrics.jsonl")
+        assert first["kl"] == 0 and second["kl"] != 0, name
+
+
+def test_adapters_over_adapters_lie_over_the_first_base(line):
+    record = storage.read_json(line[1] / "adapted_further" / "model.json")
+    assert record["over"]["base"] == "base"
+    first, _ = read_metrics(line[1] / "adapted_further" / "metrics.jsonl")
+    assert first["kl"] != 0  # it starts where ``adapted`` ended
+
+
+def test_what_an_adapter_stage_writes_is_what_it_trained(line):
+    """W + (alpha / rank) A B, read back, gives the log-probs of a hand-made sum."""
+    network = context_of(line, "table").load("adapted")
+    score, row = log_prob(network.model), pad([encode_continuation(tokenizer(), "red blue")], 8)
+    kernels = {name: network.base["blocks"][name]["kernel"] for name in ("q", "v")}
+    blocks = dict(network.base["blocks"])
+    for name in kernels:
+        pair = network.adapters["blocks"][name]["lora"]
+        low = np.einsum("lir,lro->lio", pair["a"], pair["b"]) * 8.0 / 2
+        blocks[name] = {**blocks[name], "kernel": kernels[name] + low}
+    by_hand = score({**network.base, "blocks": blocks}, row, row)
+    np.testing.assert_allclose(score(network.params, row, row), by_hand, rtol=2e-5)
+    assert np.abs(np.asarray(score(network.base, row, row)) - np.asarray(by_hand)).max() > 1e-4
+
+
+def by_name(table, field):
+    return dict(zip(table["policies"], table[field], strict=True))
+
+
+def test_the_figures_of_a_table_have_their_sign_and_size(line):
+    """KL to the reference is the mean of log pi(y) - log mu(y) over the written replies, whose texts are on disk."""
+    (table,) = storage.read_json(line[1] / "table" / "win_rates.json")
+    kl, context = by_name(table, "kl_to_reference"), context_of(line, "table")
+    assert abs(kl["base"]) < 1e-4 and kl["other"] > 1.0
+    assert by_name(table, "mean_length")["other"] == 6.0  # random networks do not stop
+    base, other = context.load("base"), context.load("other")
+    generator = Generator(
+        reply_writer(other.model, ((0,),), 6, Sampling(), mesh()), other.params, tokenizer(), ReplyFormat(((0,),), ""),
+        (16,), 8, jax.random.key(0), mesh(), (reply_scorer(log_prob(base.model), mesh()), base.params), "other",
+    )  # fmt: skip
+    drawn = generator([f"x {word}" for word in WORDS[:8]] * 8, range(64), 0)
+    assert np.mean([reply.kl for reply in drawn]) > 1.0  # an estimate of a KL that is far from 0
+
+
+def test_the_longer_replies_win_by_the_longer_oracle(line):
+    (table,) = storage.read_json(line[1] / "table" / "win_rates.json")
+    replies = {
+        name: storage.read_json(line[1] / "table" / f"replies-{name}.json")["text"] for name in table["policies"]
+    }
+    for i, name in enumerate(table["policies"]):
+        for j, other in enumerate(table["policies"]):
+            if i != j:
+                votes = [longer("", a or " ", b or " ") for a, b in zip(replies[name], replies[other], strict=True)]
+                np.testing.assert_allclose(table["win_rate"][i][j], np.mean(votes))
+
+
+def test_policies_of_a_tournament_draw_with_their_own_keys(tmp_path):
+    """One network under two names writes two samples: P(pi > pi) is over independent replies."""
+    table = aj.Tournament(
+        policies={"a": "base", "b": "base"}, reference="base", judges={"longer": aj.Oracle("longer")}, prompts=10,
+        writing=WRITING,
+    )  # fmt: skip
+    run(experiment(table=table), tmp_path)
+    texts = [storage.read_json(tmp_path / "table" / f"replies-{name}.json")["text"] for name in "ab"]
+    assert texts[0] != texts[1]
+
+
+def test_a_reply_depends_on_its_example_number_alone():
+    params, model = Random(1).params(), build(MODEL)
+    generator = Generator(
+        reply_writer(model, ((0,),), 6, Sampling(), mesh()), params, tokenizer(), ReplyFormat(((0,),), ""), (16,), 8,
+        jax.random.key(0), mesh(), None, "other",
+    )  # fmt: skip
+    same = [reply.text for reply in generator(["red"] * 16, range(16), 0)]
+    assert len(set(same)) > 8
+    assert [reply.text for reply in generator(["red"] * 4, (9, 3, 0, 7), 0)] == [same[i] for i in (9, 3, 0, 7)]
+    assert same != [reply.text for reply in generator(["red"] * 16, range(16), 1)]
+
+
+def test_a_damaged_network_is_named_and_nothing_is_written(tmp_path):
+    label = aj.Label(
+        generator="broken", method=aj.Judged(aj.Oracle("longer")), split="train", prompts=8, writing=WRITING
+    )
+    broken = dataclasses.replace(experiment(broken=Random(2, poison=float("nan")), labels=label), seed=1)
+    with pytest.raises(UserError, match="labels: the network of 'broken' gives log-probs that are not finite"):
+        run(broken, tmp_path)
+    assert not (tmp_path / "labels").exists()
+
+
+def test_prompts_that_are_too_long_are_not_trained_on(line):
+    stage = policy_stage(buckets=(4,), data=dataclasses.replace(policy_stage().data, prompts=10))
+    whole = line[0].with_stages(short=stage)
+    context = Context(whole, line[1], "short", mesh())
+    encode = tokenizer().encode
+    prompts = whole.task.source.prompts("train", 10, 0)
+    fitting = {tuple(encode(prompt)) for prompt in prompts if len(encode(prompt)) <= 4}
+    assert 0 < len(fitting) < len(prompts), sorted(len(encode(p)) for p in prompts)
+    setup, _ = stage.setup(context)
+    setup = setup._replace(loop=aj.Loop(steps=1, batch=len(fitting)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineData, "collect", lambda *_: None)
+        batches = stage.data.batches(context, setup, ())
+    batch = batches.make_batch(batches.plan(0))
+    rows = {tuple(row[mask].tolist()) for row, mask in zip(batch.tokens, batch.mask, strict=True)}
+    assert rows == fitting and batches.figures["too_long"] == len(prompts) - len(fitting)
+
+
+def test_a_resumed_loop_sees_the_batches_that_were_left(tmp_path):
+    """Stopped in step 3 after the save of step 2, it goes on with batch 2, and every batch is learned from once."""
+    learned, place = [], mesh()
+
+    def loss(params, batch, key):
+        return jnp.sum(params["w"]) * jnp.mean(batch), {"batch": jnp.mean(batch)}
+
+    def collect(state, frozen, batch):
+        learned.append(int(batch[0]))
+        if learned.count(2) == 1 and learned[-1] == 2:
+            raise UserError("stopped")  # a save under way is completed
+        return batch
+
+    plan = data.plan_batches([1] * 48, [1], 8, seed=0)
+    learning = Learning(
+        aj.Loop(steps=6, batch=8, save_every=2), aj.Adam(1e-2), loss, ((r".*", jax.sharding.PartitionSpec()),)
+    )
+    learner = learning.compile({"w": jax.ShapeDtypeStruct((2,), "float32")}, place)
+    context = Run("loop", tmp_path, place, Context(experiment(), tmp_path, "base", place).hosts, jax.random.key(0))
+
+    def go():
+        with jax.set_mesh(place):
+            return train(
+                context,
+                learner,
+                lambda: ({"w": jnp.ones(2)}, ()),
+                plan,
+                lambda p: np.full(8, p.step, np.float32),
+                collect,
+            )
+
+    with pytest.raises(UserError, match="stopped"):
+        go()
+    go()
+    assert learned == [0, 1, 2, 2, 3, 4, 5]
+    assert [row["batch"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
