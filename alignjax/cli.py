@@ -1,4 +1,7 @@
-"""The command line."""
+"""The command line.
+
+Modules that import JAX are imported inside the commands, so that help and usage errors answer at once.
+"""
 
 from __future__ import annotations
 
@@ -12,237 +15,177 @@ from pathlib import Path
 from typing import Any
 
 import alignjax
-from alignjax.distributed import storage
 from alignjax.errors import RUN_AGAIN, RunAgain, UserError, one_line
 from alignjax.pipeline import config
 
+_STAGE_OR_FOLDER = "a Hugging Face folder, or the folder WORKDIR/NAME of a finished stage"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for what the user can mend, or 75 where the same command goes on."""
-    arguments = parser().parse_args(argv)
+    """Runs a command; returns the exit status: 0, 2 after an error that the user can correct, 75 where the same command
+    continues the work."""
+    arguments = build_parser().parse_args(argv)
     try:
         return arguments.command(arguments)
-    except UserError as error:
+    except (UserError, RunAgain) as error:
         print(f"alignjax: {one_line(error)}", file=sys.stderr)
-        return 2
-    except RunAgain as error:
-        print(f"alignjax: {one_line(error)}", file=sys.stderr)
-        return RUN_AGAIN
-    except BrokenPipeError:  # the reader of our output has gone: `alignjax ... | head`
+        return _exit_status(error)
+    except BrokenPipeError:  # the reader of our output has ended: `alignjax ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
         return 0
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"alignjax: {where}{error.strerror or one_line(error)}; mend that and run again", file=sys.stderr)
+        file = f"{error.filename}: " if error.filename else ""
+        print(f"alignjax: {file}{error.strerror or one_line(error)}; correct that and run again", file=sys.stderr)
         return 2
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="alignjax", description=alignjax.__doc__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
-    experiment_commands(commands)
-    plan_command_line(commands)
-    checkpoint_commands(commands)
-    return top
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of all commands. Its result has ``command``, the function to call."""
+    summary = (alignjax.__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog="alignjax", description=summary)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_table(commands)
+    _add_plan(commands)
+    _add_export(commands)
+    _add_sample(commands)
+    _add_compare(commands)
+    return parser
 
 
-def experiment_commands(commands: Any) -> None:
-    for name, command, words in (
-        ("run", run_command, "run the stages of an experiment file that are not finished, then show its table"),
-        ("table", table_command, "show the table of a finished run and write its report again"),
-    ):
-        sub = commands.add_parser(name, help=words, description=words, add_help=False)
-        sub.add_argument("file", metavar="FILE", help="an experiment: a Python file with get_config()")
-        sub.add_argument("-h", "--help", action="store_true", help="show what the experiment file can set")
-        sub.add_argument("--workdir", metavar="W", help="where everything is written")
-        sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
-        if command is run_command:
-            sub.add_argument(
-                "--only", action="append", default=[], metavar="NAME", help="run these stages alone; repeatable"
-            )
-            sub.add_argument("--redo", action="store_true", help="make stages again whose configuration has changed")
-            several = sub.add_argument_group(
-                "several processes", "found out on TPU slices, Slurm and Open MPI; else all three"
-            )
-            several.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
-            several.add_argument("--processes", type=int, metavar="N", help="how many there are (1: this one alone)")
-            several.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
-        sub.set_defaults(command=command)
+def _add_run(commands: Any) -> None:
+    """Adds ``alignjax run``."""
+    summary = "run the stages of an experiment file that are not finished, then show its tables"
+    parser = _add_experiment_command(commands, "run", summary)
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run only this stage; repeatable")
+    parser.add_argument("--redo", action="store_true", help="make the stages again whose configuration has changed")
+    several = parser.add_argument_group(
+        "several processes",
+        "found automatically on TPU slices, under Slurm and under Open MPI; elsewhere give all three",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="the address at which process 0 listens")
+    several.add_argument("--processes", type=int, metavar="N", help="the number of processes; 1 runs this one alone")
+    several.add_argument("--process", type=int, metavar="I", help="the number of this process, from 0")
+    parser.set_defaults(command=run_command)
 
 
-def plan_command_line(commands: Any) -> None:
-    words = "compile an experiment's stages for TPUs or GPUs that are not here: memory, arithmetic, traffic"
-    sub = commands.add_parser("plan", help=words, description=words)
-    sub.add_argument("file", metavar="FILE", help="an experiment: a Python file with get_config()")
-    sub.add_argument(
+def _add_table(commands: Any) -> None:
+    """Adds ``alignjax table``."""
+    summary = "show the tables of a finished run and write its report again"
+    _add_experiment_command(commands, "table", summary).set_defaults(command=table_command)
+
+
+def _add_experiment_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """Adds a command on an experiment file. Its --help shows the file's own settings (``show_settings``)."""
+    parser = commands.add_parser(name, help=summary, description=summary, add_help=False)
+    _add_experiment(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="show the settings of the experiment file")
+    parser.add_argument("--workdir", metavar="WORKDIR", help="the folder that everything is written to")
+    return parser
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    """Adds the experiment file and --set."""
+    parser.add_argument("file", metavar="FILE", help="an experiment: a Python file that defines get_config()")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", help="change a value of the experiment; repeatable"
+    )
+
+
+def _add_plan(commands: Any) -> None:
+    """Adds ``alignjax plan``."""
+    summary = (
+        "compile the stages of an experiment for TPUs or GPUs that this machine does not have: memory, FLOPs, traffic"
+    )
+    parser = commands.add_parser("plan", help=summary, description=summary)
+    _add_experiment(parser)
+    parser.add_argument(
         "--topology", action="append", required=True, metavar="KIND[:SHAPE]",
-        help="v5e:4x4, v5p:4x4x8, v6e:16x16, h100:2x8 (hosts x GPUs); a kind alone searches the smallest; repeatable",
+        help="for example v5e:4x4, v5p:4x4x8, v6e:16x16 or h100:2x8 (hosts x GPUs); a KIND without SHAPE finds its "
+        "smallest shape that fits; repeatable",
     )  # fmt: skip
-    sub.add_argument(
+    parser.add_argument(
         "--mesh", action="append", default=[], metavar="AXIS=N,...",
-        help="instead of the experiment's own, as fsdp=-1,tensor=4 (-1: all the rest); repeatable",
+        help="a mesh in place of the experiment's, for example fsdp=-1,tensor=4 (-1: all other devices); repeatable",
     )  # fmt: skip
-    sub.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="change a leaf; repeatable")
-    sub.add_argument("--only", action="append", default=[], metavar="NAME", help="these stages alone; repeatable")
-    sub.add_argument("--every-bucket", action="store_true", help="not the largest bucket of prompts alone")
-    sub.add_argument("--largest", action="store_true", help="show each program's largest arrays too")
-    sub.add_argument("--json", metavar="FILE", help="write all that is known as JSON")
-    sub.set_defaults(command=plan_command)
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="plan only this stage; repeatable")
+    parser.add_argument("--every-bucket", action="store_true", help="plan every prompt bucket, not only the largest")
+    parser.add_argument("--largest", action="store_true", help="also show the largest arrays of each program")
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as JSON")
+    parser.set_defaults(command=plan_command)
 
 
-def checkpoint_commands(commands: Any) -> None:
-    words = "write a finished stage's network as a folder that transformers (or PEFT, for adapters) opens"
-    sub = commands.add_parser("export", help=words, description=words)
-    sub.add_argument("stage", metavar="W/NAME", help="the folder of a finished stage")
-    sub.add_argument("folder", metavar="DIR", help="what to write; it must not exist")
-    sub.add_argument("--merge", action="store_true", help="write adapters merged into their base, as one checkpoint")
-    sub.set_defaults(command=export_command)
-
-    words = "a quick look at a checkpoint: what it says after a prompt, as it says it"
-    sub = commands.add_parser("sample", help=words, description=words)
-    sub.add_argument("folder", metavar="DIR", help="a Hugging Face folder, or W/NAME of a finished stage")
-    sub.add_argument("--prompt", required=True, metavar="TEXT")
-    sampling_options(sub)
-    sub.set_defaults(command=sample_command)
-
-    words = "two checkpoints' replies to the same prompts, side by side"
-    sub = commands.add_parser("compare", help=words, description=words)
-    sub.add_argument("folders", nargs=2, metavar="DIR", help="a Hugging Face folder, or W/NAME of a finished stage")
-    sub.add_argument("--prompts", required=True, metavar="FILE", help='one a line, or JSON lines {"prompt": text}')
-    sub.add_argument("--count", type=int, default=8, help="how many prompts of the file (8)")
-    sampling_options(sub)
-    sub.set_defaults(command=compare_command)
+def _add_export(commands: Any) -> None:
+    """Adds ``alignjax export``."""
+    summary = "write the network of a finished stage as a folder that transformers (for adapters: PEFT) opens"
+    parser = commands.add_parser("export", help=summary, description=summary)
+    parser.add_argument("stage", metavar="WORKDIR/NAME", help="the folder of a finished stage")
+    parser.add_argument("folder", metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--merge", action="store_true", help="add adapters to their base and write one checkpoint")
+    parser.set_defaults(command=export_command)
 
 
-def sampling_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="at most so many tokens (128)")
-    sub.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (1)")
-    sub.add_argument("--top-p", type=float, default=1.0, help="the fewest likeliest tokens of this mass (1)")
-    sub.add_argument("--top-k", type=int, default=0, help="the so many likeliest tokens (0: all)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--stop", metavar="TEXT", help="ends a reply, beside the tokenizer's own end tokens")
-    sub.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
+def _add_sample(commands: Any) -> None:
+    """Adds ``alignjax sample``."""
+    summary = "print what a checkpoint writes after a prompt, token by token"
+    parser = commands.add_parser("sample", help=summary, description=summary)
+    parser.add_argument("folder", metavar="DIR", help=_STAGE_OR_FOLDER)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text that the checkpoint continues")
+    _add_sampling(parser)
+    parser.set_defaults(command=sample_command)
 
 
-def export_command(arguments: argparse.Namespace) -> int:
-    """Writes a stage's network as a folder."""
-    from alignjax.pipeline import export
-
-    stage = storage.parse_path(arguments.stage)
-    with storage.bucket_errors(stage):
-        print(export.export(stage, Path(arguments.folder).expanduser(), arguments.merge))
-    return 0
-
-
-def sample_command(arguments: argparse.Namespace) -> int:
-    """Streams what a checkpoint says after a prompt."""
-    from alignjax.pipeline import preview
-
-    network, options = open_network(arguments.folder, arguments.chat), preview_options(arguments)
-    preview.stream(network, arguments.prompt, options)
-    return 0
+def _add_compare(commands: Any) -> None:
+    """Adds ``alignjax compare``."""
+    summary = "print the replies of two checkpoints to the same prompts, side by side"
+    parser = commands.add_parser("compare", help=summary, description=summary)
+    parser.add_argument("folders", nargs=2, metavar="DIR", help=_STAGE_OR_FOLDER)
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help='a file with one prompt a line, or JSON lines {"prompt": text}'
+    )
+    parser.add_argument("--count", type=int, default=8, metavar="N", help="use the first N prompts of the file (8)")
+    _add_sampling(parser)
+    parser.set_defaults(command=compare_command)
 
 
-def compare_command(arguments: argparse.Namespace) -> int:
-    """Shows two checkpoints' replies side by side."""
-    from alignjax.pipeline import preview
-
-    options = preview_options(arguments)
-    if arguments.count < 1:
-        raise UserError(f"--count={arguments.count} must be at least 1")
-    prompts = preview.read_prompts(Path(arguments.prompts).expanduser())[: arguments.count]
-    networks = [open_network(folder, arguments.chat) for folder in arguments.folders]
-    preview.compare(networks, prompts, options)
-    return 0
-
-
-def open_network(folder: str, chat: bool) -> Any:
-    """Opens a Hugging Face folder or a finished stage's network."""
-    from alignjax.pipeline import preview
-
-    path = storage.parse_path(folder)
-    with storage.bucket_errors(path):
-        return preview.open_network(path, chat)
-
-
-def preview_options(arguments: argparse.Namespace) -> Any:
-    """Returns PreviewOptions. Raises UserError when one is out of range."""
-    from alignjax.pipeline.preview import PreviewOptions
-    from alignjax.sampling.process import Sampling
-
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1")
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    return PreviewOptions(arguments.stop, arguments.max_new_tokens, sampling, arguments.seed)
-
-
-def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
-    """Returns what --set says, path -> text."""
-    return dict(split_setting(text) for text in arguments.set)
-
-
-def split_setting(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"--set {text!r} is not PATH=VALUE; write, for example, --set nash_md.adam.lr=1e-4")
-    return name, value
-
-
-def show_leaves(path: str, settings: Mapping[str, str]) -> int:
-    """Prints what an experiment file says of itself and all that ``--set`` can change in it."""
-    get_config = config.get_config_of(path)
-    print(f"usage: alignjax run {path} --workdir W [--set PATH=VALUE ...] [--only NAME ...] [--redo]\n")
-    if words := get_config.__globals__.get("__doc__"):
-        print(f"{words.strip()}\n")
-    parameters = inspect.signature(get_config).parameters.values()
-    if parameters:
-        print("What --set gives to the file, and what it is without:")
-        for p in parameters:
-            print(f"  {p.name}" + (" must be given" if p.default is p.empty else f" = {p.default!r}"))
-        print()
-    missing = [name for name in config.required(get_config) if name not in settings]
-    if missing:
-        print(f"What else can be set is shown when {' and '.join(missing)} are given with --help." if len(missing) > 1
-              else f"What else can be set is shown when {missing[0]} is given with --help.")  # fmt: skip
-        return 0
-    print("What else --set can change, and its value now:")
-    for name, value in config.leaves(load_experiment(path, settings)):
-        print(f"  {name.removeprefix('stages.')} = {value!r}")
-    return 0
-
-
-def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
-    """Raises UserError when the file makes no experiment."""
-    from alignjax.pipeline.experiment import Experiment, order
-
-    experiment = config.load(path, settings)
-    if not isinstance(experiment, Experiment):
-        kind = type(experiment).__name__
-        raise UserError(f"{path}: get_config() returned a {kind}; it must return an alignjax.Experiment")
-    order(experiment.stages)  # refuses what is no stage
-    return experiment
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of sampling; defaults stand in parentheses."""
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="write at most N tokens (128)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="X", help="divide the logits by X; 0 is greedy (1)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P",
+        help="draw from the fewest most likely tokens whose probabilities sum to P (1: from all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens (0: from all)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of the random draws (0)")
+    parser.add_argument(
+        "--stop", metavar="TEXT", help="end a reply at TEXT too, not only at the tokenizer's end tokens"
+    )
+    parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
 
 
 def run_command(arguments: argparse.Namespace) -> int:
-    settings = settings_of(arguments)
+    """Runs an experiment's stages that are not finished, as one process or as one of several."""
     if arguments.help:
-        return show_leaves(arguments.file, settings)
+        return show_settings(arguments.file, _settings(arguments))
+    workdir = _workdir(arguments)
+    from alignjax.distributed import storage
     from alignjax.distributed.hosts import Launch, connect
-    from alignjax.distributed.watchdog import exit_now
     from alignjax.pipeline import run
 
-    workdir = workdir_of(arguments)
     hosts = connect(Launch(arguments.coordinator, arguments.processes, arguments.process))
     try:
         with storage.bucket_errors(workdir):
-            run.run(load_experiment(arguments.file, settings), workdir, arguments.only, arguments.redo, hosts)
+            experiment = load_experiment(arguments.file, _settings(arguments))
+            run.run(experiment, workdir, arguments.only, arguments.redo, hosts)
     except (UserError, RunAgain, OSError) as error:
-        hosts.end_all(status_of(error), one_line(error))  # goes on where there are no others
-        if storage.is_bucket(workdir) and not isinstance(error, BrokenPipeError):
-            # A tidy exit would wait for threads that go on trying to reach the bucket.
-            exit_now(status_of(error), one_line(error))
+        _end_processes(hosts, workdir, error)
         raise
-    except Exception as error:  # of any kind: the others would wait for this process for ever
+    except Exception as error:  # of any kind: the other processes would wait for this one for ever
         if hosts.count > 1:
             traceback.print_exc()
             hosts.confirm_others_alive()
@@ -251,28 +194,42 @@ def run_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def status_of(error: Exception) -> int:
+def _end_processes(hosts: Any, workdir: Path, error: Exception) -> None:
+    """Ends all processes after an expected error. It returns where this is the only process and works on a disk."""
+    from alignjax.distributed import storage
+    from alignjax.distributed.watchdog import exit_now
+
+    hosts.end_all(_exit_status(error), one_line(error))
+    if storage.is_bucket(workdir) and not isinstance(error, BrokenPipeError):
+        # A normal exit would wait for threads that still try to reach the bucket.
+        exit_now(_exit_status(error), one_line(error))
+
+
+def _exit_status(error: Exception) -> int:
+    """Returns the exit status that an expected error ends the process with."""
     return RUN_AGAIN if isinstance(error, RunAgain) else 2
 
 
 def table_command(arguments: argparse.Namespace) -> int:
-    settings = settings_of(arguments)
+    """Shows the tables of a finished run and writes its report again."""
     if arguments.help:
-        return show_leaves(arguments.file, settings)
+        return show_settings(arguments.file, _settings(arguments))
+    from alignjax.distributed import storage
     from alignjax.pipeline import run
 
-    experiment, workdir = load_experiment(arguments.file, settings), workdir_of(arguments)
+    experiment, workdir = load_experiment(arguments.file, _settings(arguments)), _workdir(arguments)
     with storage.bucket_errors(workdir):
         run.show_report(experiment, workdir)
     return 0
 
 
 def plan_command(arguments: argparse.Namespace) -> int:
+    """Compiles an experiment's stages for the given topologies and prints what they need."""
     from alignjax.planning import plan, topology
 
     topology.prepare_environment(shape for name in arguments.topology for shape in plan.shapes(name))
     meshes = [plan.read_mesh(text) for text in arguments.mesh]
-    experiment = load_experiment(arguments.file, settings_of(arguments))
+    experiment = load_experiment(arguments.file, _settings(arguments))
     rows = []
     for row in plan.plan(experiment, arguments.topology, meshes, arguments.only, arguments.every_bucket):
         rows.append(row)
@@ -285,7 +242,109 @@ def plan_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def workdir_of(arguments: argparse.Namespace) -> Path:
+def export_command(arguments: argparse.Namespace) -> int:
+    """Writes the network of a finished stage as a folder for other libraries."""
+    from alignjax.distributed import storage
+    from alignjax.pipeline import export
+
+    stage = storage.parse_path(arguments.stage)
+    with storage.bucket_errors(stage):
+        print(export.export(stage, Path(arguments.folder).expanduser(), arguments.merge))
+    return 0
+
+
+def sample_command(arguments: argparse.Namespace) -> int:
+    """Prints what a checkpoint writes after a prompt, token by token."""
+    from alignjax.pipeline import preview
+
+    options = _preview_options(arguments)
+    preview.stream(_open_network(arguments.folder, arguments.chat), arguments.prompt, options)
+    return 0
+
+
+def compare_command(arguments: argparse.Namespace) -> int:
+    """Prints the replies of two checkpoints side by side."""
+    from alignjax.pipeline import preview
+
+    options = _preview_options(arguments)
+    if arguments.count < 1:
+        raise UserError(f"--count={arguments.count} must be at least 1")
+    prompts = preview.read_prompts(Path(arguments.prompts).expanduser())[: arguments.count]
+    networks = [_open_network(folder, arguments.chat) for folder in arguments.folders]
+    preview.compare(networks, prompts, options)
+    return 0
+
+
+def _open_network(folder: str, chat: bool) -> Any:
+    """Opens a Hugging Face folder, or the network of a finished stage."""
+    from alignjax.distributed import storage
+    from alignjax.pipeline import preview
+
+    path = storage.parse_path(folder)
+    with storage.bucket_errors(path):
+        return preview.open_network(path, chat)
+
+
+def _preview_options(arguments: argparse.Namespace) -> Any:
+    """Returns PreviewOptions. Raises UserError when an option is out of range."""
+    from alignjax.pipeline.preview import PreviewOptions
+    from alignjax.sampling.process import Sampling
+
+    if arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1")
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    return PreviewOptions(arguments.stop, arguments.max_new_tokens, sampling, arguments.seed)
+
+
+def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
+    """Returns the experiment of a file. Raises UserError when the file does not define a valid one."""
+    experiment = config.load(path, settings)
+    from alignjax.pipeline.experiment import Experiment, order
+
+    if not isinstance(experiment, Experiment):
+        kind = type(experiment).__name__
+        raise UserError(f"{path}: get_config() returned a {kind}; it must return an alignjax.Experiment")
+    order(experiment.stages)  # raises UserError on invalid stages
+    return experiment
+
+
+def show_settings(path: str, settings: Mapping[str, str]) -> int:
+    """Prints the documentation of an experiment file and everything that --set can change in it."""
+    get_config = config.load_get_config(path)
+    print(f"usage: alignjax run {path} --workdir WORKDIR [--set PATH=VALUE ...] [--only NAME ...] [--redo]\n")
+    if documentation := get_config.__globals__.get("__doc__"):
+        print(f"{documentation.strip()}\n")
+    if parameters := inspect.signature(get_config).parameters.values():
+        print("Parameters of the file, which --set can give, with their defaults:")
+        for p in parameters:
+            print(f"  {p.name}" + (" (required)" if p.default is p.empty else f" = {p.default!r}"))
+        print()
+    if missing := [name for name in config.required_parameters(get_config) if name not in settings]:
+        print(f"To see all other settings, give {' and '.join(f'--set {name}=...' for name in missing)} with --help.")
+        return 0
+    print("All other settings, which --set can change, with their values:")
+    for name, value in config.leaves(load_experiment(path, settings)):
+        print(f"  {name.removeprefix('stages.')} = {config.display(value)}")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the settings that --set gives, path -> text."""
+    return dict(_split_setting(text) for text in arguments.set)
+
+
+def _split_setting(text: str) -> tuple[str, str]:
+    """Returns (path, text) of PATH=VALUE. Raises UserError when it has another form."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {text!r} is not PATH=VALUE; write, for example, --set nash_md.adam.lr=1e-4")
+    return name, value
+
+
+def _workdir(arguments: argparse.Namespace) -> Path:
+    """Returns the work folder. Raises UserError when --workdir is missing or malformed."""
+    from alignjax.distributed import storage
+
     if not arguments.workdir:
         raise UserError("--workdir is missing; say where to write, for example --workdir runs/quickstart")
     return storage.parse_path(arguments.workdir)

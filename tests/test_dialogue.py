@@ -1,14 +1,17 @@
 """Dialogues in the HH format: where a prompt ends, who is held out, contrast and filter, and malformed lines."""
 
+import dataclasses
 import gzip
 import json
 import os
+import types
 from pathlib import Path
 
 import pytest
 
 from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
+from alignjax.labeling.judged import Judged
 from alignjax.labeling.method import Labeler
 from alignjax.labeling.rlcd import RLCD
 from alignjax.pipeline.config import describe
@@ -193,12 +196,16 @@ def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_
     assert figures == {"pairs": 4, "dropped": 0, "tries_per_prompt": 2.0}
 
 
-def test_a_tournament_without_an_oracle_has_no_score_and_refuses_one_by_name(tmp_path):
-    task = dialogue.dialogue_task()
-    table = Tournament({"truth": Oracle("oracle")}, 8, Writing(8, (8,), 8), {"base": "base"}, "base")
-    table_context = context(task, {"base": object(), "table": table}, tmp_path, "table")
-    with pytest.raises(UserError, match="'dialogue-harmless' has no oracle 'oracle'; it has none"):
-        table.judges["truth"].check(table_context)
+def test_without_an_oracle_a_table_has_no_score_and_an_oracle_by_name_is_refused(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [row(i) for i in range(20)])
+    source, writing = Dialogues(path, path, held_out=5), Writing(8, (8,), 8)
+    task = dataclasses.replace(dialogue.dialogue_task(), source=source)
+    table = Tournament({"truth": Oracle("oracle")}, 8, writing, policies={"base": "base"}, reference="base")
+    labels = Label(Judged(Oracle("oracle")), "train", 4, writing, generator="base")
+    stages = {"base": types.SimpleNamespace(network=lambda context: None), "table": table, "labels": labels}
+    for name in ("table", "labels"):
+        with pytest.raises(UserError, match=f"{name}: task 'dialogue-harmless' has no oracle 'oracle'; it has none"):
+            stages[name].check(context(task, stages, tmp_path, name))
     assert table.scores(task, ["x"], {"base": ["y"]}) == [None]
 
 

@@ -1,10 +1,12 @@
-"""The notebooks run from their first cells to their last, and a user's own part in them is short. The one that trains
-runs in test_quickstart.py, over stages that are made there."""
+"""The notebooks run from the first cell to the last, and the part that a user writes is short.
+
+test_quickstart.py runs the notebook that trains, over stages that it has made."""
 
 from pathlib import Path
 
 import nbclient
 import nbformat
+import pytest
 
 from alignjax.pipeline.config import describe, load, load_module
 
@@ -14,8 +16,15 @@ NOTEBOOK = ROOT / "notebooks" / "new_objective.ipynb"
 
 
 def own_cells(notebook):
-    """The cells between the preparation and the closing experiment: idea and picture."""
+    """Returns the cells that a user writes: the idea and the picture."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"][1:3]
+
+
+@pytest.mark.parametrize("path", [GAMES, NOTEBOOK], ids=lambda path: path.stem)
+def test_a_notebook_imports_the_package_as_aj_alone(path):
+    code = "".join(cell.source + "\n" for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code")
+    lines = [line.strip() for line in code.splitlines() if "import" in line.split()]
+    assert [line for line in lines if "alignjax" in line] == ["import alignjax as aj"]
 
 
 def test_a_users_own_part_is_at_most_fifteen_lines():
@@ -29,10 +38,9 @@ def test_the_experiment_file_holds_the_notebooks_function():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     function = own_cells(notebook)[0].source.split("\n\n\n")[0].splitlines()
     module = (ROOT / "experiments" / "log_odds.py").read_text()
-    for line in function[1:]:
-        assert line in module
-    experiment = load(ROOT / "experiments" / "log_odds.py", {"log_odds.objective.tau": "0.05"})
-    assert experiment.stages["log_odds"].objective.keywords == {"tau": 0.05}
+    assert "\n".join(function) in module
+    experiment = load(ROOT / "experiments" / "log_odds.py", {"log_odds.objective.loss.tau": "0.05"})
+    assert experiment.stages["log_odds"].objective.loss.keywords == {"tau": 0.05}
     quickstart = load_module(ROOT / "experiments" / "quickstart.py").get_config()
     assert describe(experiment.stages["nash_md"]) == describe(quickstart.stages["nash_md"])
 

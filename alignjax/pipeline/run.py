@@ -21,6 +21,7 @@ from alignjax.pipeline.experiment import Context, Experiment, order
 from alignjax.pipeline.fingerprint import difference, input_names, resolve
 from alignjax.reporting import report
 from alignjax.reporting.tables import flatten
+from alignjax.training.metrics import import_wandb
 
 
 def run(
@@ -37,9 +38,11 @@ def run(
         raise UserError(f"unknown stage {unknown[0]!r}; this experiment has {', '.join(names)}")
     mesh = sharding.make_mesh(experiment.mesh)
     contexts = [Context(experiment, workdir, name, mesh, hosts) for name in names if not only or name in only]
-    for context in contexts:
-        if not store.is_finished(experiment, workdir, context.name):
-            experiment.stages[context.name].check(context)
+    unfinished = [context for context in contexts if not store.is_finished(experiment, workdir, context.name)]
+    for context in unfinished:
+        experiment.stages[context.name].check(context)
+    if unfinished and experiment.wandb:
+        import_wandb()  # raises UserError when it is not installed
     hosts.broadcast(lambda: storage.try_writing(workdir))
     if not becomes_visible(workdir):
         raise UserError(f"{workdir} is not there on {socket.gethostname()}; give a --workdir that all hosts share")

@@ -10,8 +10,8 @@ from alignjax.distributed.storage import write_picture
 
 
 def win_rate_heat_map(path: Path, table: Mapping[str, Any]) -> None:
-    """Writes one judge's win rates as a heat map."""
-    from matplotlib.figure import Figure  # here, as below: half a second that only the end of a run needs
+    """Writes one judge's win rates as a heat map; ``table`` is what a Tournament writes (win_rates.json)."""
+    from matplotlib.figure import Figure  # imported here, as below: it takes half a second, and a run needs it last
 
     names, rate = table["policies"], table["win_rate"]
     size = 1.6 + 0.9 * len(names)
@@ -27,13 +27,17 @@ def win_rate_heat_map(path: Path, table: Mapping[str, Any]) -> None:
     write_picture(path, figure)
 
 
-def training_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
-    """Writes one panel a logged metric, one line a stage; returns the metrics, none when nothing was trained."""
+def logged_metrics(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Returns the names of all metrics that stages logged, in the order of their first rows. ``runs`` are rows by
+    stage."""
+    return list(dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name != "step"))
+
+
+def training_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    """Writes a picture with one panel for each logged metric and one line for each stage that logged it."""
     from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys(metric for rows in runs.values() for metric in rows[0] if metric != "step"))
-    if not panels:
-        return []
+    panels = logged_metrics(runs)
     columns = min(4, len(panels))
     grid = (-(-len(panels) // columns), columns)
     figure = Figure(figsize=(3.4 * grid[1], 2.6 * grid[0]), layout="constrained")
@@ -42,9 +46,9 @@ def training_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]
         axis.axis("off")
     for axis, metric in zip(axes.flat, panels, strict=False):
         for name, rows in runs.items():
-            if metric in rows[0]:
-                axis.plot([row["step"] for row in rows], [row[metric] for row in rows], label=name, linewidth=1)
+            points = [(row["step"], row[metric]) for row in rows if metric in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
         axis.set(title=metric, xlabel="step")
         axis.legend(fontsize=7)
     write_picture(path, figure)
-    return panels

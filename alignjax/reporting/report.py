@@ -1,4 +1,4 @@
-"""The report of a finished run: Markdown with its pictures."""
+"""The report of a finished run: Markdown with pictures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from alignjax.distributed.storage import read_json, read_text, write_atomic
 from alignjax.reporting import plots, tables
+from alignjax.training.learn import LEARN_MEANINGS
 from alignjax.training.metrics import read_metrics
 
 
 def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
-    """Writes ``report.md``, one heat map a judge and ``curves.png``; returns the tables as text.
+    """Writes ``report.md``, a heat map for each judge and ``curves.png``; returns the tables as text.
 
-    ``records`` are the stages' records by name. What a stage left as ``section.md`` is part of both.
+    ``records`` are the records of the stages by name. A stage's ``section.md`` becomes part of both.
     """
     tournaments = [name for name, record in records.items() if record["config"]["kind"] == "Tournament"]
     sections, shown = [f"# {workdir.name}\n"], []
@@ -37,11 +38,20 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
 def curves_section(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:
     """Writes the training curves; returns their section with every metric's meaning, empty when nothing was trained."""
     runs = {name: rows for name in records if (rows := read_metrics(workdir / name / "metrics.jsonl"))}
-    metrics = plots.training_curves(workdir / "curves.png", runs)
-    if not metrics:
+    if not (metrics := plots.logged_metrics(runs)):
         return ""
-    meanings = {"gradient_norm": "global norm of the gradient before clipping"}
-    for name in runs:
-        meanings |= {metric: words for metric, words in records[name]["meanings"].items() if metric not in meanings}
-    legend = "\n".join(f"- {metric}: {meanings.get(metric, 'no meaning is declared')}" for metric in metrics)
+    plots.training_curves(workdir / "curves.png", runs)
+    legend = "\n".join(f"- {metric}: {metric_meaning(metric, runs, records)}" for metric in metrics)
     return f"## Training\n\n![training curves](curves.png)\n\n{legend}\n"
+
+
+def metric_meaning(metric: str, runs: Mapping[str, Any], records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns what a metric shows, as the stages that logged it declare; different meanings with their stages."""
+    stages: dict[str, list[str]] = {}  # meaning -> stages
+    for name, rows in runs.items():
+        if any(metric in row for row in rows):
+            declared = {**LEARN_MEANINGS, **records[name]["meanings"]}
+            stages.setdefault(declared.get(metric, "no meaning is declared"), []).append(name)
+    if len(stages) == 1:
+        return next(iter(stages))
+    return "; ".join(f"{meaning} ({', '.join(names)})" for meaning, names in stages.items())

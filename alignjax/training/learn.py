@@ -18,6 +18,9 @@ from alignjax.types import Array, Key, Loss, Metrics, Params, TrainState
 COLLECT, LEARN = 0, 1
 """Numbers folded into a step's key: COLLECT for drawing, LEARN for the objective."""
 
+LEARN_MEANINGS = {"gradient_norm": "global norm of the gradient before clipping"}
+"""What the metrics show that ``learn`` adds to the objective's."""
+
 Assemble = Callable[[Params, Any], Params]
 """(trained parameters, frozen trees) -> the parameters that an objective takes."""
 Learn = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]

@@ -254,7 +254,11 @@ def check_template(context: Context, start: str, form: PreferenceForm) -> None:
 
     (Pretrain checks its own tokenizer, as soon as that is trained.)
     """
-    task, spec, template = context.task, context.spec(start), require_template(context.task)
+    task, spec = context.task, context.spec(start)
+    try:
+        template = require_template(task)
+    except UserError as error:
+        raise UserError(f"{context.name}: {error}") from None
     if form is choice and not template.other:
         raise UserError(f"{context.name}: form=choice needs both answers; give task {task.name!r} a template.other")
     if spec and spec.tokenizer:

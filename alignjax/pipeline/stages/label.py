@@ -54,7 +54,10 @@ class Label:
     def check(self, context: Context) -> None:
         """Raises UserError when the writing, the method or its judge is known to fail."""
         self.writing.check(context, self.split, self.generator)
-        self.method.check(context.task)
+        try:
+            self.method.check(context.task)
+        except UserError as error:
+            raise UserError(f"{context.name}.method: {error}") from None
         if self.method.judge:
             self.method.judge.check(context)
 

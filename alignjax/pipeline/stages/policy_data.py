@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 
@@ -58,6 +58,11 @@ class Batches(NamedTuple):
 class PolicyData(Protocol):
     """A frozen dataclass: where batches come from."""
 
+    @property
+    def examples(self) -> int | None:
+        """The most examples that there can be. None: this is not known before the stage runs."""
+        ...
+
     def check(self, context: Context, objective: Objective) -> None:
         """Raises UserError for what is known to fail."""
         ...
@@ -96,6 +101,11 @@ class OnlineData:
         check_range(self, 1, math.inf, "prompts")
         if self.response is not None:
             check_range(self, 1, math.inf, "response")
+
+    @property
+    def examples(self) -> int:
+        """The number of prompts that are asked for."""
+        return self.prompts
 
     def check(self, context: Context, objective: Objective) -> None:
         """Raises UserError when the objective reads responses that no sampler writes, or the task has no prompts."""
@@ -229,6 +239,7 @@ class OfflineData:
     """Reads pairs from disk: a Label or LoadPairs stage's."""
 
     pairs: str = stage_input(Kind.PAIRS)
+    examples: ClassVar[None] = None  # how many pairs there are is not known before the stage runs
 
     def check(self, context: Context, objective: Objective) -> None:
         """Raises UserError when the objective reads more than a pair, or rewards."""

@@ -65,7 +65,7 @@ class TrainPolicy:
 
     def check(self, context: Context) -> None:
         """Raises UserError for what is known to fail."""
-        self.loop.check(context.name, context.mesh)
+        self.loop.check(context.name, context.mesh, self.data.examples)
         self.data.check(context, self.objective)
         for source in (self.start, self.reference):
             check_positions(context, source, "buckets", max(self.buckets) + self.max_new_tokens)

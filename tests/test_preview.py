@@ -1,4 +1,4 @@
-"""``alignjax sample`` and ``alignjax compare``: what they show is what the model draws."""
+"""``alignjax sample`` and ``alignjax compare`` show what the model draws."""
 
 import io
 import json
@@ -11,14 +11,15 @@ from alignjax.checkpoints import huggingface
 from alignjax.cli import main
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import decode_continuation, pad
-from alignjax.pipeline import preview as looking
-from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.pipeline import preview
+from alignjax.pipeline.preview import PreviewOptions
+from alignjax.sampling.process import Sampling, sample
 from tests.test_export import LLAMA, T5, TEXTS, build
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Checkpoints of two kinds with one tokenizer; large weights, so that replies are not flat noise."""
+    """Returns a folder with checkpoints of two kinds and one tokenizer. Large weights make the distributions uneven."""
     tokenizer, base = huggingface.train_tokenizer(TEXTS, 320, ("Human:",)), tmp_path_factory.mktemp("folders")
     for name, config in (("llama", LLAMA), ("t5", T5)):
         params = jax.tree.map(lambda x: 2 * x, jax.jit(build(config).init)(jax.random.key(2)))
@@ -27,36 +28,36 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["t5"])
-def test_what_is_streamed_is_what_is_drawn(folders, name):
-    """Token by token, the same text as the sampler's own at the same key."""
-    network, out = looking.opened(folders / name, chat=False), io.StringIO()
-    how = Sampling(temperature=0.8, top_p=0.9)
-    looking.stream(network, "Human: may I", None, 12, how, 5, out)
+def test_the_streamed_text_is_what_the_sampler_draws(folders, name):
+    """The stream is the text of the sampler's tokens at the same key."""
+    network, out = preview.open_network(folders / name, chat=False), io.StringIO()
+    sampling = Sampling(temperature=0.8, top_p=0.9)
+    preview.stream(network, "Human: may I", PreviewOptions(None, 12, sampling, 5), out)
     keys, prompt = jax.random.key(5)[None], pad([network.tokenizer.encode("Human: may I")], 32)
-    stop = looking.stops_of(network.tokenizer, None)
+    stop = preview.preview_stops(network.tokenizer, None)
 
     @jax.jit
     def draw(params):
-        return sample(Process(*network.model.start(params, prompt, 12)), keys, 12, stop, how).completion
+        return sample(network.model.prefill(params, prompt, 12), keys, 12, stop, sampling).completion
 
     drawn = draw(network.params)
     ids = np.asarray(drawn.tokens)[0][np.asarray(drawn.mask)[0]].tolist()
-    kept = ids[:-1] if ids[-1] in network.tokenizer.ends else ids
-    want, told = decode_continuation(network.tokenizer, kept), out.getvalue().removesuffix("\n")
-    assert len(told) > 3 and want.startswith(told)
-    assert told == want or want[len(told) :].startswith("�")  # a character that was never finished waits for ever
+    kept = ids[:-1] if ids[-1] in network.tokenizer.end_tokens else ids
+    expected, streamed = decode_continuation(network.tokenizer, kept), out.getvalue().removesuffix("\n")
+    assert len(streamed) > 3 and expected.startswith(streamed)
+    assert streamed == expected or expected[len(streamed) :].startswith("�")  # a half character is never written
 
 
-def test_half_characters_wait_and_nothing_follows_an_end(folders):
+def test_half_characters_are_not_written_nor_anything_after_an_end_token(folders):
     tokenizer = huggingface.read_tokenizer(folders / "llama")
     out = io.StringIO()
-    speak, ids = looking.speaker(tokenizer, {2}, out), tokenizer.encode_bare(" n☃!")
-    told = []
+    write_token, ids = preview.token_writer(tokenizer, {2}, out), tokenizer.encode_bare(" n☃!")
+    texts = []
     for token in [*ids, 2, *ids]:
-        speak(np.int32(token))
-        told.append(out.getvalue())
-    assert told[-1] == " n☃!" and "�" not in "".join(told)
-    assert len(set(told[: len(ids)])) > 2  # as it comes, not all at the end
+        write_token(np.int32(token))
+        texts.append(out.getvalue())
+    assert texts[-1] == " n☃!" and "�" not in "".join(texts)
+    assert len(set(texts[: len(ids)])) > 2  # the text grows with the tokens
 
 
 def test_compare_shows_both_sides_of_every_prompt(folders, tmp_path, capfd):
@@ -64,17 +65,17 @@ def test_compare_shows_both_sides_of_every_prompt(folders, tmp_path, capfd):
     path.write_text("".join(json.dumps({"prompt": f"Human: {word}"}) + "\n" for word in ("sing", "no", "my", "dear")))
     argv = ["compare", str(folders / "llama"), str(folders / "t5"), "--prompts", str(path), "--count", "3"]
     assert main([*argv, "--max-new-tokens", "4", "--temperature", "0"]) == 0
-    told = capfd.readouterr().out
-    assert [line for line in told.splitlines() if line.startswith("Human:")] == [
+    output = capfd.readouterr().out
+    assert [line for line in output.splitlines() if line.startswith("Human:")] == [
         "Human: sing",
         "Human: no",
         "Human: my",
     ]
-    assert told.count(" | ") >= 3 and "over 3 prompts" in told
+    assert output.count(" | ") >= 3 and "over 3 prompts" in output
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (("sample", "{nowhere}", "--prompt", "x"), "config.json"),
         (("sample", "{llama}", "--prompt", "x", "--top-p", "0"), "top_p"),
@@ -86,20 +87,20 @@ def test_compare_shows_both_sides_of_every_prompt(folders, tmp_path, capfd):
         (("compare", "{llama}", "{t5}", "--prompts", "{bad}"), "line 1"),
     ],
 )
-def test_what_cannot_be_shown_is_named(folders, tmp_path, capfd, argv, told):
+def test_wrong_input_is_refused(folders, tmp_path, capfd, argv, message):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "bad").write_text('{"text": 3}\n')
-    where = {name: str(tmp_path / name) for name in ("nowhere", "empty", "bad")}
-    where |= {name: str(folders / name) for name in ("llama", "t5")}
-    assert main([part.format(**where) for part in argv]) == 2
+    paths = {name: str(tmp_path / name) for name in ("nowhere", "empty", "bad")}
+    paths |= {name: str(folders / name) for name in ("llama", "t5")}
+    assert main([part.format(**paths) for part in argv]) == 2
     answer = capfd.readouterr().err
-    assert answer.count("\n") == 1 and told in answer
+    assert answer.count("\n") == 1 and message in answer
 
 
 def test_prompts_come_as_lines_or_as_json(tmp_path):
     (tmp_path / "plain").write_text("one\n\ntwo\n")
     (tmp_path / "json").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    assert looking.read_prompts(tmp_path / "plain") == looking.read_prompts(tmp_path / "json") == ["one", "two"]
+    assert preview.read_prompts(tmp_path / "plain") == preview.read_prompts(tmp_path / "json") == ["one", "two"]
     (tmp_path / "json").write_text('{"prompt": "one"}\n{"story": 3}\n')
     with pytest.raises(UserError, match="line 2"):
-        looking.read_prompts(tmp_path / "json")
+        preview.read_prompts(tmp_path / "json")
