@@ -1,11 +1,11 @@
 """The pages of docs/ and the README's own examples run; the costs they state are those of their code."""
 
+import ast
 import importlib
 import linecache
 import re
 import sys
 import types
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -105,17 +105,42 @@ def test_the_readme_says_where_each_equation_stands():
         assert equation.removeprefix("Eq. ") in source, f"{module}.{name} does not name {equation}"
 
 
-def test_the_map_names_every_room_and_nothing_else():
-    text = re.search(r"## The map\n.*?```\n(.*?)```", README.read_text(), re.DOTALL)[1]
-    named = set(re.findall(r"^  ([\w]+(?:/|\.py))", text, re.MULTILINE))
+def readme_map():
+    """The code block of the README's map."""
+    return re.search(r"## The map\n.*?```\n(.*?)```", README.read_text(), re.DOTALL)[1]
+
+
+def rooms_of_the_map():
+    """The rooms ("models", "pipeline/stages") and single files ("types") of the map, in its order."""
+    return [name for name, _ in re.findall(r"^  ([\w/]+?)(/|\.py) ", readme_map(), re.MULTILINE)]
+
+
+def test_the_map_names_every_file_and_no_other():
     package = ROOT / "alignjax"
-    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    files = {path.name for path in package.glob("*.py") if not path.name.startswith("__")}
-    assert named == rooms | files
-    for room, inside in re.findall(r"^  (\w+)/\n((?:      .*\n)+)", text, re.MULTILINE):
-        listed = set(re.findall(r"\b(\w+)\.py", inside))
-        present = {path.stem for path in (package / room).glob("*.py") if path.stem != "__init__"}
-        assert listed == present, room
+    rooms = {str(path.parent.relative_to(package)) for path in package.rglob("*/__init__.py")} - {"."}
+    files = {path.stem for path in package.glob("*.py") if not path.name.startswith("__")}
+    assert sorted(rooms_of_the_map()) == sorted(rooms | files)
+    listed = re.findall(r"^  ([\w/]+)/ .*\n((?:      .*\n)*)", readme_map(), re.MULTILINE)
+    assert {room for room, _ in listed} == rooms
+    for room, lines in listed:
+        names = [name for line in lines.splitlines() for name in re.findall(r"(\w+)\.py", line)]
+        assert sorted(names) == sorted(path.stem for path in (package / room).glob("*.py") if path.stem != "__init__")
+
+
+def room_of(path):
+    """The room or single file of the map that a path of the package ("models/lora") belongs to."""
+    return next((room for room in sorted(rooms_of_the_map(), reverse=True) if f"{path}/".startswith(f"{room}/")), None)
+
+
+def test_a_room_imports_only_from_rooms_above_it_in_the_map():
+    package, rooms = ROOT / "alignjax", rooms_of_the_map()
+    for file in package.rglob("*.py"):
+        own = room_of(file.relative_to(package).with_suffix("").as_posix())
+        for node in ast.walk(ast.parse(file.read_text())):
+            if own and isinstance(node, ast.ImportFrom) and (node.module or "").startswith("alignjax"):
+                for alias in node.names:
+                    used = room_of(f"{node.module}.{alias.name}".replace(".", "/").removeprefix("alignjax/"))
+                    assert used is None or rooms.index(used) <= rooms.index(own), f"{file} imports {used}"
 
 
 def test_pages_name_no_folder_of_a_machine():
@@ -130,3 +155,6 @@ def test_every_public_name_that_the_readme_uses_exists():
     text = README.read_text()
     for room, name in set(re.findall(r"`(aj|losses)\.(\w+)", text)):
         assert hasattr({"aj": alignjax, "losses": losses}[room], name), f"{room}.{name}"
+    samplers = re.search(r"## Who writes the responses\n(.*?)\n## ", text, re.DOTALL)[1]
+    for name in {name for row in re.findall(r"^\| `\((.*?)\)`", samplers, re.MULTILINE) for name in row.split(", ")}:
+        assert hasattr(alignjax, name.split("(")[0]), name
