@@ -1,5 +1,5 @@
-"""Checkpoints that are damaged, dangerous or not supported: one line that names the thing and the mend, status 2, no
-result written. Each is a real folder, a whole one copied and then damaged, read by a stage through the command line."""
+"""Checkpoints that are damaged, dangerous or not supported: one line says what is wrong and what to do, status 2, and
+no result is written. Each is a copy of a good folder that is then damaged, and is read through the command line."""
 
 import dataclasses
 import json
@@ -20,29 +20,30 @@ from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from tests.conftest import TINY
-from tests.test_huggingface import TEXTS, written
+from tests.test_huggingface import TEXTS, write_checkpoint
 
 CONFIG = dataclasses.replace(TINY, vocab_size=320)
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 NORM = "model.norm.weight"
 PROGRESS = r"\w+: +\d+%\||\w+: [\d.]+ s;"
 EXPERIMENT = """
-from alignjax.pipeline.stages import Experiment, Pretrained
+from alignjax.pipeline.experiment import Experiment
+from alignjax.pipeline.stages import LoadCheckpoint
 
 def get_config(checkpoint: str):
-    return Experiment(task=None, stages={"base": Pretrained(checkpoint)})
+    return Experiment(task=None, stages={"base": LoadCheckpoint(checkpoint)})
 """
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Two whole checkpoints of one model: in one file, and in shards with an index."""
+    """Two good checkpoints of one model: in one file, and in shards with an index."""
     base, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), weights.abstract_params(CONFIG))
     tokenizer = huggingface.train_tokenizer(TEXTS, CONFIG.vocab_size, ("Human:",))
     for name, shards in (("single", 1), ("shards", 2)):
         (base / name).mkdir()
-        written(base / name, params, CONFIG, shards=shards)
+        write_checkpoint(base / name, params, CONFIG, shards=shards)
         tokenizer.save(base / name)
     return base
 
@@ -58,14 +59,14 @@ def shards(whole, tmp_path):
 
 
 def run(folder):
-    """-> the exit status; the run's folder lies beside the checkpoint."""
+    """Returns the exit status; the run's folder is beside the checkpoint."""
     experiment, workdir = folder.with_name("experiment.py"), folder.with_name("w")
     experiment.write_text(EXPERIMENT)
     return main(["run", str(experiment), "--workdir", str(workdir), "--set", f"checkpoint={folder}"])
 
 
 def refused(capfd, folder):
-    """Runs; returns the one line that is said, which names the folder. Nothing is half-written."""
+    """Returns the one line of the error, which names the folder. Nothing is half-written."""
     assert run(folder) == 2
     lines = [line for line in re.split("[\r\n]", capfd.readouterr().err) if line and not re.match(PROGRESS, line)]
     assert len(lines) == 1 and lines[0].startswith("alignjax:") and str(folder) in lines[0], lines
@@ -75,14 +76,14 @@ def refused(capfd, folder):
 
 def edit(path, **changes):
     """Changes a JSON file; None removes a name."""
-    found = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({name: value for name, value in found.items() if value is not None}))
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not None}))
 
 
 def resave(folder, **changes):
     """Changes tensors by name; None removes one."""
-    found = safetensors.numpy.load_file(folder / WEIGHTS) | changes
-    safetensors.numpy.save_file({k: v for k, v in found.items() if v is not None}, folder / WEIGHTS)
+    tensors = safetensors.numpy.load_file(folder / WEIGHTS) | changes
+    safetensors.numpy.save_file({k: v for k, v in tensors.items() if v is not None}, folder / WEIGHTS)
 
 
 def test_whole_ones_run_and_a_link_leads_where_its_owner_says(folder, capfd):
@@ -104,7 +105,7 @@ def test_a_file_of_another_format(folder, capfd):
 
 
 @pytest.mark.parametrize(
-    ("file", "told"),
+    ("file", "message"),
     [
         ("gone.safetensors", "gone.safetensors is damaged or missing"),
         ("../outside.safetensors", "'../outside.safetensors' points outside the folder"),
@@ -118,12 +119,12 @@ def test_a_file_of_another_format(folder, capfd):
         (3, "has no weight_map of names to files"),
     ],
 )
-def test_an_index_that_names_a_wrong_file(shards, capfd, file, told):
-    """A whole shard lies where the paths that lead outside point, so that only the name can be what is refused."""
+def test_an_index_that_names_a_wrong_file(shards, capfd, file, message):
+    """A good shard is where the paths outside lead, so that the name alone can be refused."""
     names = json.loads((shards / INDEX).read_text())["weight_map"]
     shutil.copy(shards / names[NORM], shards.with_name("outside.safetensors"))
     edit(shards / INDEX, weight_map=names | {NORM: file})
-    assert told in refused(capfd, shards)
+    assert message in refused(capfd, shards)
 
 
 def test_an_index_that_names_another_shard_or_too_few(shards, capfd):
@@ -136,14 +137,14 @@ def test_an_index_that_names_another_shard_or_too_few(shards, capfd):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [("{", "cannot be read"), ("[]", "holds no JSON object"), ("{}", "no weight_map"), ("[" * 200_000, "cannot")],
 )
 @pytest.mark.parametrize("file", [INDEX, "config.json"])
-def test_a_file_that_is_no_json_object(shards, capfd, file, text, told):
+def test_a_file_that_is_no_json_object(shards, capfd, file, text, message):
     (shards / file).write_text(text)
     line = refused(capfd, shards)
-    assert file in line and ("model_type" if (file, text) == ("config.json", "{}") else told) in line
+    assert file in line and ("model_type" if (file, text) == ("config.json", "{}") else message) in line
 
 
 def test_no_config_and_no_folder(folder, capfd):
@@ -153,7 +154,7 @@ def test_no_config_and_no_folder(folder, capfd):
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (None, f"tensor {NORM} is missing"),
         (np.ones(5, np.float32), rf"tensor {NORM} has shape \(5,\), config.json says \(16,\)"),
@@ -161,13 +162,13 @@ def test_no_config_and_no_folder(folder, capfd):
         (np.ones(16, np.int8), f"tensor {NORM} is of I8, not of F64, F32, F16, BF16; convert it"),
     ],
 )
-def test_a_tensor_that_does_not_fit(folder, capfd, value, told):
+def test_a_tensor_that_does_not_fit(folder, capfd, value, message):
     resave(folder, **{NORM: value})
-    assert re.search(told, refused(capfd, folder))
+    assert re.search(message, refused(capfd, folder))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"num_hidden_layers": 1}, "tensor model.layers.1.input_layernorm.weight has no place in LlamaForCausalLM"),
         ({"num_hidden_layers": 3}, "tensor model.layers.2.input_layernorm.weight is missing"),
@@ -179,13 +180,13 @@ def test_a_tensor_that_does_not_fit(folder, capfd, value, told):
         ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
     ],
 )
-def test_a_config_of_other_weights(folder, capfd, changes, told):
+def test_a_config_of_other_weights(folder, capfd, changes, message):
     edit(folder / "config.json", **changes)
-    assert re.search(told, refused(capfd, folder))
+    assert re.search(message, refused(capfd, folder))
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported; llama, mistral,"),
         ({"model_type": "phi"}, "model_type 'phi' is not supported"),
@@ -200,14 +201,14 @@ def test_a_config_of_other_weights(folder, capfd, changes, told):
         ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu' is not supported; relu, silu,"),
     ],
 )
-def test_a_family_or_option_that_is_not_supported(folder, capfd, changes, told):
+def test_a_family_or_option_that_is_not_supported(folder, capfd, changes, message):
     edit(folder / "config.json", **changes)
     line = refused(capfd, folder)
-    assert re.search(told, line) and "config.json" in line
+    assert re.search(message, line) and "config.json" in line
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"hidden_size": None}, "it lacks hidden_size; fetch it again"),
         ({"intermediate_size": None}, "it lacks intermediate_size"),
@@ -225,23 +226,23 @@ def test_a_family_or_option_that_is_not_supported(folder, capfd, changes, told):
         ({"rope_theta": 0.0}, "rope_theta=0.0 must be"),
     ],
 )
-def test_a_value_that_is_missing_or_cannot_be(folder, capfd, changes, told):
+def test_a_value_that_is_missing_or_cannot_be(folder, capfd, changes, message):
     edit(folder / "config.json", **changes)
     line = refused(capfd, folder)
-    assert re.search(told, line) and "config.json" in line
+    assert re.search(message, line) and "config.json" in line
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt"])
 def test_a_pickle_is_never_opened(folder, capfd, name):
     (folder / WEIGHTS).unlink()
-    (folder / name).write_bytes(pickle.dumps(Marks(folder.with_name("opened"))))
+    (folder / name).write_bytes(pickle.dumps(TouchesFile(folder.with_name("opened"))))
     assert f"model.safetensors is missing; convert {name} to safetensors" in refused(capfd, folder)
     assert not folder.with_name("opened").exists()
     (folder / name).unlink()
     assert "give a folder that has it" in refused(capfd, folder)
 
 
-class Marks:
+class TouchesFile:
     """Unpickled, it makes a file."""
 
     def __init__(self, path):
@@ -272,8 +273,8 @@ def test_a_tokenizer_that_is_missing_or_damaged(folder, capfd, text):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("axes", [None, {"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_what_is_not_finite_is_warned_of_once_a_tensor(folder, value, axes):
-    """Wherever it lies and however many devices hold it; a value too large for ``dtype`` is told so too."""
+def test_a_tensor_that_is_not_finite_is_warned_of_once(folder, value, axes):
+    """On any number of devices; a value too large for ``dtype`` is reported too."""
     name = "model.layers.1.mlp.up_proj.weight"
     kernel = np.array(safetensors.numpy.load_file(folder / WEIGHTS)[name])
     kernel[0, 0] = kernel[-1, -1] = value
@@ -281,15 +282,15 @@ def test_what_is_not_finite_is_warned_of_once_a_tensor(folder, value, axes):
     shapes = weights.abstract_params(CONFIG)
     where = None
     if axes:
-        rules = sharding.matching_rules(transformer(CONFIG).rules, shapes)
+        rules = sharding.matching_rules(decoder(CONFIG).rules, shapes)
         where = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(**axes)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         weights.read_params(folder, CONFIG, where)
         weights.read_params(folder, CONFIG, where, np.float16)
-    told = [f"{folder}: tensor {n} holds NaN or infinity as {d}"
-            for d, names in (("float32", [name]), ("float16", [name, NORM])) for n in names]  # fmt: skip
-    assert [str(warning.message) for warning in caught] == told
+    expected = [f"{folder}: tensor {n} holds NaN or infinity as {d}"
+                for d, names in (("float32", [name]), ("float16", [name, NORM])) for n in names]  # fmt: skip
+    assert [str(warning.message) for warning in caught] == expected
 
 
 def test_sizes_that_do_not_divide_show_in_the_tensors(tmp_path):

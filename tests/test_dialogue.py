@@ -9,10 +9,12 @@ import pytest
 
 from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
-from alignjax.labeling import methods as labeling
+from alignjax.labeling.method import Labeler
+from alignjax.labeling.rlcd import RLCD
 from alignjax.pipeline.config import describe
-from alignjax.pipeline.stages import Context, Experiment, Label, Tournament, Writing
-from alignjax.pipeline.stages.tournament import mean_score
+from alignjax.pipeline.experiment import Context, Experiment
+from alignjax.pipeline.judges import Oracle
+from alignjax.pipeline.stages import Label, Tournament, Writing
 from alignjax.sampling.generate import Reply
 from alignjax.tasks import dialogue
 from alignjax.tasks.dialogue import Dialogues
@@ -24,9 +26,9 @@ HH = DATA / "hh_harmless_base_test.jsonl.gz"
 needs_data = pytest.mark.skipif("ALIGNJAX_TEST_DATA" not in os.environ, reason="ALIGNJAX_TEST_DATA names no folder")
 
 
-def row(number, turns=1, chosen="Yes.", rejected="No."):
+def row(number, turn_count=1, chosen="Yes.", rejected="No."):
     """Returns a row whose prompt names the number."""
-    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turns - 1))
+    talk = "".join(f"\n\nHuman: Question {number}.{turn}?\n\nAssistant: So.{turn}" for turn in range(turn_count - 1))
     talk += f"\n\nHuman: Question {number}?\n\nAssistant:"
     return {"chosen": f"{talk} {chosen}", "rejected": f"{talk} {rejected}"}
 
@@ -40,11 +42,15 @@ def write_rows(path, rows):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_prompt_ends_at_the_last_role_marker_of_the_chosen_dialogue(tmp_path, name):
-    path = write_rows(tmp_path / name, [row(0), row(1, turns=3), row(2, chosen="Assistant: is a word.\u2028Here too.")])
-    one, three, two = dialogue.read_dialogue_prompts(path)
-    assert one == "Human: Question 0?\n\nAssistant:" and two == "Human: Question 2?\n\nAssistant:"
-    assert three.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three.endswith("1?\n\nAssistant:")
-    assert three.count("Assistant:") == 3
+    path = write_rows(
+        tmp_path / name, [row(0), row(1, turn_count=3), row(2, chosen="Assistant: is a word.\u2028Here too.")]
+    )
+    plain, three_turns, with_marker = dialogue.read_dialogue_prompts(path)
+    assert plain == "Human: Question 0?\n\nAssistant:" and with_marker == "Human: Question 2?\n\nAssistant:"
+    assert three_turns.startswith("Human: Question 1.0?\n\nAssistant: So.0\n\nHuman:") and three_turns.endswith(
+        "1?\n\nAssistant:"
+    )
+    assert three_turns.count("Assistant:") == 3
 
 
 def test_the_first_thousand_of_the_test_file_are_validation_and_the_next_test(tmp_path):
@@ -171,15 +177,15 @@ def context(task, stages, folder, name):
 
 def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_path):
     task, writing = dialogue.dialogue_task(), Writing(8, (8,), 8)
-    stage = Label("base", labeling.rlcd, "train", 4, writing, held_out=0.25)
-    prompts = [dialogue.read_hh_prompt(row(i, turns=2)) for i in range(4)]
+    stage = Label(RLCD(), "train", 4, writing, "base", held_out=0.25)
+    prompts = [dialogue.read_hh_prompt(row(i, turn_count=2)) for i in range(4)]
     asked = []
 
     def generate(texts, numbers, seed):
         asked.extend(texts)
         return [Reply(f" {text[-9:-1]}\n\nHuman:", 1, 0.0) for text in texts]
 
-    pairs, tries = labeling.rlcd(generate, task, prompts, range(4), 0)
+    pairs, tries = RLCD().label(Labeler(generate, task, None, 0), prompts, range(4))
     for text in asked:  # opposite polarity on the earlier turn
         assert ("Assistant (harmless" in text) and ("Assistant (harmful" in text)
     chunks = [{"tries": tries, "asked": 4, "pairs": pairs}]
@@ -189,13 +195,11 @@ def test_labels_are_made_where_nobody_knows_the_truth_and_not_counted_right(tmp_
 
 def test_a_tournament_without_an_oracle_has_no_score_and_refuses_one_by_name(tmp_path):
     task = dialogue.dialogue_task()
-    table = Tournament({"base": "base"}, "base", {"truth": "oracle:oracle"}, 8, Writing(8, (8,), 8))
+    table = Tournament({"truth": Oracle("oracle")}, 8, Writing(8, (8,), 8), {"base": "base"}, "base")
     table_context = context(task, {"base": object(), "table": table}, tmp_path, "table")
-    with pytest.raises(UserError, match="'dialogue-harmless' has no oracle:oracle; it has none"):
-        table.check(table_context)
-    assert mean_score(task, ["x"], ["y"]) is None
-    with pytest.raises(UserError, match="has no oracle 'oracle'; it has none"):
-        labeling.by_oracle(lambda *_: [], task, [], [], 0, oracle="oracle", error=0.0)
+    with pytest.raises(UserError, match="'dialogue-harmless' has no oracle 'oracle'; it has none"):
+        table.judges["truth"].check(table_context)
+    assert table.scores(task, ["x"], {"base": ["y"]}) == [None]
 
 
 @needs_data

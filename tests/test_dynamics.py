@@ -1,6 +1,5 @@
 """Dynamics against their theorems, their fixed points and one another, in float64 from fixed seeds."""
 
-from functools import partial
 from itertools import cycle
 
 import jax
@@ -8,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alignjax.games import dynamics, solve, zoo
+from alignjax.games import dynamics, simulation, solve, zoo
 from alignjax.games import game as games
 from tests.test_games import MU, float64, random_game, random_policy
 
-__all__ = ["float64"]  # the fixture holds here too
+__all__ = ["float64"]  # the fixture is used here too
 
 
-def final(dynamic, game, steps, tau=None, **options):
-    """(log-policy proposed after ``steps``, its trace), in one game."""
+def run_alone(dynamic, game, steps, tau=None, **options):
+    """Returns (the policy proposed after ``steps`` updates, the trace) in one game."""
     target = solve.regularised_nash(game, tau).log_policy
-    trace = dynamics.play(dynamic, dynamics.stack([game]), target[None], (steps,), **options)
+    trace = simulation.simulate(dynamic, simulation.stack_games([game]), target[None], (steps,), **options)
     return trace.policy[0, 0, 0], trace
 
 
@@ -30,22 +29,22 @@ STEPS = 40
 def theorem_games(contexts, actions, count):
     """``count`` random games of every family, at four temperatures each, as one batch; and their Nash."""
     many = []
-    for family in zoo.FAMILIES.values():
+    for family in zoo.RANDOM_PREFERENCES.values():
         p = family(len(many), contexts * count, actions).reshape(count, contexts, actions, actions)
         mu = zoo.random_reference(len(many) + 1, count * contexts, actions).reshape(count, contexts, actions)
         rho = zoo.random_reference(len(many) + 2, count, contexts)
         many += [
             games.from_matrix(*game, r) for *game, r in zip(p, mu, cycle((0.03, 0.1, 0.3, 1.0)), rho, strict=False)
         ]
-    return dynamics.stack(many), np.stack([solve.regularised_nash(game).log_policy for game in many])
+    return simulation.stack_games(many), np.stack([solve.regularised_nash(game).log_policy for game in many])
 
 
 def slack_of_one_step(game, nash, key):
     """The bound minus the KL after one step of Nash-MD from a random policy with a random step size."""
-    one, two = jax.random.split(key)
-    policy = jax.nn.log_softmax(2 * jax.random.normal(one, game.log_mu.shape))
-    h = jax.random.uniform(two) / game.tau
-    after = dynamics.step(dynamics.nash_md(h), dynamics.State(0, policy, (), 0), game).policy
+    policy_key, step_key = jax.random.split(key)
+    policy = jax.nn.log_softmax(2 * jax.random.normal(policy_key, game.log_mu.shape))
+    h = jax.random.uniform(step_key) / game.tau
+    after = simulation.update_state(dynamics.nash_md(h), dynamics.State(0, policy, (), 0), game).policy
     return (1 - h * game.tau) * games.kl(game, nash, policy) + 2 * h**2 - games.kl(game, nash, after)
 
 
@@ -56,8 +55,8 @@ def test_theorem_1_in_over_a_thousand_games(contexts, actions, count):
     The smallest slack: 4.8e-3 along the theorem's steps, 1.3e-3 from anywhere, .195 of the bound."""
     batch, nash = theorem_games(contexts, actions, count)
     tau = np.asarray(batch.tau)[:, None]
-    md = dynamics.nash_md(dynamics.theorem_1)
-    kl = np.asarray(dynamics.play(md, batch, nash, tuple(range(1, STEPS + 1))).kl)[:, 0]
+    md = dynamics.nash_md(dynamics.theorem_1_step_size)
+    kl = np.asarray(simulation.simulate(md, batch, nash, tuple(range(1, STEPS + 1))).kl)[:, 0]
     h = 2 / (tau * (np.arange(1, STEPS) + 2))
     one_step = (1 - h * tau) * kl[:, :-1] + 2 * h**2 - kl[:, 1:]
     bound = 8 / (tau**2 * (np.arange(1, STEPS + 1) + 1)) - kl
@@ -73,9 +72,9 @@ def test_theorem_1_in_over_a_thousand_games(contexts, actions, count):
 @pytest.mark.parametrize(("h", "tau"), [(0.5, 0.3), (2.0, 0.3), (0.2, 0.05)])
 def test_a_constant_step_of_nash_md_ends_at_another_temperature(h, tau):
     game = random_game(1, 2, 4, tau)
-    policy, _ = final(dynamics.nash_md(h), game, 6000)
+    policy, _ = run_alone(dynamics.nash_md(h), game, 6000)
     want = solve.regularised_nash(game, tau / (1 - h * tau)).policy
-    np.testing.assert_allclose(np.exp(games.mixture(policy, game.log_mu, h * tau)), want, atol=1e-8)
+    np.testing.assert_allclose(np.exp(games.mixture_policy(policy, game.log_mu, h * tau)), want, atol=1e-8)
     assert abs(np.exp(policy) - solve.regularised_nash(game).policy).max() > 1e-3
 
 
@@ -84,9 +83,9 @@ def test_a_constant_step_of_nash_md_ends_at_another_temperature(h, tau):
 def test_nash_md_pg_and_ipo_md_end_at_another_temperature(build, beta):
     tau, lr = 0.3, 5.0 if build is dynamics.nash_md_pg else 1.0
     game = random_game(2, 2, 4, tau)
-    policy, _ = final(build(lr, beta), game, 20_000)
+    policy, _ = run_alone(build(lr, beta), game, 20_000)
     want = solve.regularised_nash(game, tau / (1 - beta)).policy
-    np.testing.assert_allclose(np.exp(games.mixture(policy, game.log_mu, beta)), want, atol=1e-8)
+    np.testing.assert_allclose(np.exp(games.mixture_policy(policy, game.log_mu, beta)), want, atol=1e-8)
 
 
 REGULARISED = {
@@ -97,7 +96,7 @@ REGULARISED = {
     "nash_mp": dynamics.nash_mp(0.4),
     "nash_ema": dynamics.nash_ema(0.2, 0.5),
     "online_ipo": dynamics.online_ipo(1.0),
-    "nash_md": dynamics.nash_md(dynamics.theorem_1),
+    "nash_md": dynamics.nash_md(dynamics.theorem_1_step_size),
     "inpo": dynamics.inpo(),
     "fictitious_play": dynamics.fictitious_play(),
 }
@@ -106,7 +105,7 @@ REGULARISED = {
 @pytest.mark.parametrize("name", REGULARISED)
 def test_the_last_iterate_goes_to_the_regularised_nash(name):
     game = random_game(3, 2, 4, 0.2)
-    _, trace = final(REGULARISED[name], game, 5000)
+    _, trace = run_alone(REGULARISED[name], game, 5000)
     averaging = name in ("nash_md", "inpo", "fictitious_play")  # step sizes that fall: no linear rate
     assert 0 <= float(trace.kl[0, 0, 0]) < (1e-5 if averaging else 1e-15)
     assert float(trace.gap[0, 0, 0]) < 1e-5
@@ -124,7 +123,7 @@ UNREGULARISED = {
 def test_dynamics_without_regularisation_go_to_the_nash_of_p(name):
     dynamic, bound = UNREGULARISED[name]
     game = zoo.cycle(reference=MU, tau=0.2)
-    policy, trace = final(dynamic, game, 10_000)
+    policy, trace = run_alone(dynamic, game, 10_000)
     assert float(trace.exploitability[0, 0, 0]) < bound
     if bound < 1e-3:
         np.testing.assert_allclose(np.exp(policy), solve.nash(game).policy, atol=1e-3)
@@ -132,12 +131,12 @@ def test_dynamics_without_regularisation_go_to_the_nash_of_p(name):
 
 def test_the_last_iterate_of_multiplicative_weights_does_not_converge():
     game = zoo.rock_paper_scissors(reference=MU)
-    state = dynamics.init(dynamics.multiplicative_weights(0.1), game)
-    seen = []
+    state = simulation.initial_state(dynamics.multiplicative_weights(0.1), game)
+    exploitability = []
     for _ in range(300):
-        state = dynamics.step(dynamics.multiplicative_weights(0.1), state, game)
-        seen.append(float(games.exploitability(game, state.policy)))
-    assert min(seen[200:]) > 0.1
+        state = simulation.update_state(dynamics.multiplicative_weights(0.1), state, game)
+        exploitability.append(float(games.exploitability(game, state.policy)))
+    assert min(exploitability[200:]) > 0.1
 
 
 # --- one step, written out in probabilities as the papers do ---
@@ -146,7 +145,7 @@ H, TAU, T = 0.7, 0.2, 3
 
 
 def written_out(p, pi, mu, last):
-    """name -> (dynamic, memory before the step at t = T, the policy after it); ``p(pi)`` = P(y > pi)."""
+    """Returns name -> (dynamic, memory before update T, the policy after it); ``p(pi)`` = P(y > pi)."""
 
     def norm(x):
         return x / x.sum(-1, keepdims=True)
@@ -159,8 +158,8 @@ def written_out(p, pi, mu, last):
     best = norm(mu * np.exp(p(pi) / TAU))
     magnetic = norm((pi * last ** (H * TAU) * np.exp(H * p(pi))) ** (1 / (1 + H * TAU)))
     return {
-        "nash_md": (dynamics.nash_md(dynamics.theorem_1), (), norm(mixed * np.exp(h * p(mixed)))),
-        "omd": (dynamics.omd(dynamics.theorem_1), (), norm(mixed * np.exp(h * p(pi)))),
+        "nash_md": (dynamics.nash_md(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(mixed)))),
+        "omd": (dynamics.omd(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(pi)))),
         "inpo": (dynamics.inpo(), (), norm(np.exp(h * p(pi)) * mu ** (TAU * h) * pi ** (1 - TAU * h))),
         "mmd": (dynamics.mmd(H), np.log(last), magnetic),
         "mpo": (dynamics.mmd(H, magnet_every=T + 1), np.log(last), magnetic),
@@ -208,8 +207,8 @@ def test_a_step_is_the_papers_formula(name):
     dynamic, memory, want = written_out(p, pi, np.exp(game.log_mu), last)[name]
     asked = []
     state = dynamics.State(jnp.int32(T), np.log(pi), memory, jnp.int32(0))
-    wins = lambda opponent, call=0: (asked.append(call), games.wins(game, opponent))[1]  # noqa: E731
-    after = dynamics.step(dynamic, state, game, wins)
+    wins = lambda opponent, call=0: (asked.append(call), games.win_probability(game, opponent))[1]  # noqa: E731
+    after = simulation.update_state(dynamic, state, game, wins)
     np.testing.assert_allclose(np.exp(after.policy), want, rtol=1e-10)
     assert asked == list(range(dynamic.evaluations)) and int(after.evaluations) == len(asked)
     if name in ("mpo", "comal"):  # the step before a multiple: the reference moves
@@ -228,8 +227,10 @@ def test_a_step_is_the_papers_formula(name):
 def test_the_first_optimistic_step_has_no_forecast():
     game = random_game(11, 2, 5, TAU)
     optimistic, plain = dynamics.optimistic_weights(H), dynamics.multiplicative_weights(H)
-    one, two = (dynamics.step(d, dynamics.init(d, game), game).policy for d in (optimistic, plain))
-    np.testing.assert_allclose(one, two, rtol=1e-12)
+    first, second = (
+        simulation.update_state(d, simulation.initial_state(d, game), game).policy for d in (optimistic, plain)
+    )
+    np.testing.assert_allclose(first, second, rtol=1e-12)
 
 
 # --- rates ---
@@ -241,31 +242,31 @@ def test_the_first_optimistic_step_has_no_forecast():
         (dynamics.omd(0.5), 0.53, 0.1),
         (dynamics.mmd(0.5), 0.52, 0.1),
         (dynamics.mmd(0.04), 3.3e-2, 0.1),
-        (dynamics.nash_md(dynamics.theorem_1), 2.2e-2, 0.1),
+        (dynamics.nash_md(dynamics.theorem_1_step_size), 2.2e-2, 0.1),
         (dynamics.egpo(1 / 3.01), 0.0, 1e-16),
         (dynamics.nash_mp(0.02), 0.0, 1e-16),
     ],
     ids=["omd", "mmd", "mmd 4 tau", "nash_md", "egpo", "nash_mp"],
 )
-def test_rock_paper_scissors_tells_them_apart(dynamic, want, within):
+def test_rock_paper_scissors_separates_the_dynamics(dynamic, want, within):
     """Deterministic, tau = .01, 3000 steps from (.6, .3, .1): KL(pi*, pi)."""
     game = zoo.rock_paper_scissors(reference=MU, tau=0.01)
-    kl = float(final(dynamic, game, 3000)[1].kl[0, 0, 0])
+    kl = float(run_alone(dynamic, game, 3000)[1].kl[0, 0, 0])
     assert abs(kl - want) <= within * (want or 1)
 
 
 def test_nash_md_on_the_cycle_to_the_digits_given():
     game = zoo.cycle(reference=MU, tau=0.1)
     nash = solve.regularised_nash(game).log_policy
-    md = dynamics.nash_md(dynamics.theorem_1)
-    kl = dynamics.play(md, dynamics.stack([game]), nash[None], (10, 100, 1000, 10_000)).kl[0, 0]
+    md = dynamics.nash_md(dynamics.theorem_1_step_size)
+    kl = simulation.simulate(md, simulation.stack_games([game]), nash[None], (10, 100, 1000, 10_000)).kl[0, 0]
     np.testing.assert_allclose(kl, [3.4e-3, 9.1e-5, 7.7e-7, 7.8e-9], rtol=0.02)
 
 
 def rate(dynamic, game, records):
     """The factor a step by which KL falls, fitted to log KL over the records above rounding."""
     nash = solve.regularised_nash(game).log_policy
-    kl = np.asarray(dynamics.play(dynamic, dynamics.stack([game]), nash[None], records).kl[0, 0])
+    kl = np.asarray(simulation.simulate(dynamic, simulation.stack_games([game]), nash[None], records).kl[0, 0])
     above = kl > 1e-20
     return np.exp(np.polyfit(np.array(records)[above], np.log(kl[above]), 1)[0]), kl
 
@@ -288,116 +289,7 @@ def test_inpo_keeps_its_bound(tau):
     """KL <= 32 C^2 / (tau^2 (T + 1)), C = max(B tau, 1), B the largest log-ratio seen."""
     many = [random_game(seed, 1, 4, tau) for seed in range(20)]
     nash = np.stack([solve.regularised_nash(game).log_policy for game in many])
-    trace = dynamics.play(dynamics.inpo(), dynamics.stack(many), nash, tuple(range(1, 60)))
+    trace = simulation.simulate(dynamics.inpo(), simulation.stack_games(many), nash, tuple(range(1, 60)))
     ratio = np.asarray(trace.policy)[:, 0] - np.stack([game.log_mu for game in many])[:, None]
     largest = np.maximum(1, tau * abs(ratio).max((1, 2, 3)))[:, None]
     assert np.all(np.asarray(trace.kl)[:, 0] <= 32 * largest**2 / (tau**2 * (np.arange(1, 60) + 1)))
-
-
-# --- gradients, exact and sampled ---
-
-
-def test_the_policy_gradient_is_that_of_the_regularised_value():
-    """d/d theta of P(pi > pi') - tau KL(pi, mu), pi' held fixed."""
-    game, policy = random_game(4, 1, 5), random_policy(5, 1, 5)
-    opponent = games.mixture(policy, game.log_mu, 0.25)
-
-    def value(theta):
-        logp = jax.nn.log_softmax(theta)
-        return games.value(game, logp, opponent) - game.tau * jnp.sum(jnp.exp(logp) * (logp - game.log_mu))
-
-    move = dynamics.nash_md_pg(1.0, 0.25).move(partial(exact, game), game, 0, policy, ())[0]
-    got = move - policy
-    want = jax.grad(value)(policy)
-    np.testing.assert_allclose(got - got.mean(), want - want.mean(), atol=1e-12)
-
-
-def exact(game, opponent, call=0):
-    return games.wins(game, opponent)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_the_ipo_gradient_is_that_of_its_definition(beta):
-    game, policy = random_game(6, 1, 5), random_policy(7, 1, 5)
-    mixed = games.mixture(policy, game.log_mu, beta)
-
-    def loss(theta):
-        logp, m = jax.nn.log_softmax(theta)[0], jnp.exp(mixed[0])
-        d = logp[:, None] - logp[None]
-        ratio = logp - game.log_mu[0]
-        square = (ratio[:, None] - ratio[None]) ** 2
-        p = game.p[0]
-        both = p * (-d + game.tau * square) + (1 - p) * (d + game.tau * square)
-        return jnp.sum(m[:, None] * m[None] * both)
-
-    got = dynamics.ipo_gradient(game, policy, mixed, games.wins(game, mixed), game.tau)
-    np.testing.assert_allclose(got, jax.grad(loss)(policy), atol=1e-12)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.25, 1.0])
-def test_sampled_nash_md_gradients_are_unbiased(beta):
-    """The mean of 2 * 10^5 within 4 standard errors of the exact gradient, componentwise."""
-    game, policy = random_game(8, 2, 4, 0.2), random_policy(9, 2, 4)
-    samples = dynamics.nash_md_pg_samples(game, policy, beta, jax.random.key(0), 200_000)
-    p = games.wins(game, games.mixture(policy, game.log_mu, beta))
-    want = dynamics.softmax_gradient(policy, p - 0.5 - game.tau * (policy - game.log_mu))
-    samples = np.asarray(samples)
-    error = np.std(samples, 0) / np.sqrt(len(samples))
-    assert np.all(abs(samples.mean(0) - np.asarray(want)) < 4 * error)
-    assert error.max() < 2e-3 < abs(want).max()
-
-
-def test_sampled_preferences_are_unbiased_and_follow_their_key():
-    game, opponent = random_game(8, 2, 4), random_policy(9, 2, 4)
-    estimates = jax.vmap(lambda key: dynamics.sampled(game, key, 4)(opponent))(
-        jax.random.split(jax.random.key(0), 50_000)
-    )
-    error = np.std(estimates, 0) / np.sqrt(len(estimates))
-    assert np.all(abs(np.mean(estimates, 0) - games.wins(game, opponent)) < 4 * error)
-    one = dynamics.sampled(game, jax.random.key(1), 4)
-    assert np.any(one(opponent) != one(opponent, 1)) and np.all(one(opponent) == one(opponent))
-
-
-# --- many at once ---
-
-
-def test_a_batch_of_games_and_seeds_is_each_alone():
-    many = [random_game(seed, 2, 4) for seed in range(3)]
-    nash = np.stack([solve.regularised_nash(game).log_policy for game in many])
-    keys = jax.random.split(jax.random.key(0), 2)
-    run = partial(dynamics.play, dynamics.egpo(0.2), records=(3, 10), batch=5)
-    whole = run(dynamics.stack(many), nash, keys=keys)
-    assert whole.kl.shape == (3, 2, 2) and whole.policy.shape == (3, 2, 2, 2, 4)
-    assert np.all(whole.evaluations[..., -1] == 20) and np.all(whole.step[..., -1] == 10)
-    alone = run(dynamics.stack(many[1:2]), nash[1:2], keys=keys[1:])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[1, 1], b[0, 0], rtol=1e-12), whole, alone)
-    assert np.any(whole.policy[:, 0] != whole.policy[:, 1])
-
-
-def test_figures_are_those_of_single_steps():
-    game, md = random_game(1), dynamics.nash_md(dynamics.theorem_1)
-    nash = solve.regularised_nash(game).log_policy
-    state = dynamics.init(md, game)
-    for _ in range(7):
-        state = dynamics.step(md, state, game)
-    trace = dynamics.play(md, dynamics.stack([game]), nash[None], (7,))
-    np.testing.assert_allclose(trace.policy[0, 0, 0], state.policy, rtol=1e-12)
-    for name, want in (
-        ("kl", games.kl(game, nash, state.policy)),
-        ("gap", games.gap(game, state.policy)),
-        ("exploitability", games.exploitability(game, state.policy)),
-    ):
-        np.testing.assert_allclose(getattr(trace, name)[0, 0, 0], want, rtol=1e-9)
-
-
-def test_float32_follows_float64():
-    game = random_game(2, 2, 4)
-    nash = solve.regularised_nash(game).log_policy
-    wide = dynamics.play(dynamics.egpo(0.2), dynamics.stack([game]), nash[None], (200,))
-    with jax.enable_x64(False):
-        small = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), game)
-        narrow = dynamics.play(
-            dynamics.egpo(0.2), dynamics.stack([small]), jnp.asarray(nash[None], jnp.float32), (200,)
-        )
-    assert narrow.policy.dtype == jnp.float32
-    np.testing.assert_allclose(narrow.policy, wide.policy, atol=1e-4)

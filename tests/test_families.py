@@ -1,6 +1,7 @@
-"""Ten families of checkpoints against what torch says of them, and back to files; ``tests/parity`` wrote the fixtures.
+"""Ten families of checkpoints against what torch computes from them, and back to files.
 
-One compiled program a checkpoint computes all that is asked of it, over rows padded on the right and on the left.
+``tests/parity`` wrote the fixtures. One compiled program for each checkpoint computes everything, over rows padded on
+the right and on the left.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from alignjax.models.build import build
 from alignjax.models.decoder import UNBOUNDED
 from alignjax.models.t5 import T5Config, encoder
 from alignjax.models.tokenizer import Tokenizer
-from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.sampling.process import Sampling, sample
 from alignjax.types import Tokens
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -31,12 +32,12 @@ TOLERANCE = 1e-4  # of logits and states
 NEW_TOKENS = 64
 TOKENIZER = Tokenizer(
     encode=None, encode_bare=None, decode_all=None, token_id=None, vocab_size=0, save=lambda folder: None,
-    specials={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, ends=(2, 3),
+    specials={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, end_tokens=(2, 3),
 )  # fmt: skip
 
 
-class Seen(NamedTuple):
-    """What we compute, each [2 paddings, B, ...]."""
+class Outputs(NamedTuple):
+    """What our model computes, each [2 paddings, B, ...]: rows padded on the right, and the same on the left."""
 
     logits: np.ndarray
     greedy: np.ndarray
@@ -45,7 +46,7 @@ class Seen(NamedTuple):
 
 @functools.cache
 def checkpoint(name):
-    """(config, params) of a fixture."""
+    """Returns (config, params) of a fixture."""
     config = huggingface.read_config(FIXTURES / name)
     return config, weights.read_params(FIXTURES / name, config)
 
@@ -55,31 +56,31 @@ def expected(name):
     return safetensors.numpy.load_file(FIXTURES / name / "expected.safetensors")
 
 
-def padded_twice(tokens, mask):
-    """Right-padded rows, then the same rows left-padded, with stray tokens in the padding."""
+def pad_both_sides(tokens, mask):
+    """Returns the right-padded rows, then the same rows left-padded with stray tokens in the padding."""
     order = np.argsort(mask, axis=1, kind="stable")
     left = [np.take_along_axis(x, order, axis=1) for x in (np.where(mask, tokens, 3), mask)]
     return Tokens(np.concatenate([tokens, left[0]]), np.concatenate([mask, left[1]]))
 
 
 @functools.cache
-def seen(name):
+def outputs(name):
     config, params = checkpoint(name)
     model, want = build(config), expected(name)
 
     @jax.jit
     def everything(params, prompt, completion):
-        logits = model.unembed(params, model.predict(params, prompt, completion))
-        process = Process(*model.start(params, prompt, NEW_TOKENS))
+        logits = model.logits(params, model.completion_states(params, prompt, completion))
+        process = model.prefill(params, prompt, NEW_TOKENS)
         keys = jax.random.split(jax.random.key(0), len(prompt.tokens))
         written = sample(process, keys, NEW_TOKENS, (), Sampling(temperature=0.0)).completion.tokens
         return logits, written, encoder(config)(params, prompt)[0] if isinstance(config, T5Config) else None
 
     completion = np.concatenate([want["completion"]] * 2)
-    found = everything(
-        params, padded_twice(want["prompt"], want["mask"]), Tokens(completion, np.ones_like(completion, bool))
+    arrays = everything(
+        params, pad_both_sides(want["prompt"], want["mask"]), Tokens(completion, np.ones_like(completion, bool))
     )
-    return Seen(*jax.tree.map(lambda x: np.asarray(x).reshape(2, -1, *x.shape[1:]), found))
+    return Outputs(*jax.tree.map(lambda x: np.asarray(x).reshape(2, -1, *x.shape[1:]), arrays))
 
 
 def test_every_family_has_a_fixture():
@@ -87,21 +88,21 @@ def test_every_family_has_a_fixture():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_the_referee_s_whatever_the_padding(name):
-    for logits in seen(name).logits:
+def test_logits_are_the_reference_s_whatever_the_padding(name):
+    for logits in outputs(name).logits:
         np.testing.assert_allclose(logits, expected(name)["logits"], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_greedy_decoding_writes_the_referee_s_tokens(name):
-    for greedy in seen(name).greedy:
+def test_cached_greedy_decoding_writes_the_reference_s_tokens(name):
+    for greedy in outputs(name).greedy:
         np.testing.assert_array_equal(greedy, expected(name)["greedy"])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_an_encoder_s_states_are_the_referee_s(name):
+def test_an_encoder_s_states_are_the_reference_s(name):
     want, real = expected(name)["encoded"], np.pad(expected(name)["mask"], ((0, 0), (1, 0)), constant_values=True)
-    for encoded in seen(name).encoded:
+    for encoded in outputs(name).encoded:
         np.testing.assert_allclose(encoded[real], want[real], rtol=0, atol=TOLERANCE)
 
 
@@ -113,13 +114,13 @@ def test_a_written_folder_is_read_back_bit_for_bit(tmp_path, name):
         folder = tmp_path / str(shard)
         huggingface.write_folder(folder, config, params, TOKENIZER, shard)
         assert huggingface.read_config(folder) == config
-        assert huggingface.read_end_tokens(folder) == TOKENIZER.ends
+        assert huggingface.read_end_tokens(folder) == TOKENIZER.end_tokens
         jax.tree.map(np.testing.assert_array_equal, weights.read_params(folder, config), params)
         assert (folder / "model.safetensors.index.json").exists() == several
 
 
 def test_some_fixture_is_in_bfloat16():
-    """So that the tests above are of half precision too."""
+    """So that the tests above cover half precision too."""
     kinds = {json.loads((FIXTURES / name / "config.json").read_text()).get("dtype") for name in NAMES}
     assert kinds >= {"bfloat16", "float32"}
 
@@ -132,8 +133,8 @@ def test_precision_and_remat_are_no_part_of_a_written_folder(tmp_path):
     assert huggingface.read_config(tmp_path / "a") == config
 
 
-def test_what_a_family_cannot_say_is_not_written(tmp_path):
-    """A Mistral without its window in one layer, an encoder-decoder with a reward: told, and nothing is left behind."""
+def test_a_model_that_its_family_cannot_describe_is_not_written(tmp_path):
+    """A Mistral without its window in one layer, an encoder-decoder with a reward: refused, and nothing is written."""
     config, params = checkpoint("mistral")
     with pytest.raises(UserError, match="not quite a mistral"):
         huggingface.write_folder(tmp_path / "a", dataclasses.replace(config, windows=(5, UNBOUNDED)), params, TOKENIZER)

@@ -1,4 +1,4 @@
-"""Exact games: the paper's numbers, identities of values and gaps, and solutions with their certificates."""
+"""Exact games: the numbers of the paper, identities of values and gaps, solutions with their certificates."""
 
 import jax
 import nashpy
@@ -19,7 +19,7 @@ def float64():
         yield
 
 
-def random_game(seed, contexts=2, actions=5, tau=0.1, family=zoo.mixed):
+def random_game(seed, contexts=2, actions=5, tau=0.1, family=zoo.unstructured):
     rho = zoo.random_reference(seed + 2000, 1, contexts)[0]
     reference = zoo.random_reference(seed + 1000, contexts, actions)
     return games.from_matrix(family(seed, contexts, actions), reference, tau, rho)
@@ -88,8 +88,8 @@ def test_diversity_regularised():
 def test_the_best_bradley_terry_reward_depends_on_the_sampler():
     """Theorem 2; and where P is Bradley-Terry it does not."""
     samplers = np.log([[[0.8, 0.1, 0.1]], [[0.1, 0.1, 0.8]]])
-    one, two = (zoo.bradley_terry_rewards(zoo.cycle(), s) for s in samplers)
-    assert np.argmax(one) != np.argmax(two)
+    first, second = (zoo.bradley_terry_rewards(zoo.cycle(), s) for s in samplers)
+    assert np.argmax(first) != np.argmax(second)
     for sampler in samplers:
         got = zoo.bradley_terry_rewards(zoo.elo(), sampler)[0]
         np.testing.assert_allclose(got - got[0], zoo.ELO_REWARDS, atol=1e-6)
@@ -98,27 +98,27 @@ def test_the_best_bradley_terry_reward_depends_on_the_sampler():
 # --- identities ---
 
 
-def test_values_are_antisymmetric_and_wins_average_to_them():
+def test_values_are_antisymmetric_and_average_the_preferences():
     game, pi, other = random_game(0), random_policy(1), random_policy(2)
     for value in (games.value, games.regularised_value):
         assert float(value(game, pi, other) + value(game, other, pi)) == pytest.approx(1, abs=1e-14)
     p, rho = np.asarray(game.p), np.asarray(game.rho)
-    drawn = sum(
+    expected = sum(
         rho[x] * np.exp(pi[x, y] + other[x, z]) * p[x, y, z]
         for x in range(2) for y in range(5) for z in range(5)
     )  # fmt: skip
-    assert float(games.value(game, pi, other)) == pytest.approx(float(drawn), abs=1e-14)
+    assert float(games.value(game, pi, other)) == pytest.approx(float(expected), abs=1e-14)
 
 
 def test_the_best_response_is_best_and_the_gap_is_what_it_gains():
     game, pi = random_game(3), random_policy(4)
     best = games.best_response(game, pi)
     gain = float(games.regularised_value(game, best, pi))
-    assert float(games.gap(game, pi)) == pytest.approx(2 * (gain - 0.5), abs=1e-14)
+    assert float(games.duality_gap(game, pi)) == pytest.approx(2 * (gain - 0.5), abs=1e-14)
     rng = np.random.default_rng(0)
     for scale in (1e-3, 0.1, 2):
-        near = jax.nn.log_softmax(best + scale * rng.normal(size=best.shape))
-        assert float(games.regularised_value(game, near, pi)) < gain
+        policy = jax.nn.log_softmax(best + scale * rng.normal(size=best.shape))
+        assert float(games.regularised_value(game, policy, pi)) < gain
 
 
 def test_exploitability_is_the_best_pure_answer():
@@ -152,7 +152,7 @@ def test_a_population_is_the_mean_of_its_annotators_and_scores_order_texts():
     assert float(soft.p[0, 1, 0]) == pytest.approx(1 / (1 + np.exp(-1)))
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES.values(), ids=list(zoo.FAMILIES))
+@pytest.mark.parametrize("family", zoo.RANDOM_PREFERENCES.values(), ids=list(zoo.RANDOM_PREFERENCES))
 def test_random_families_are_games_and_follow_their_seed(family):
     p, again, other = (family(k, 2, 6) for k in (0, 0, 1))
     np.testing.assert_array_equal(p, again)
@@ -160,7 +160,7 @@ def test_random_families_are_games_and_follow_their_seed(family):
     assert games.from_matrix(p).p.shape == (2, 6, 6)
 
 
-def test_rounding_in_what_is_given_is_mended_and_more_is_refused():
+def test_rounding_is_corrected_and_larger_deviations_are_refused():
     game = games.from_matrix([[0.5, 0.3 + 3e-7], [0.7, 0.5]], reference=[0.4, 0.6 + 5e-7], rho=[1 + 5e-7])
     p = np.asarray(game.p[0])
     np.testing.assert_array_equal(p + p.T, 1)
@@ -170,7 +170,7 @@ def test_rounding_in_what_is_given_is_mended_and_more_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("p", "options", "told"),
+    ("p", "options", "message"),
     [
         ([[0.5, 0.2], [0.7, 0.5]], {}, r"P\[0, 1\] = 0.2 and its mirror image do not sum to 1"),
         ([[0.5, 0.2], [0.8, 0.4]], {}, r"P\[1, 1\] = 0.4"),
@@ -184,25 +184,25 @@ def test_rounding_in_what_is_given_is_mended_and_more_is_refused():
         ([[0.5]], {"tau": 0.0}, "tau=0.0 must be positive"),
     ],
 )
-def test_what_is_no_game_is_refused_by_its_first_entry(p, options, told):
-    with pytest.raises(UserError, match=told):
+def test_arrays_that_are_no_game_are_refused_and_the_first_wrong_entry_is_named(p, options, message):
+    with pytest.raises(UserError, match=message):
         games.from_matrix(p, **options)
 
 
 # --- solutions ---
 
 
-@pytest.mark.parametrize("family", zoo.FAMILIES.values(), ids=list(zoo.FAMILIES))
+@pytest.mark.parametrize("family", zoo.RANDOM_PREFERENCES.values(), ids=list(zoo.RANDOM_PREFERENCES))
 @pytest.mark.parametrize("tau", [1.0, 0.1, 0.01, 0.001, 0.0001])
 def test_the_regularised_nash_is_its_own_best_response(family, tau):
     """log pi = log mu + P(y > pi) / tau + constant, written out; and the certificate says so."""
     for seed, actions in ((0, 2), (1, 7), (2, 60)):
         game = random_game(seed, 2, actions, tau, family)
-        found = solve.regularised_nash(game)
-        raw = game.log_mu + np.einsum("xyz,xz->xy", game.p, found.policy) / tau
+        solution = solve.regularised_nash(game)
+        raw = game.log_mu + np.einsum("xyz,xz->xy", game.p, solution.policy) / tau
         raw = np.exp(raw - raw.max(1, keepdims=True))
-        np.testing.assert_allclose(found.policy, raw / raw.sum(1, keepdims=True), atol=1e-11)
-        assert found.gap < 1e-12 and float(games.gap(game, found.log_policy)) < 1e-12
+        np.testing.assert_allclose(solution.policy, raw / raw.sum(1, keepdims=True), atol=1e-11)
+        assert solution.gap < 1e-12 and float(games.duality_gap(game, solution.log_policy)) < 1e-12
 
 
 def test_the_gap_bounds_the_distance_to_the_nash():
@@ -217,14 +217,14 @@ def test_the_gap_bounds_the_distance_to_the_nash():
     np.testing.assert_allclose(solve.regularised_nash(game).log_policy[0], want, atol=1e-10)
     for seed in range(20):
         pi = random_policy(seed, 1, 4)
-        assert float(games.kl(game, pi, want[None])) <= float(games.gap(game, pi)) / (2 * 0.2)
+        assert float(games.kl(game, pi, want[None])) <= float(games.duality_gap(game, pi)) / (2 * 0.2)
 
 
 @pytest.mark.parametrize("tau", [None, 0.01, 0.3])
 def test_certificates_are_the_gaps_of_any_policy(tau):
     game, pi = random_game(8, 3, 5, tau or 1.0), random_policy(9, 3, 5)
-    want = 2 * games.exploitability(game, pi) if tau is None else games.gap(game, pi)
-    assert solve.duality_gap(game, pi, tau) == pytest.approx(float(want), rel=1e-12)
+    want = 2 * games.exploitability(game, pi) if tau is None else games.duality_gap(game, pi)
+    assert solve.certified_gap(game, pi, tau) == pytest.approx(float(want), rel=1e-12)
 
 
 def test_the_linear_program_agrees_with_another_solver():
@@ -232,10 +232,10 @@ def test_the_linear_program_agrees_with_another_solver():
     for seed in range(10):
         game = random_game(seed, 1, 5)
         row, _ = nashpy.Game(np.asarray(game.p[0]) - 0.5).linear_program()
-        found = solve.nash(game)
-        np.testing.assert_allclose(found.policy[0], row, atol=1e-9)
-        assert found.gap == pytest.approx(2 * float(games.exploitability(game, found.log_policy)), abs=1e-12)
-        assert found.gap < 1e-9
+        solution = solve.nash(game)
+        np.testing.assert_allclose(solution.policy[0], row, atol=1e-9)
+        assert solution.gap == pytest.approx(2 * float(games.exploitability(game, solution.log_policy)), abs=1e-12)
+        assert solution.gap < 1e-9
 
 
 def test_the_regularised_nash_goes_to_the_nash_as_tau_falls():

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is written under their names is read back, whole or in shards, in any dtype."""
+"""Hugging Face folders: a checkpoint in their format is read back, in one file or in shards, in any dtype."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad, single_token
 from alignjax.pipeline.config import describe, leaves
-from alignjax.pipeline.stages import Pretrained
+from alignjax.pipeline.stages import LoadCheckpoint
 from tests.conftest import TINY
 
 TEXTS = [
@@ -23,40 +23,11 @@ TEXTS = [
 ] * 20
 
 
-def written(folder, params, config, dtype=np.float32, shards=1):
-    """The checkpoint as Hugging Face names it, written here by hand from its documentation."""
-    p = jax.tree.map(np.asarray, params)
-    tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["norm"]["scale"]}
-    if not config.tied:
-        tensors["lm_head.weight"] = p["head"]["kernel"].T
-    for i in range(config.layers):
-        b = jax.tree.map(lambda x, i=i: x[i], p["blocks"])
-        at = f"model.layers.{i}"
-        tensors[f"{at}.input_layernorm.weight"] = b["attention_norm"]["scale"]
-        tensors[f"{at}.post_attention_layernorm.weight"] = b["mlp_norm"]["scale"]
-        for name in "qkvo":
-            tensors[f"{at}.self_attn.{name}_proj.weight"] = b[name]["kernel"].T
-        for name in ("gate", "up", "down"):
-            tensors[f"{at}.mlp.{name}_proj.weight"] = b[name]["kernel"].T
-    tensors = {k: np.ascontiguousarray(v).astype(dtype) for k, v in tensors.items()}
-    (folder / "config.json").write_text(
-        json.dumps(
-            dict(
-                model_type="llama",
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                head_dim=config.head_dim,
-                num_key_value_heads=config.kv_heads,
-                intermediate_size=config.hidden,
-                rms_norm_eps=config.norm_eps,
-                rope_theta=config.rope_theta,
-                tie_word_embeddings=config.tied,
-                hidden_act="silu",
-            )
-        )
-    )
+def write_checkpoint(folder, params, config, dtype=np.float32, shards=1):
+    """Writes a Llama as Hugging Face names it, by hand from its documentation."""
+    (folder / "config.json").write_text(json.dumps(llama_json(config)))
+    tensors = llama_tensors(jax.tree.map(np.asarray, params), config)
+    tensors = {name: np.ascontiguousarray(value).astype(dtype) for name, value in tensors.items()}
     if shards == 1:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors")
         return
@@ -68,26 +39,53 @@ def written(folder, params, config, dtype=np.float32, shards=1):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
+def llama_tensors(p, config):
+    """Returns tensor name -> value; Hugging Face stores kernels as [out, in]."""
+    tensors = {"model.embed_tokens.weight": p["embed"]["embedding"], "model.norm.weight": p["norm"]["scale"]}
+    if not config.tied:
+        tensors["lm_head.weight"] = p["head"]["kernel"].T
+    for i in range(config.layers):
+        block = jax.tree.map(lambda x, i=i: x[i], p["blocks"])
+        prefix = f"model.layers.{i}"
+        tensors[f"{prefix}.input_layernorm.weight"] = block["attention_norm"]["scale"]
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = block["mlp_norm"]["scale"]
+        for name in "qkvo":
+            tensors[f"{prefix}.self_attn.{name}_proj.weight"] = block[name]["kernel"].T
+        for name in ("gate", "up", "down"):
+            tensors[f"{prefix}.mlp.{name}_proj.weight"] = block[name]["kernel"].T
+    return tensors
+
+
+def llama_json(config):
+    """Returns the fields of config.json."""
+    return dict(
+        model_type="llama", vocab_size=config.vocab_size, hidden_size=config.width, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, head_dim=config.head_dim, num_key_value_heads=config.kv_heads,
+        intermediate_size=config.hidden, rms_norm_eps=config.norm_eps, rope_theta=config.rope_theta,
+        tie_word_embeddings=config.tied, hidden_act="silu",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_folder_is_read_back_bit_for_bit(tmp_path, tied, shards):
     config = dataclasses.replace(TINY, tied=tied)
-    params = transformer(config).init(jax.random.key(4))
-    written(tmp_path, params, config, shards=shards)
+    params = decoder(config).init(jax.random.key(4))
+    write_checkpoint(tmp_path, params, config, shards=shards)
     assert huggingface.read_config(tmp_path) == config
     jax.tree.map(np.testing.assert_array_equal, weights.read_params(tmp_path, config), params)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_is_widened_exactly(tmp_path, params, dtype):
-    written(tmp_path, params, TINY, dtype)
+    write_checkpoint(tmp_path, params, TINY, dtype)
     got = weights.read_params(tmp_path, TINY)
     want = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_old_and_new_ways_to_write_rope_theta(tmp_path, params):
-    written(tmp_path, params, TINY)
+def test_rope_theta_is_read_in_its_old_and_new_place(tmp_path, params):
+    write_checkpoint(tmp_path, params, TINY)
     path = tmp_path / "config.json"
     raw = json.loads(path.read_text())
     for change in ({"rope_theta": 5e5}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}):
@@ -130,16 +128,19 @@ def test_padding_on_either_side_keeps_the_rows():
         pad([[1, 2, 3]], 2)
 
 
-def test_a_folder_s_mark_changes_with_a_weight_and_is_no_setting(tmp_path):
+def test_a_folder_s_digest_changes_with_a_weight_and_is_no_setting(tmp_path):
     weights = tmp_path / "model.safetensors"
     values = np.zeros(3 * 2**18, np.float32)  # three mebibytes
-    marks = []
-    for at, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
-        values[at] = 1.0
+    digests = []
+    for position, name in ((0, "a"), (2**18, "a"), (2**18, "b")):
+        values[position] = 1.0
         safetensors.numpy.save_file({name: values}, weights)
-        marks += [describe(Pretrained(str(tmp_path)))["content"], describe(Pretrained(str(tmp_path)))["content"]]
-    assert marks[::2] == marks[1::2] and len(set(marks)) == 3
+        digests += [
+            describe(LoadCheckpoint(str(tmp_path)))["digest"],
+            describe(LoadCheckpoint(str(tmp_path)))["digest"],
+        ]
+    assert digests[::2] == digests[1::2] and len(set(digests)) == 3
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
-    assert describe(Pretrained(str(tmp_path)))["content"] not in marks
-    assert "content" not in dict(leaves(Pretrained(str(tmp_path))))
-    assert Pretrained(str(tmp_path / "nowhere")).content == ""
+    assert describe(LoadCheckpoint(str(tmp_path)))["digest"] not in digests
+    assert "digest" not in dict(leaves(LoadCheckpoint(str(tmp_path))))
+    assert LoadCheckpoint(str(tmp_path / "nowhere")).digest == ""

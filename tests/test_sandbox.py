@@ -106,8 +106,8 @@ def test_a_million_distinct_dialogues_counted_by_enumeration(replies):
     parts = itertools.product(grammar.QUESTIONS, grammar.VERBS, grammar.NOUNS, grammar.EXTRAS)
     questions = {form.format(verb=verb, noun=noun, extra=extra) for form, verb, noun, extra in parts}
     assert WORLD.count_dialogues() == len(questions) * len(replies) >= 10**6
-    one = World(nouns=1, verbs=1).count_dialogues()
-    assert World(nouns=2, verbs=3).count_dialogues() == 6 * one
+    smallest = World(nouns=1, verbs=1).count_dialogues()
+    assert World(nouns=2, verbs=3).count_dialogues() == 6 * smallest
 
 
 def questions(text):

@@ -13,7 +13,7 @@ from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad
-from alignjax.sampling.process import Process, Sampling, sample
+from alignjax.sampling.process import Sampling, sample
 from alignjax.tasks import stories
 from alignjax.tasks.task import oracle_from_score
 from tests.conftest import ragged
@@ -27,7 +27,7 @@ def checkpoint():
     folder = DATA / "models" / "stories260K"
     config = huggingface.read_config(folder)
     golden = json.loads((folder / "golden.json").read_text())
-    return transformer(config), weights.read_params(folder, config), huggingface.read_tokenizer(folder), golden
+    return decoder(config), weights.read_params(folder, config), huggingface.read_tokenizer(folder), golden
 
 
 @needs_data
@@ -41,7 +41,7 @@ def test_greedy_decoding_equals_the_golden_file(checkpoint):
     @jax.jit
     def run(prompt):
         keys = jax.random.split(jax.random.key(0), len(ids))
-        return sample(Process(*model.start(params, prompt, count)), keys, count, (), Sampling(temperature=0.0))
+        return sample(model.prefill(params, prompt, count), keys, count, (), Sampling(temperature=0.0))
 
     for side in ("left", "right"):
         greedy = run(pad(ids, longest, side))
@@ -54,7 +54,7 @@ def test_greedy_decoding_equals_the_golden_file(checkpoint):
 def test_logits_and_log_probs_equal_the_golden_file(checkpoint):
     model, params, tokenizer, golden = checkpoint
     prompt = ragged([tokenizer.encode("Once upon a time")])
-    logits = model.unembed(params, model.final(params, prompt))[0]
+    logits = model.logits(params, model.last_state(params, prompt))[0]
     assert np.argsort(logits)[-1] == np.argmax(golden["logits"]["values"])
     np.testing.assert_allclose(logits, golden["logits"]["values"], atol=1e-3)
 

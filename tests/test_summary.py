@@ -11,9 +11,11 @@ import pytest
 
 from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
-from alignjax.labeling import methods as labeling
+from alignjax.labeling.method import Labeler
+from alignjax.labeling.rlcd import RLCD
 from alignjax.pipeline.config import describe, override
-from alignjax.pipeline.stages import Context, Experiment, GivenPairs
+from alignjax.pipeline.experiment import Context, Experiment
+from alignjax.pipeline.stages import LoadPairs
 from alignjax.tasks import dialogue, summary
 from alignjax.tasks.stories import append_affix
 from alignjax.training import data
@@ -31,7 +33,7 @@ def write_rows(path, rows):
 
 
 def given(tmp_path, **fields):
-    stage = GivenPairs(**fields)
+    stage = LoadPairs(**fields)
     return Context(Experiment(summary.summary_task(), {"pairs": stage}), tmp_path, "pairs", make_mesh(Mesh())), stage
 
 
@@ -77,9 +79,10 @@ def test_without_files_there_is_a_task_and_the_posts_alone_are_refused():
 
 def test_a_task_without_affixes_refuses_contrast_before_it_runs():
     with pytest.raises(UserError, match="'summary' has no affixes to contrast"):
-        labeling.rlcd(lambda *_: [], summary.summary_task(), [], [], 0)
+        RLCD().check(summary.summary_task())
     contrasted = dataclasses.replace(summary.summary_task(), affixes=((" Well:", " Badly:"),), contrast=append_affix)
-    assert labeling.rlcd(lambda *_: [], contrasted, [], [], 0) == ([], 0)
+    RLCD().check(contrasted)
+    assert RLCD().label(Labeler(lambda *_: [], contrasted, None, 0), [], []) == ([], 0)
     with pytest.raises(UserError, match="'summary' has affixes and no contrast"):
         dataclasses.replace(summary.summary_task(), affixes=((" Well:", " Badly:"),))
 
@@ -120,10 +123,10 @@ def test_given_pairs_are_the_dataset_that_a_labelling_stage_writes(tmp_path):
     rows = [{"prompt": f"x{i // 2}", "first": f"a{i}", "second": "b", "p": i / 10} for i in range(10)]
     context, stage = given(tmp_path, path=write_rows(tmp_path / "a.jsonl", rows), held_out=0.4)
     stage.check(context)
-    assert stage.run(context) == {"pairs": 10, "skipped": 0, "different_prompts": 5}
+    assert stage.run(context, ()) == {"pairs": 10, "skipped": 0, "different_prompts": 5}
     train, held_out = (data.read_pairs(tmp_path / "pairs" / "data", split) for split in ("train", "held_out"))
-    found = sorted([*train, *held_out], key=lambda row: row["first"])
-    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == found
+    pairs = sorted([*train, *held_out], key=lambda row: row["first"])
+    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == pairs
     assert {row["prompt"] for row in held_out} == {"x3", "x4"} and len(train) == 6  # no prompt on both sides
 
 
@@ -149,28 +152,28 @@ def test_a_file_that_is_missing_empty_or_lacks_a_field_is_named(tmp_path):
         context, stage = given(tmp_path, path=path)
         with pytest.raises(UserError, match=words):
             stage.check(context)
-    ask = write_rows(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
-    context, stage = given(tmp_path, path=ask, read=dialogue.read_hh_comparison)
+    unrelated = write_rows(tmp_path / "apart.jsonl", [{"chosen": "H\n\nAssistant: a", "rejected": "J\n\nAssistant: b"}])
+    context, stage = given(tmp_path, path=unrelated, read=dialogue.read_hh_comparison)
     with pytest.raises(UserError, match=r"no line of .*apart\.jsonl compares two replies"):
         stage.check(context)
 
 
 def test_a_changed_file_is_another_stage_and_can_be_named_from_outside(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [GOOD])
-    first = GivenPairs(path)
+    first = LoadPairs(path)
     write_rows(tmp_path / "a.jsonl", [{**GOOD, "p": 0}])
-    assert describe(GivenPairs(path)) != describe(first) and GivenPairs("").content == ""
-    assert override({"pairs": GivenPairs("")}, {"pairs.path": path})["pairs"] == GivenPairs(path)
+    assert describe(LoadPairs(path)) != describe(first) and LoadPairs("").digest == ""
+    assert override({"pairs": LoadPairs("")}, {"pairs.path": path})["pairs"] == LoadPairs(path)
     read = partial(summary.read_tldr_comparison, instruction="a {post}")
-    assert override({"p": GivenPairs("", read)}, {"p.read.instruction": "b {post}"})["p"].read.keywords == {
+    assert override({"p": LoadPairs("", read)}, {"p.read.instruction": "b {post}"})["p"].read.keywords == {
         "instruction": "b {post}"
     }
 
 
 @needs_data
 def test_the_real_human_comparisons_become_pairs(tmp_path):
-    stage = GivenPairs(str(DATA / "hh_harmless_base_test.jsonl.gz"), dialogue.read_hh_comparison, held_out=0.1)
+    stage = LoadPairs(str(DATA / "hh_harmless_base_test.jsonl.gz"), dialogue.read_hh_comparison, held_out=0.1)
     context = Context(Experiment(dialogue.dialogue_task(), {"pairs": stage}), tmp_path, "pairs", make_mesh(Mesh()))
-    figures = stage.run(context)
+    figures = stage.run(context, ())
     assert (figures["pairs"], figures["skipped"]) == (2303, 9)
     assert 2000 < len(data.read_pairs(tmp_path / "pairs" / "data", "train")) < 2303

@@ -168,10 +168,12 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
     appended = _count_appended(fast)
 
     def save(folder: Path) -> None:
+        """Writes the tokenizer's files and its end tokens."""
         fast.save_pretrained(folder)
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(end_tokens)}))
 
     def render(messages: Sequence[Message]) -> str:
+        """Returns messages as text by the chat template, ending where the assistant's turn begins."""
         return fast.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
 
     return Tokenizer(

@@ -46,21 +46,19 @@ def read_block(view: Any, entry: Entry, shape: tuple[int, ...], block: tuple[sli
     ``view`` is a safetensors slice, which reads ranges. Of a fused tensor, only our part is read. Where the parts
     alternate head by head, all parts of the heads that the block touches are read.
     """
-    start, stop, size = block[-1].start, block[-1].stop, shape[-1]
+    low, high, size = block[-1].start, block[-1].stop, shape[-1]
     head_size = size // heads if entry.by_head else 1
-    first, last = start // head_size, -(-stop // head_size)
+    first, last = low // head_size, -(-high // head_size)
     if entry.by_head:
         outputs = slice(first * head_size * entry.parts, last * head_size * entry.parts)
     else:
-        outputs = slice(entry.part * size + start, entry.part * size + stop)
+        outputs = slice(entry.part * size + low, entry.part * size + high)
     index = (outputs, *block[-2::-1]) if entry.transposed else (*block[:-1], outputs)
     values = view[index if len(index) > 1 else index[0]]
     values = values.T if entry.transposed else values
     if not entry.by_head:
         return values
-    return split_fused(values, entry, last - first)[entry.part][
-        ..., start - first * head_size : stop - first * head_size
-    ]
+    return split_fused(values, entry, last - first)[entry.part][..., low - first * head_size : high - first * head_size]
 
 
 def split_fused(fused: np.ndarray, entry: Entry, heads: int) -> list[np.ndarray]:

@@ -39,6 +39,7 @@ def read_params(folder: Path, config: ModelConfig, shardings: Any = None, dtype:
     warned: set[str] = set()
 
     def read_leaf(path: Any, abstract: jax.ShapeDtypeStruct, sharding: Any) -> Any:
+        """Returns one leaf: a NumPy array, or with a sharding an array on the devices."""
         parameter = _Stored(entries[path_name(path)], abstract.shape, views, config.heads, folder)
         read_shard = functools.partial(parameter.read, dtype=dtype, warned=warned)
         if sharding is None:

@@ -1,4 +1,4 @@
-"""Exact solutions on the host in float64, each with its certificate. NumPy and SciPy, no JAX flags needed."""
+"""Exact solutions, each with a certificate: NumPy and SciPy on the host, in float64 whatever JAX's flags are."""
 
 from __future__ import annotations
 
@@ -8,125 +8,142 @@ import numpy as np
 from scipy import linalg, optimize
 
 from alignjax.errors import UserError
-from alignjax.games.game import TAYLOR, Game
+from alignjax.games.game import KL_SERIES, Game
 
 
 class Solution(NamedTuple):
-    """A policy and how exact it is."""
+    """A policy and a certificate of how exact it is."""
 
     log_policy: np.ndarray  # [X, Y] nats; -inf where the probability is zero
-    gap: float  # the duality gap that is left, in units of preference
+    gap: float  # its duality gap, in units of preference: 0 at the exact solution
 
     @property
     def policy(self) -> np.ndarray:
+        """Returns the probabilities [X, Y]."""
         return np.exp(self.log_policy)
 
 
-def advantage(game: Game) -> np.ndarray:
-    """A = P - 1/2 [X, Y, Y], exactly antisymmetric in float64."""
+def _advantage(game: Game) -> np.ndarray:
+    """Returns A = P - 1/2, [X, Y, Y] float64, exactly antisymmetric."""
     p = np.asarray(game.p, np.float64)
     return (p - p.swapaxes(1, 2)) / 2
 
 
 def nash(game: Game) -> Solution:
-    """A Nash policy without regularisation, by linear programming in each context:
+    """Returns a Nash policy without regularisation, by linear programming in each context:
 
         maximise v over pi subject to sum_y pi(y) A[y, y'] >= v for every y'; v = 0 at the solution.
 
-    Where several policies are Nash, this is one of them. Its gap is twice its exploitability.
+    When several policies are Nash, this is one of them. Its gap is twice its exploitability. Raises UserError when the
+    linear program is not solved.
     """
-    rows = []
-    for a in advantage(game):
-        n = len(a)
-        found = optimize.linprog(
-            np.r_[np.zeros(n), -1.0],
-            A_ub=np.c_[-a.T, np.ones(n)],
-            b_ub=np.zeros(n),
-            A_eq=np.r_[np.ones(n), 0.0][None],
-            b_eq=[1.0],
-            bounds=[(0, None)] * n + [(None, None)],
-            method="highs",
-        )
-        if not found.success:
-            raise UserError(f"the linear program of {n} actions was not solved ({found.message})")
-        policy = np.clip(found.x[:n], 0, None)
-        rows.append(policy / policy.sum())
+    rows = [_linear_program(a) for a in _advantage(game)]
     with np.errstate(divide="ignore"):
         log_policy = np.log(rows)
-    return Solution(log_policy, duality_gap(game, log_policy))
+    return Solution(log_policy, certified_gap(game, log_policy))
 
 
-def duality_gap(game: Game, log_policy: np.ndarray, tau: float | None = None) -> float:
-    """max P(pi' > pi) - min P(pi > pi'): of the game regularised with ``tau``, or without regularisation.
+def _linear_program(a: np.ndarray) -> np.ndarray:
+    """Returns a Nash policy [Y] of the antisymmetric matrix A [Y, Y]."""
+    n = len(a)
+    result = optimize.linprog(
+        np.r_[np.zeros(n), -1.0],
+        A_ub=np.c_[-a.T, np.ones(n)],
+        b_ub=np.zeros(n),
+        A_eq=np.r_[np.ones(n), 0.0][None],
+        b_eq=[1.0],
+        bounds=[(0, None)] * n + [(None, None)],
+        method="highs",
+    )
+    if not result.success:
+        raise UserError(f"the linear program of {n} actions was not solved ({result.message})")
+    policy = np.clip(result.x[:n], 0, None)
+    return policy / policy.sum()
 
-    In each context twice max A pi, or twice tau KL(pi, best response); weighted by rho.
+
+def certified_gap(game: Game, log_policy: np.ndarray, tau: float | None = None) -> float:
+    """Returns the duality gap of a policy [X, Y] in float64, of the game regularised with ``tau``, or not regularised.
+
+    In each context it is twice tau KL(pi, best response), or twice max A pi; contexts are weighted by rho.
     """
-    miss = []
-    for a, log_mu, row in zip(advantage(game), np.asarray(game.log_mu, np.float64), log_policy, strict=True):
-        wins = a @ np.exp(row)
-        miss.append(wins.max() if tau is None else tau * divergence(row, normalise(log_mu + wins / tau)))
-    return float(2 * np.asarray(game.rho, np.float64) @ miss)
+    halves = []
+    for a, log_mu, row in zip(_advantage(game), np.asarray(game.log_mu, np.float64), log_policy, strict=True):
+        gain = a @ np.exp(row)
+        halves.append(gain.max() if tau is None else tau * _divergence(row, _log_softmax(log_mu + gain / tau)))
+    return float(2 * np.asarray(game.rho, np.float64) @ halves)
 
 
 def regularised_nash(game: Game, tau: float | None = None) -> Solution:
-    """The Nash policy of the regularised game, the root of
+    """Returns the Nash policy of the regularised game, the root of
 
         log pi = log mu + A pi / tau + constant        (A = P - 1/2),
 
     by Newton's method along decreasing tau. With S = diag(pi) - pi pi', the equation of a step is
     (I - S A / tau) u = S r for the residual r; S^(1/2) A S^(1/2) is antisymmetric, so it is never singular.
-    KL(pi, pi*_tau) <= gap / (2 tau). ``tau`` replaces the game's where given.
+    KL(pi, pi*_tau) <= gap / (2 tau). ``tau`` replaces the game's. Raises UserError when tau is not positive, or so
+    small that the method stops.
     """
     tau = float(np.asarray(game.tau)) if tau is None else tau
     if not tau > 0:
         raise UserError(f"tau={tau} must be positive; without regularisation use nash")
     logs = np.asarray(game.log_mu, np.float64)
-    rows = [descend(a, normalise(log_mu), tau) for a, log_mu in zip(advantage(game), logs, strict=True)]
-    return Solution(np.stack(rows), duality_gap(game, np.stack(rows), tau))
+    rows = [_lower_tau(a, _log_softmax(log_mu), tau) for a, log_mu in zip(_advantage(game), logs, strict=True)]
+    return Solution(np.stack(rows), certified_gap(game, np.stack(rows), tau))
 
 
-def descend(a: np.ndarray, log_mu: np.ndarray, tau: float) -> np.ndarray:
-    """Newton at one tau after another, from where the reference is nearly the solution down to ``tau``; there
-    it goes on to rounding. Returns log pi."""
-    theta, reached, target = log_mu, np.inf, max(tau, 1.0)
+def _lower_tau(a: np.ndarray, log_mu: np.ndarray, tau: float) -> np.ndarray:
+    """Returns log pi, solved by Newton's method at one tau after another, each from the solution before.
+
+    It begins at a tau where the reference is nearly the solution. A tau that fails is replaced by one between it and
+    the last that was solved. At the last, ``tau``, it goes on until rounding stops it.
+    """
+    theta, solved_tau, next_tau = log_mu, np.inf, max(tau, 1.0)
     while True:
-        moved, miss = newton(a, log_mu, target, theta, BASIN if target > tau else 0.0)
-        arrived = miss <= BASIN
-        if not arrived and target > 0.98 * reached:
-            raise UserError(f"Newton's method stopped at tau={reached:g} before tau={tau:g}; use a larger tau")
-        if not arrived:
-            target = np.sqrt(target * min(reached, 4 * target))
-        elif target == tau:
-            return moved
+        solution, kl = _newton(a, log_mu, next_tau, theta, _BASIN if next_tau > tau else 0.0)
+        solved = kl <= _BASIN
+        if not solved and next_tau > 0.98 * solved_tau:
+            raise UserError(f"Newton's method stopped at tau={solved_tau:g} before tau={tau:g}; use a larger tau")
+        if not solved:
+            next_tau = np.sqrt(next_tau * min(solved_tau, 4 * next_tau))
+        elif next_tau == tau:
+            return solution
         else:
-            theta, reached, target = moved, target, max(tau, target / 4)
+            theta, solved_tau, next_tau = solution, next_tau, max(tau, next_tau / 4)
 
 
-BASIN = 1e-9  # KL in nats: well inside the quadratic convergence of the next step
+_BASIN = 1e-9  # KL in nats: well inside the quadratic convergence of the next step
 
 
-def newton(a: np.ndarray, log_mu: np.ndarray, tau: float, theta: np.ndarray, enough: float) -> tuple[np.ndarray, float]:
-    """Damped Newton steps until KL(pi, best response) is ``enough`` or falls no more; (log pi, that KL)."""
-    best = normalise(log_mu + a @ np.exp(theta) / tau)
-    miss = divergence(theta, best)
+def _newton(
+    a: np.ndarray, log_mu: np.ndarray, tau: float, theta: np.ndarray, tolerance: float
+) -> tuple[np.ndarray, float]:
+    """Takes damped Newton steps from log pi = ``theta``; returns log pi and KL(pi, best response) in nats.
+
+    It stops when that KL is at most ``tolerance`` or falls no more.
+    """
+    best = _log_softmax(log_mu + a @ np.exp(theta) / tau)
+    kl = _divergence(theta, best)
     for _ in range(50):
-        if miss <= enough:
+        if kl <= tolerance:
             break
-        direction = newton_direction(a, tau, np.exp(theta), best - theta)
-        for halving in range(8):
-            moved = normalise(theta + 0.5**halving * direction)
-            answer = normalise(log_mu + a @ np.exp(moved) / tau)
-            fallen = divergence(moved, answer)
-            if fallen < miss:
+        direction = _newton_direction(a, tau, np.exp(theta), best - theta)
+        for halvings in range(8):
+            next_theta = _log_softmax(theta + 0.5**halvings * direction)
+            next_best = _log_softmax(log_mu + a @ np.exp(next_theta) / tau)
+            next_kl = _divergence(next_theta, next_best)
+            if next_kl < kl:
                 break
         else:
             break
-        theta, best, miss = moved, answer, fallen
-    return theta, miss
+        theta, best, kl = next_theta, next_best, next_kl
+    return theta, kl
 
 
-def newton_direction(a: np.ndarray, tau: float, pi: np.ndarray, residual: np.ndarray) -> np.ndarray:
-    """The step in log pi. Actions below 1e-25 weigh nothing in S: they follow, and the system is small."""
+def _newton_direction(a: np.ndarray, tau: float, pi: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    """Returns the step in log pi, [Y].
+
+    Actions below 1e-25 weigh nothing in S: the linear system leaves them out, and their step follows from the others.
+    """
     k = np.flatnonzero(pi > 1e-25)
     p, r = pi[k], residual[k]
     inner = a[np.ix_(k, k)]
@@ -136,16 +153,16 @@ def newton_direction(a: np.ndarray, tau: float, pi: np.ndarray, residual: np.nda
     return residual + a[:, k] @ u / tau
 
 
-def normalise(theta: np.ndarray) -> np.ndarray:
-    """log softmax."""
+def _log_softmax(theta: np.ndarray) -> np.ndarray:
+    """Returns log softmax of logits [Y]."""
     shifted = theta - theta.max()
     return shifted - np.log(np.sum(np.exp(shifted)))
 
 
-def divergence(theta: np.ndarray, other: np.ndarray) -> float:
-    """KL in nats, in the form of game.divergence."""
+def _divergence(theta: np.ndarray, other: np.ndarray) -> float:
+    """Returns KL in nats of two log-policies [Y], computed as ``game.divergence`` does."""
     d = other - theta
-    near = abs(d) < 0.5
-    small = np.where(near, d, 0)
-    terms = np.exp(theta) * small**2 * np.polyval(TAYLOR, small)
-    return float(np.sum(np.where(near, terms, np.exp(other) - np.exp(theta) - np.exp(theta) * d)))
+    use_series = abs(d) < 0.5
+    series_d = np.where(use_series, d, 0)
+    series = np.exp(theta) * series_d**2 * np.polyval(KL_SERIES, series_d)
+    return float(np.sum(np.where(use_series, series, np.exp(other) - np.exp(theta) - np.exp(theta) * d)))

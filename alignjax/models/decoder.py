@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from alignjax.distributed.sharding import constrain_rows
 from alignjax.errors import UserError
@@ -29,7 +30,6 @@ from alignjax.models.model import Model
 from alignjax.models.rope import scale_frequencies
 from alignjax.types import Array, Completion, Key, Params, Process, Prompt, Rules
 
-P = jax.sharding.PartitionSpec
 _OUTER_PARAMS = ("embed", "norm", "positions", "head")  # the parameters of EmbeddingAndHead
 
 
@@ -249,5 +249,14 @@ def _sharding_rules(c: TransformerConfig) -> Rules:
         *([(rf"blocks/({'|'.join(column_biases)})/bias$", P(None, "tensor"))] if column_biases else []),
         *([(rf"blocks/({'|'.join(row_biases)})/bias$", P())] if row_biases else []),
         *([(r"positions/embedding$", P(None, "fsdp"))] if c.positions == "learned" else []),
-        *([] if c.tied else [(r"head/kernel$", P("fsdp", "tensor") if splits else P(("fsdp", "tensor"), None))]),
+        *(
+            []
+            if c.tied
+            else [
+                (
+                    r"head/kernel$",
+                    P("fsdp", "tensor") if splits else P(("fsdp", "tensor"), None),
+                )
+            ]
+        ),
     )

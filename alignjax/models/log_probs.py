@@ -8,12 +8,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from alignjax.distributed import sharding
 from alignjax.models.model import Model
 from alignjax.types import Array, Completion, LogProb, Params, Prompt
 
-P = jax.sharding.PartitionSpec
 _LOGITS_PER_CHUNK = 2**27
 """The most logits that a device holds at once by default: half a gibibyte in float32, a thousand tokens of a
 vocabulary of 131072. Every chunk adds to the head's gradient; chunks of this size keep that cost low."""
@@ -60,7 +60,12 @@ def token_log_probs(
         params = lax.pcast(params, axes, to="varying")
         return _log_probs_in_chunks(logits_fn, params, states, targets, chunk)
 
-    score = jax.shard_map(score_own_rows, in_specs=(P(), P(axes), P(axes)), out_specs=P(axes), axis_names=set(axes))
+    score = jax.shard_map(
+        score_own_rows,
+        in_specs=(P(), P(axes), P(axes)),
+        out_specs=P(axes),
+        axis_names=set(axes),
+    )
     return score(params, states, targets)
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from alignjax.distributed.sharding import constrain_rows
 from alignjax.models.config import T5Config as T5Config  # "as": exported from here too
@@ -27,7 +28,6 @@ from alignjax.models.model import Model
 from alignjax.models.t5_modules import CrossMemory, T5Block, T5EmbeddingAndHead, position_bias, t5_norm
 from alignjax.types import Array, Completion, Key, Params, Process, Prompt, Rules, Tokens
 
-P = jax.sharding.PartitionSpec
 _OUTER_PARAMS = ("embed", "head")  # the parameters of T5EmbeddingAndHead
 _RULES: Rules = (
     (r"embed/embedding$", P("tensor", "fsdp")),

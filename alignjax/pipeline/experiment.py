@@ -19,7 +19,7 @@ from alignjax.models.build import build
 from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer
 from alignjax.pipeline import networks
 from alignjax.pipeline.fingerprint import fingerprint, input_names
-from alignjax.pipeline.networks import Network, Record
+from alignjax.pipeline.networks import Network, NetworkRecord
 from alignjax.tasks.task import Task
 from alignjax.training.loop import Run
 from alignjax.types import Tokens
@@ -78,7 +78,7 @@ class Exposure(NamedTuple):
 class NetworkSpec(NamedTuple):
     """What is known of a stage's network before the stage runs."""
 
-    record: Record
+    record: NetworkRecord
     tokenizer: Tokenizer | None  # None: the stage makes it
     token_digest: str  # equal digests share token ids
 
@@ -178,7 +178,7 @@ class Context:
     def load(self, name: str) -> Network:
         """Returns a finished stage's network with its arrays on the mesh. A base that several share is read once."""
         if name not in self.loaded:
-            record = networks.read_record(self.folder_of(name))
+            record = networks.read_network_record(self.folder_of(name))
             self.loaded[name] = self._assemble(name, record, networks.restore(self.folder_of(name)), self.load)
         return self.loaded[name]
 
@@ -196,9 +196,9 @@ class Context:
         """Forgets the arrays of the networks that were loaded; memory is freed where nobody else holds them."""
         self.loaded.clear()
 
-    def _record(self, name: str) -> Record:
+    def _record(self, name: str) -> NetworkRecord:
         if self._is_written(name):
-            return networks.read_record(self.folder_of(name))
+            return networks.read_network_record(self.folder_of(name))
         if (spec := self.spec(name)) is None:
             raise UserError(f"stage {name!r} does not say what network it makes, and has not run; run it first")
         return spec.record
@@ -206,14 +206,14 @@ class Context:
     def _is_written(self, name: str) -> bool:
         return self.workdir is not None and (self.workdir / name / "model.json").exists()
 
-    def _tokenizer(self, name: str, record: Record) -> tuple[Tokenizer, str]:
+    def _tokenizer(self, name: str, record: NetworkRecord) -> tuple[Tokenizer, str]:
         if self._is_written(name):
-            return networks.read_tokenizer(self.folder_of(name), record.chat, self.experiment.task)
+            return networks.read_stage_tokenizer(self.folder_of(name), record.chat, self.experiment.task)
         spec = self.spec(name)
         assert spec is not None  # ``_record`` has asked
         return spec.tokenizer or placeholder_tokenizer(record.config.vocab_size), spec.token_digest
 
-    def _assemble(self, name: str, record: Record, read: Any, below: Any) -> Network:
+    def _assemble(self, name: str, record: NetworkRecord, read: Any, below: Any) -> Network:
         base = below(record.over.base) if record.over else None
         if record.over and self._is_written(name):
             assert self.workdir is not None

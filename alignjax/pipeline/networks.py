@@ -29,6 +29,8 @@ from alignjax.training.checkpointing import restore_tree, save_tree
 from alignjax.types import Params
 
 _REPLICATED = jax.sharding.PartitionSpec()
+Read = Callable[[Any, Any], Params]
+"""(shapes, places) -> the parameters that a stage owns: arrays, or abstract."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Over:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class NetworkRecord:
     """model.json: what a network is, without its arrays."""
 
     config: ModelConfig
@@ -82,7 +84,7 @@ class Network:
         return self.base if not self.adapters else apply_or_abstract(lora.merge, self.params)
 
 
-def read_record(folder: Path) -> Record:
+def read_network_record(folder: Path) -> NetworkRecord:
     """Reads model.json. Raises UserError when it is missing or damaged."""
     try:
         found = json.loads((folder / "model.json").read_text())
@@ -90,7 +92,7 @@ def read_record(folder: Path) -> Record:
         if over is not None:
             spec = over["lora"] and Lora(**{**over["lora"], "targets": tuple(over["lora"]["targets"])})
             over = Over(over["base"], spec, over["fingerprint"])
-        return Record(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), over)
+        return NetworkRecord(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), over)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no model ({one_line(error)}); run its stage first") from None
 
@@ -104,7 +106,7 @@ def save(folder: Path, network: Network) -> None:
         with storage.write_through(folder / "tokenizer") as local:
             network.tokenizer.save(local)
     backbone = [] if network.over else jax.tree.leaves(network.base)
-    record = Record(
+    record = NetworkRecord(
         network.model.config,
         str(backbone[0].dtype) if backbone else "float32",
         head_shapes(network.heads),
@@ -116,7 +118,7 @@ def save(folder: Path, network: Network) -> None:
 
 
 def head_shapes(heads: Params) -> dict[str, Any]:
-    """Returns the nested shapes of heads, as a Record keeps them."""
+    """Returns the nested shapes of heads, as a NetworkRecord keeps them."""
     return jax.tree.map(lambda x: list(x.shape), heads)
 
 
@@ -127,7 +129,7 @@ def stage_fingerprint(folder: Path) -> str:
     return "" if text is None else str(storage.parse_json(text, path).get("fingerprint", ""))
 
 
-def read_tokenizer(folder: Path, chat: bool, task: Task | None) -> tuple[Tokenizer, str]:
+def read_stage_tokenizer(folder: Path, chat: bool, task: Task | None) -> tuple[Tokenizer, str]:
     """Reads a stage's tokenizer; returns it and its token digest."""
     with storage.local_copy(folder / "tokenizer") as local:
         tokenizer, digest = huggingface.read_tokenizer(local), str(zlib.crc32((local / "tokenizer.json").read_bytes()))
@@ -144,7 +146,7 @@ def check_base(workdir: Path, name: str, over: Over) -> None:
         raise UserError(f"{workdir / name} was made over another {over.base!r} than {workdir} holds now; make it again")
 
 
-def restore(folder: Path) -> Callable[[Any, Any], Params]:
+def restore(folder: Path) -> Read:
     """Returns (shapes, places) -> the arrays that the stage's folder holds."""
     return lambda shapes, places: restore_tree(folder / "params", shapes, places)
 
@@ -155,25 +157,12 @@ def abstract(shapes: Any, places: Any) -> Params:
 
 
 def assemble(
-    network: Network, record: Record, below: Network | None, mesh: jax.sharding.Mesh, read: Callable[[Any, Any], Params]
+    network: Network, record: NetworkRecord, below: Network | None, mesh: jax.sharding.Mesh, read: Read
 ) -> Network:
-    """Returns the network with its parameters. ``read(shapes, places)`` gets those that its stage owns; ``below`` is
-    the network whose base it lies over."""
-    model = network.model
-    heads = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(tuple(shape), "float32"), record.heads,
-        is_leaf=lambda node: isinstance(node, list),
-    )  # fmt: skip
-    backbone = jax.eval_shape(model.init, jax.random.key(0))
-    if record.over is None or below is None:
-        owned = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, record.dtype), backbone)
-    elif record.over.lora is None:
-        owned = {}
-    else:
-        spec = record.over.lora
-        owned = jax.eval_shape(lambda p, k: lora.init_adapters(spec, p, k), backbone, jax.random.key(0))
+    """Returns the network with its parameters; ``below`` is the network whose base it lies over."""
+    owned, heads = owned_shapes(network.model, record, below)
     shapes = {**owned, **heads}
-    rules = (*((rf"^{name}/", _REPLICATED) for name in heads), *lora.ADAPTER_RULES, *model.rules)
+    rules = (*((rf"^{name}/", _REPLICATED) for name in heads), *lora.ADAPTER_RULES, *network.model.rules)
     params = read(shapes, sharding.shardings(shapes, sharding.matching_rules(rules, shapes), mesh)) if shapes else {}
     own, heads = {name: params[name] for name in owned}, {name: params[name] for name in heads}
     if record.over is None or below is None:
@@ -181,6 +170,20 @@ def assemble(
     if record.over.lora is None:  # the network below, with other heads
         return dataclasses.replace(below, heads=heads)
     return dataclasses.replace(network, base=below.base, adapters=own, heads=heads, over=record.over)
+
+
+def owned_shapes(model: Model, record: NetworkRecord, below: Network | None) -> tuple[Params, Params]:
+    """Returns the shapes of what a stage owns of its network, beside heads, and of its heads."""
+    heads = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(tuple(shape), "float32"), record.heads,
+        is_leaf=lambda node: isinstance(node, list),
+    )  # fmt: skip
+    backbone = jax.eval_shape(model.init, jax.random.key(0))
+    if record.over is None or below is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, record.dtype), backbone), heads
+    if (spec := record.over.lora) is None:
+        return {}, heads
+    return jax.eval_shape(lambda base, key: lora.init_adapters(spec, base, key), backbone, jax.random.key(0)), heads
 
 
 def apply_or_abstract(function: Callable[[Params], Params], params: Params) -> Params:

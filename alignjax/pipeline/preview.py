@@ -24,7 +24,7 @@ from alignjax.models.config import TransformerConfig
 from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad, stop_sequences, with_chat_template
 from alignjax.pipeline.experiment import load_network
 from alignjax.pipeline.networks import Network
-from alignjax.sampling.generate import Generate, ReplyFormat, generator, reply_writer
+from alignjax.sampling.generate import Generate, Generator, ReplyFormat, reply_writer
 from alignjax.sampling.process import Sampling, StopSequences, sample
 from alignjax.tasks.task import one_message
 
@@ -160,7 +160,7 @@ def preview_generator(network: Network, options: PreviewOptions) -> Generate:
     """Returns text in, text out by the network on one device."""
     mesh, stops = one_device_mesh(), preview_stops(network.tokenizer, options.stop)
     write = reply_writer(network.model, stops, options.max_new_tokens, options.sampling, mesh)
-    return generator(
+    return Generator(
         write, network.params, network.tokenizer, ReplyFormat(stops, ""), buckets=BUCKETS, batch=_BATCH,
         key=jax.random.key(options.seed), mesh=mesh, score=None, owner=network.stage,
     )  # fmt: skip

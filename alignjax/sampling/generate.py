@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -38,51 +39,55 @@ Generate = Callable[[Sequence[str], Sequence[int], int], list[Reply | None]]
 A reply depends on its prompt, number and attempt alone, not on its neighbours in the batch."""
 
 
-def generator(
-    write: Any,
-    params: Params,
-    tokenizer: Tokenizer,
-    reply_format: ReplyFormat,
-    *,
-    buckets: tuple[int, ...],
-    batch: int,
-    key: Key,
-    mesh: jax.sharding.Mesh,
-    score: tuple[Any, Params] | None,
-    owner: str,
-) -> Generate:
-    """Returns a Generate over a ``reply_writer`` and, for the log-ratios, (a ``reply_scorer``, the reference's params).
+@dataclasses.dataclass(frozen=True)
+class Generator:
+    """A Generate over a network.
 
-    It compiles at most twice a bucket: for full batches, and for the small ones that retries leave. Raises UserError,
-    beginning with ``owner``, where the network's log-probs are not finite.
+    It compiles at most twice a bucket: for full batches, and for the small ones that retries leave.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    small = max(batch // 8 // rows, 1) * rows
 
-    def log_ratios(prompt: Prompt, completion: Completion, logp: Array) -> np.ndarray:
-        if score is None:
-            return np.full(len(logp), np.nan)
-        return np.asarray(score[0](score[1], prompt, completion, logp))
+    write: Any  # a ``reply_writer``
+    params: Params
+    tokenizer: Tokenizer
+    reply_format: ReplyFormat
+    buckets: tuple[int, ...]  # prompt lengths in tokens, ascending
+    batch: int
+    key: Key
+    mesh: jax.sharding.Mesh
+    score: tuple[Any, Params] | None  # a ``reply_scorer`` and the reference's parameters; None: no KL is measured
+    owner: str  # begins the message of an error
 
-    def generate(prompts: Sequence[str], numbers: Sequence[int], attempt: int) -> list[Reply | None]:
-        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    def __call__(self, prompts: Sequence[str], numbers: Sequence[int], attempt: int) -> list[Reply | None]:
+        """Returns one Reply a prompt. Raises UserError where the network's log-probs are not finite."""
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         replies: dict[int, Reply] = {}
-        for length, members in assign_buckets([len(row) for row in ids], buckets).items():
-            for chosen, size in split_batches(members, batch, small):
-                full = [*chosen, *[chosen[0]] * (size - len(chosen))]
-                host = pad([ids[i] for i in full], length), np.array([numbers[i] for i in full])
-                prompt, row_numbers = sharding.place_rows(mesh, host)
-                drawn = write(params, prompt, row_numbers, jax.random.fold_in(key, attempt))
-                if not bool(drawn.finite):
-                    raise UserError(f"{owner} gives log-probs that are not finite; its parameters are damaged")
-                kl = log_ratios(prompt, drawn.completion, drawn.logp)
-                tokens, mask = np.asarray(drawn.replicated.tokens), np.asarray(drawn.replicated.mask)
-                for row, i in enumerate(chosen):
-                    text = decode_reply(tokenizer, tokens[row][mask[row]].tolist(), *reply_format)
-                    replies[i] = Reply(text, int(mask[row].sum()), float(kl[row]))
+        for length, members in assign_buckets([len(row) for row in ids], self.buckets).items():
+            for chosen, size in split_batches(members, self.batch, self.small_batch()):
+                padded = [*chosen, *[chosen[0]] * (size - len(chosen))]
+                rows = pad([ids[i] for i in padded], length), np.array([numbers[i] for i in padded])
+                drawn = self.write_batch(*rows, jax.random.fold_in(self.key, attempt))
+                replies |= dict(zip(chosen, drawn, strict=False))
         return [replies.get(i) for i in range(len(prompts))]
 
-    return generate
+    def small_batch(self) -> int:
+        """Returns the size of the small batches: about an eighth of ``batch`` that divides over the mesh."""
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return max(self.batch // 8 // rows, 1) * rows
+
+    def write_batch(self, prompt: Prompt, numbers: np.ndarray, key: Key) -> list[Reply]:
+        """Returns one Reply a row. Raises UserError where a log-prob is not finite."""
+        placed, placed_numbers = sharding.place_rows(self.mesh, (prompt, numbers))
+        drawn = self.write(self.params, placed, placed_numbers, key)
+        if not bool(drawn.finite):
+            raise UserError(f"{self.owner} gives log-probs that are not finite; its parameters are damaged")
+        kl = np.full(len(numbers), np.nan)
+        if self.score is not None:
+            score, reference = self.score
+            kl = np.asarray(score(reference, placed, drawn.completion, drawn.logp))
+        tokens, mask = np.asarray(drawn.replicated.tokens), np.asarray(drawn.replicated.mask)
+        ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
+        texts = [decode_reply(self.tokenizer, row, *self.reply_format) for row in ids]
+        return [Reply(text, len(row), float(value)) for text, row, value in zip(texts, ids, kl, strict=True)]
 
 
 class Written(NamedTuple):

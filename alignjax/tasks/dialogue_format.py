@@ -47,15 +47,16 @@ def dialogue_messages(prompt: str) -> list[dict[str, str]]:
     Text before the first turn is the system's message. An affix in the last role marker is put behind the last
     question; affixes of earlier turns are left out. Raises UserError when the prompt is no such dialogue.
     """
-    preamble, *turns = re.split(r"(?:^|\n\n)(Human|Assistant)([^:\n]*):", prompt)
+    # pieces: role, affix, text, role, affix, text, ...
+    preamble, *pieces = re.split(r"(?:^|\n\n)(Human|Assistant)([^:\n]*):", prompt)
     messages = [{"role": "system", "content": preamble.strip()}] if preamble.strip() else []
     messages += [
         {"role": "user" if role == "Human" else "assistant", "content": text.strip()}
-        for role, text in zip(turns[0::3], turns[2::3], strict=True)
+        for role, text in zip(pieces[0::3], pieces[2::3], strict=True)
     ]
     if len(messages) < 2 or messages[-1]["content"] or messages[-1]["role"] != "assistant":
         raise UserError(f"the prompt {prompt[-40:]!r} is no dialogue that ends in 'Assistant:'; cut it there")
-    affix = turns[-2].strip()
+    affix = pieces[-2].strip()
     messages = messages[:-1]
     if affix:
         messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']} {affix}"}

@@ -46,7 +46,7 @@ def file_digest(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def read_text(path: str, kind: str) -> str:
+def read_text_file(path: str, kind: str) -> str:
     """Returns a UTF-8 text file, decompressed when its name ends in .gz.
 
     Raises UserError when it cannot be read; ``kind`` then says what to give: "a text file of stories".
@@ -66,7 +66,7 @@ def read_rows(path: str, kind: str, read: Callable[[Row], T]) -> list[T]:
     """
     if not path:
         raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines")
-    text = read_text(path, f"a JSON-lines file of {kind}")
+    text = read_text_file(path, f"a JSON-lines file of {kind}")
     rows = []
     for number, line in enumerate(text.split("\n"), 1):  # lines end at \n alone: a JSON text may hold U+2028
         if line.strip():

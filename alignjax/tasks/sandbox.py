@@ -74,7 +74,7 @@ class World:
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
         """Returns ``count`` distinct prompts without affixes, whose questions are all of the split.
 
-        Raises UserError when there is no such split, and when the world does not hold so many prompts.
+        Raises UserError when there is no such split, and when the world does not hold ``count`` prompts.
         """
         if split not in SPLITS:
             raise UserError(f"the sandbox has no split {split!r}; it has {', '.join(SPLITS)}")

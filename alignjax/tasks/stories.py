@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from alignjax.errors import UserError
-from alignjax.tasks.json_lines import Row, file_digest, read_rows, read_text, require_text
+from alignjax.tasks.json_lines import Row, file_digest, read_rows, read_text_file, require_text
 from alignjax.tasks.task import EOS, SPLITS, Affixes, Format, Score, Task, Template, oracle_from_score, shuffled
 
 _AFFIXES: dict[str, Affixes] = {
@@ -111,7 +111,7 @@ def read_stories(path: str, digest: str = "") -> list[str]:
     Results are cached; another ``digest`` means that the file was edited and is read again. Raises UserError when the
     file cannot be read or holds no whole story.
     """
-    text = read_text(path, "a text file of stories")
+    text = read_text_file(path, "a text file of stories")
     stories = [story.strip() for story in text.split("<|endoftext|>")[:-1] if story.strip()]
     if not stories:
         raise UserError(f"{path} holds no whole story; put <|endoftext|> behind each")

@@ -25,7 +25,7 @@ Learn = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class UpdateSchedule:
     """How ``learn`` goes through a batch: ``epochs`` times, in ``minibatches`` parts, each with one optimiser step.
 
     PPO (1707.06347) uses several of both; Nash-MD uses one of each, which keeps it on-policy. ``accumulate`` splits a
@@ -61,7 +61,7 @@ def trained_alone(params: Params, frozen: Any) -> Params:
 def make_learn(
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    schedule: Schedule = Schedule(),
+    schedule: UpdateSchedule = UpdateSchedule(),
     assemble: Assemble = trained_alone,
     average_decay: float | None = None,
 ) -> Learn:
@@ -96,7 +96,7 @@ def make_learn(
 
 def over_minibatches(
     update: Callable[..., tuple[TrainState, Metrics]],
-    schedule: Schedule,
+    schedule: UpdateSchedule,
     state: TrainState,
     frozen: Any,
     batch: Any,

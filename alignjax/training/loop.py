@@ -19,7 +19,7 @@ from alignjax.errors import RunAgain, UserError, check_range
 from alignjax.fields import no_effect
 from alignjax.training import data, metrics
 from alignjax.training.checkpointing import Checkpointer
-from alignjax.training.learn import Assemble, Schedule, init_state, make_learn, trained_alone
+from alignjax.training.learn import Assemble, UpdateSchedule, init_state, make_learn, trained_alone
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Key, Loss, Metrics, Params, Rules, TrainState
@@ -67,9 +67,9 @@ class Loop:
         check_range(self, 1, math.inf, *names)
 
     @property
-    def schedule(self) -> Schedule:
+    def schedule(self) -> UpdateSchedule:
         """How ``learn`` goes through one batch."""
-        return Schedule(self.epochs, self.minibatches, self.accumulate)
+        return UpdateSchedule(self.epochs, self.minibatches, self.accumulate)
 
     def check(self, name: str, mesh: jax.sharding.Mesh, examples: int | None = None) -> None:
         """Raises UserError when the batch does not divide over the mesh or into its parts, or when fewer ``examples``

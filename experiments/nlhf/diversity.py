@@ -2,9 +2,9 @@
 
     alignjax run experiments/nlhf/diversity.py --workdir runs/diversity
 
-Three annotator types of masses 1/3 - eps, 1/3 + eps/2, 1/3 + eps/2 whose majority is a cycle. Over eps: the Nash
-policy, which moves smoothly, and the best policy under the Bradley-Terry rewards that fit the same preferences,
-which puts everything on one answer and flips at eps = 0. Seconds.
+Three types of annotators have masses 1/3 - eps, 1/3 + eps/2, 1/3 + eps/2, and their majority is a cycle. Over eps, the
+Nash policy moves smoothly. The best policy under the Bradley-Terry rewards that fit the same preferences puts
+everything on one answer and flips at eps = 0. It takes seconds.
 """
 
 from functools import partial
@@ -12,13 +12,13 @@ from functools import partial
 import numpy as np
 from matplotlib.figure import Figure
 
+import alignjax as aj
 from alignjax.games import solve, zoo
-from alignjax.pipeline.stages import Experiment, Finding, Study
-from alignjax.reporting import report
+from alignjax.reporting.tables import markdown_table
 
 
-def sweep(points: int, tau: float) -> Finding:
-    """Nash, regularised Nash and the Bradley-Terry optimum at each eps in [-1/3, 1/3]."""
+def sweep(points: int, tau: float) -> aj.Finding:
+    """Returns Nash, regularised Nash and the Bradley-Terry optimum at ``points`` values of eps inside [-1/3, 1/3]."""
     rows, policies = [], []
     for epsilon in np.linspace(-1 / 3, 1 / 3, points + 2)[1:-1]:
         played = zoo.diversity(epsilon, tau=tau)
@@ -35,11 +35,12 @@ def sweep(points: int, tau: float) -> Finding:
         axis.plot(epsilons, policy, label=["y1", "y2", "y3"])
         axis.set(title=title, xlabel="eps", ylim=(-0.03, 1.03))
         axis.legend()
-    text = report.markdown(["eps", *titles, "rewards"], rows)
-    return Finding(
+    text = markdown_table(["eps", *titles, "rewards"], rows)
+    return aj.Finding(
         f"## Diversity\n\n{text}", {"policies": picture}, [[float(row[0]), *map(list, row[1:])] for row in policies]
     )
 
 
-def get_config() -> Experiment:
-    return Experiment(task=None, stages={"diversity": Study(partial(sweep, points=33, tau=0.1))})
+def get_config() -> aj.Experiment:
+    """Returns the study."""
+    return aj.Experiment(task=None, stages={"diversity": aj.Study(partial(sweep, points=33, tau=0.1))})

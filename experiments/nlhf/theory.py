@@ -3,8 +3,8 @@
     alignjax run experiments/nlhf/theory.py --workdir runs/theory
     alignjax run experiments/nlhf/theory.py --workdir runs/theory --set race.function.tau=0.01 --redo
 
-KL to the regularised Nash and duality gap against preference evaluations, a dynamic that asks twice a step
-getting half the steps; the dashed line is Theorem 1's bound. A race takes about 40 s on two cores.
+The pictures show KL to the regularised Nash and duality gap against preference evaluations. A dynamic that asks twice a
+step gets half the steps. The dashed line is Theorem 1's bound. A race takes about 40 s on two cores.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from alignjax.games import dynamics, game, solve, text, zoo
+import alignjax as aj
+from alignjax.games import dynamics, game, simulation, solve, text, zoo
 from alignjax.games.dynamics import Dynamic
 from alignjax.games.game import Game
-from alignjax.pipeline.stages import Experiment, Finding, Study
-from alignjax.reporting import report
+from alignjax.reporting.tables import markdown_table
 from alignjax.types import Prompt
 
 MU = (0.6, 0.3, 0.1)
@@ -27,7 +27,7 @@ Claim = Callable[[np.ndarray, float, float], np.ndarray]
 
 
 def zoo_games(tau: float) -> dict[str, Game]:
-    """The worked examples and one random game of fifty actions and three contexts."""
+    """Returns the worked examples, and one random game of fifty actions and three contexts."""
     small = (zoo.rock_paper_scissors, zoo.dice, zoo.cycle, partial(zoo.diversity, 0.1))
     names = ("rock-paper-scissors", "dice", "cycle", "diversity")
     many = zoo.near_deterministic(0, 3, 50)
@@ -38,10 +38,10 @@ def zoo_games(tau: float) -> dict[str, Game]:
 
 
 def arms(tau: float) -> dict[str, tuple[Dynamic, Claim | None]]:
-    """Every dynamic with the step sizes of its theorem or, where that leaves them open, h = tau."""
+    """Returns every dynamic with the step sizes of its theorem; where the theorem leaves them open, h = tau."""
     h = 1 / (tau + 3)
     return {
-        "Nash-MD": (dynamics.nash_md(dynamics.theorem_1), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
+        "Nash-MD": (dynamics.nash_md(dynamics.theorem_1_step_size), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
         "Nash-MD, constant": (dynamics.nash_md(tau), None),
         "OMD, h=.5": (dynamics.omd(0.5), None),
         "INPO": (dynamics.inpo(), lambda t, tau, start: 32 / (tau**2 * (t + 1))),
@@ -57,7 +57,7 @@ def arms(tau: float) -> dict[str, tuple[Dynamic, Claim | None]]:
 
 
 def unregularised() -> dict[str, tuple[Dynamic, Claim | None]]:
-    """Dynamics that look for the Nash of P itself: judged by exploitability."""
+    """Returns dynamics that look for the Nash policy of P itself; their measure is exploitability."""
     return {
         "MPO": (dynamics.mmd(0.5, magnet_every=100), None),
         "COMAL": (dynamics.comal(0.5, 100), None),
@@ -73,9 +73,11 @@ def race(
     records: int,
     batch: int = 0,
     seeds: int = 1,
-) -> Finding:
-    """Runs every dynamic on every game for so many preference evaluations; a table and a picture a figure. With
-    ``batch``, an evaluation is estimated from that many sampled opponents; figures are medians over seeds."""
+) -> aj.Finding:
+    """Runs every dynamic on every game for ``evaluations`` preference evaluations; returns a table and pictures.
+
+    With ``batch``, an evaluation is estimated from that many sampled opponents; figures are medians over seeds.
+    """
     keys = jax.random.split(jax.random.key(0), seeds)
     rows, numbers = [], {}
     figures = {"kl": "KL to the regularised Nash, nats", "gap": "duality gap", "exploitability": "exploitability"}
@@ -86,7 +88,8 @@ def race(
         start = float(game.kl(played, nash, played.log_mu))
         for number, (name, (dynamic, claim)) in enumerate(runners.items()):
             steps = np.unique(np.geomspace(1, evaluations // dynamic.evaluations, records).astype(int))
-            trace = dynamics.play(dynamic, dynamics.stack([played]), nash[None], tuple(steps.tolist()), keys, batch)
+            stacked = simulation.stack_games([played])
+            trace = simulation.simulate(dynamic, stacked, nash[None], tuple(steps.tolist()), keys, batch)
             seen = {key: np.median(getattr(trace, key)[0], axis=0) for key in (*figures, "evaluations")}
             for key, axes in panels.items():
                 above = np.maximum(seen[key], 1e-17)
@@ -103,21 +106,24 @@ def race(
     for axes in panels.values():
         axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     header = ["game", "dynamic", "KL", "gap", "exploitability", "KL allowed", "at every step"]
-    return Finding(report.markdown(header, rows), pictures, numbers)
+    return aj.Finding(markdown_table(header, rows), pictures, numbers)
 
 
-def regularised(tau: float, evaluations: int, records: int) -> Finding:
+def regularised(tau: float, evaluations: int, records: int) -> aj.Finding:
+    """Returns the race of all dynamics to the regularised Nash policy."""
     finding = race(zoo_games(tau), arms(tau), evaluations, records)
     return finding._replace(text=f"## After {evaluations} preference evaluations, tau = {tau}\n\n{finding.text}")
 
 
-def without(tau: float, evaluations: int, records: int) -> Finding:
+def without(tau: float, evaluations: int, records: int) -> aj.Finding:
+    """Returns the race to the Nash policy of P itself."""
     finding = race(zoo_games(tau), unregularised(), evaluations, records)
     pictures = {"exploitability": finding.pictures["exploitability"]}
-    return Finding(f"## Towards the Nash of P itself\n\n{finding.text}", pictures, finding.numbers)
+    return aj.Finding(f"## Towards the Nash of P itself\n\n{finding.text}", pictures, finding.numbers)
 
 
-def sampled(tau: float, evaluations: int, records: int, batch: int, seeds: int) -> Finding:
+def sampled(tau: float, evaluations: int, records: int, batch: int, seeds: int) -> aj.Finding:
+    """Returns the race with preferences that are estimated from ``batch`` judgements."""
     chosen = ("Nash-MD", "OMD, h=.5", "MMD, h=tau", "EGPO", "Nash-MP", "INPO")
     runners = {name: (arms(tau)[name][0], None) for name in chosen}  # the theorems are about exact preferences
     finding = race(zoo_games(tau), runners, evaluations, records, batch, seeds)
@@ -125,26 +131,32 @@ def sampled(tau: float, evaluations: int, records: int, batch: int, seeds: int) 
     return finding._replace(text=f"{title}\n\n{finding.text}", pictures={"kl": finding.pictures["kl"]})
 
 
-def mixtures(seeds: int, scale: float) -> Finding:
-    """How far the mixture that decoding makes, token by token, is from that of whole sequences (App. F.1): total
-    variation, and KL from the second, in a world of three tokens and length three; means over random policies."""
-    world, rows = text.completions(3, 3, eos=2), []
-    prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular(world)
+def mixtures(seeds: int, scale: float) -> aj.Finding:
+    """Returns how far the mixture that decoding makes token by token is from that of whole sequences (App. F.1).
+
+    The world has three tokens and length three. The figures, total variation and KL(sequences, tokens), are means over
+    random policies.
+    """
+    world, rows = text.enumerate_completions(3, 3, eos=2), []
+    prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular_log_prob(world)
     rng = np.random.default_rng(0)
-    logits = rng.normal(scale=scale, size=(seeds, 2, text.prefixes(world).max() + 1, 3))
-    policies = [[text.sequences(log_prob, {"logits": table}, prompt, world) for table in pair] for pair in logits]
+    logits = rng.normal(scale=scale, size=(seeds, 2, text.prefix_numbers(world).max() + 1, 3))
+    tables = ([{"logits": table} for table in pair] for pair in logits)
+    policies = [[text.sequence_log_probs(log_prob, table, prompt, world) for table in pair] for pair in tables]
     for beta in (0.0, 0.125, 0.25, 0.5, 0.75, 1.0):
-        apart = []
+        distances = []
         for policy, reference in policies:
-            whole, step = game.mixture(policy, reference, beta), text.step_mixture(world, policy, reference, beta, 3)
-            apart.append((0.5 * np.abs(np.exp(whole) - np.exp(step)).sum(), float(game.divergence(whole, step)[0])))
-        rows.append([beta, *map(float, np.mean(apart, 0))])
-    table = report.markdown(["beta", "total variation", "KL, nats"], [[f"{x:.3f}" for x in row] for row in rows])
-    return Finding(f"## The mixture of sequences against the mixture of tokens\n\n{table}", {}, rows)
+            sequence = game.mixture_policy(policy, reference, beta)
+            token = text.token_mixture(world, policy, reference, beta, 3)
+            distance = 0.5 * np.abs(np.exp(sequence) - np.exp(token)).sum()
+            distances.append((distance, float(game.divergence(sequence, token)[0])))
+        rows.append([beta, *map(float, np.mean(distances, 0))])
+    table = markdown_table(["beta", "total variation", "KL, nats"], [[f"{x:.3f}" for x in row] for row in rows])
+    return aj.Finding(f"## The mixture of sequences against the mixture of tokens\n\n{table}", {}, rows)
 
 
-def examples() -> Finding:
-    """The paper's worked examples: its number and ours."""
+def examples() -> aj.Finding:
+    """Returns the paper's worked examples: its number and ours."""
     dice, voters, elo = (np.asarray(build().p[0]) for build in (zoo.dice, zoo.voters, zoo.elo))
     apart = np.array([0, 0, 1.0]) @ elo @ np.array([2 / 3, 1 / 3, 0])
     diverse = zoo.diversity(0.1)
@@ -161,22 +173,23 @@ def examples() -> Finding:
         ("diversity, eps=.1: Nash of y3", 1 / 3 - 0.1, solve.nash(diverse).policy[0, 2]),
     ]
     cells = [[what, f"{paper:.12f}", f"{here:.12f}", f"{abs(paper - here):.0e}"] for what, paper, here in rows]
-    text = report.markdown(["example", "the paper", "here", "apart"], cells)
-    return Finding(
+    text = markdown_table(["example", "the paper", "here", "apart"], cells)
+    return aj.Finding(
         f"## Worked examples of 2312.00886\n\n{text}", {}, [[what, paper, float(x)] for what, paper, x in rows]
     )
 
 
-def get_config(evaluations: int = 20_000, records: int = 60) -> Experiment:
+def get_config(evaluations: int = 20_000, records: int = 60) -> aj.Experiment:
+    """Returns the studies; ``records`` are the points of each curve."""
     options = {"evaluations": evaluations, "records": records}
-    return Experiment(
+    return aj.Experiment(
         task=None,
         stages={
-            "examples": Study(examples),
-            "mixtures": Study(partial(mixtures, seeds=20, scale=1.0)),
-            "race": Study(partial(regularised, tau=0.1, **options)),
-            "discriminating": Study(partial(regularised, tau=0.01, **options)),
-            "sampled": Study(partial(sampled, tau=0.1, evaluations=2000, records=records, batch=8, seeds=8)),
-            "unregularised": Study(partial(without, tau=0.1, **options)),
+            "examples": aj.Study(examples),
+            "mixtures": aj.Study(partial(mixtures, seeds=20, scale=1.0)),
+            "race": aj.Study(partial(regularised, tau=0.1, **options)),
+            "discriminating": aj.Study(partial(regularised, tau=0.01, **options)),
+            "sampled": aj.Study(partial(sampled, tau=0.1, evaluations=2000, records=records, batch=8, seeds=8)),
+            "unregularised": aj.Study(partial(without, tau=0.1, **options)),
         },
     )

@@ -1,58 +1,39 @@
-"""RLCD at the paper's scale (2307.12950): LLaMA-7B made harmless by contrast prompts, with Nash-MD beside a reward's
+"""RLCD at the paper's scale (2307.12950): contrast prompts make LLaMA-7B harmless, by Nash-MD and by a reward's
 policy gradient.
 
     alignjax run experiments/rlcd/harmless_7b.py --workdir runs/rlcd7b --set checkpoint=PATH/llama-7b \\
         --set train=PATH/train.jsonl.gz --set test=PATH/test.jsonl.gz
     ... --set labeller=30b --set labeller_checkpoint=PATH/llama-30b       # 30B simulates the data, 7B is trained
     ... --set attribute=helpful                                           # with the files of helpful-base
-    ... --set nash_md.objective.tau=0.004 --only nash_md                  # a point of the grid, as a job of its own
+    ... --set nash_md.objective.loss.tau=0.004 --only nash_md             # a point of the grid, as a job of its own
     alignjax plan experiments/rlcd/harmless_7b.py --topology v5p:4x4x4    # needs no checkpoint and no data
 
 To fetch, with a network: the base LLaMA (not a chat model; 7B and 30B of 2302.13971) as Hugging Face folders, for
 example huggyllama/llama-7b and huggyllama/llama-30b, in safetensors; and harmless-base/{train,test}.jsonl.gz of
-Anthropic's hh-rlhf, whose texts can be offensive. A folder that says another size or another norm_eps than LLAMA_7B
-is refused by name.
+Anthropic's hh-rlhf, whose texts can be offensive. A folder of another size or another norm_eps than LLAMA_7B is
+refused.
 
-From the paper: who is trained on what (no supervised fine-tuning; policy, reference and preference models all begin
-as the base), one contrast pair of 16 a prompt, at most 5 tries, 300 new tokens; preference model of 512 tokens, batch
-16, lr 3e-6, warm-up 3% of one epoch, cosine; policies with prompts of at most 192 tokens, lr 1e-5 after 5 steps,
+From the paper: what each model starts from (no supervised fine-tuning; policy, reference and preference models all
+start from the base), one contrast pair of 16 a prompt, at most 5 tries, 300 new tokens; preference model of 512 tokens,
+batch 16, lr 3e-6, warm-up 3% of one epoch, cosine; policies with prompts of at most 192 tokens, lr 1e-5 after 5 steps,
 Adam's eps 1e-5; the grid of tau {.001, .002, .004, .008, .016, .032}, to be chosen on the validation split (--set
 table.split=validation); 1000 test prompts, decoded with top-p .9.
 
-Ours: the words of the affixes; pairs whose prompt is longer than 208 tokens are left out, not cut; the true KL, not
-the clamped one. The paper's PPO is not here yet (it comes as a stage): ``policy_gradient`` follows the same reward
-with the same KL on fresh samples alone, 160 steps of 256, as many replies as 80 of the paper's steps of 512; its rate
-ends in a cosine, not in a line. tau and beta of ``nash_md`` are those of 2312.00886. The judge is a reward model of
-the human labels of the training file, which no policy saw; ``truth`` says how far the simulated labels agree with
-people on held-out dialogues.
+Ours: the words of the affixes; pairs whose prompt is longer than 208 tokens are left out, not cut; the true KL, not the
+clamped one. There is no PPO here yet: ``policy_gradient`` follows the same reward with the same KL on fresh samples
+alone, 160 steps of 256, which are as many replies as 80 of the paper's steps of 512; its rate ends in a cosine, not in
+a line. tau and beta of ``nash_md`` are those of 2312.00886. The judge is a reward model of the human labels of the
+training file; no policy was trained against it. ``truth`` measures how far the simulated labels agree with people on
+held-out dialogues.
 """
 
 from dataclasses import replace
 from functools import partial
 
-from alignjax import objectives
-from alignjax.distributed.sharding import Mesh
-from alignjax.errors import UserError
-from alignjax.labeling import methods as labeling
-from alignjax.models.decoder import TransformerConfig
-from alignjax.pipeline.stages import (
-    Adam,
-    Experiment,
-    FitPreference,
-    GivenPairs,
-    Label,
-    Loop,
-    Optimise,
-    Pretrained,
-    Tournament,
-    Writing,
-)
-from alignjax.preferences import models as preference
-from alignjax.sampling import samplers as rollout
-from alignjax.sampling.process import Sampling
+import alignjax as aj
 from alignjax.tasks import dialogue
 
-LLAMA_7B = TransformerConfig(  # 2302.13971, table 2
+LLAMA_7B = aj.TransformerConfig(  # 2302.13971, table 2
     vocab_size=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_dim=128, hidden=11_008, norm_eps=1e-6,
     tied=False,
 )  # fmt: skip
@@ -69,69 +50,67 @@ def get_config(
     labeller: str = "7b",
     labeller_checkpoint: str = "checkpoints/llama-30b",
     attribute: str = "harmless",
-) -> Experiment:
+) -> aj.Experiment:
+    """Returns both arms; ``labeller`` is the size of the model that writes the pairs."""
     if labeller not in ("7b", "30b"):
-        raise UserError(f"labeller={labeller!r} is unknown; choose 7b or 30b")
-    base = Pretrained(
+        raise aj.UserError(f"labeller={labeller!r} is unknown; choose 7b or 30b")
+    base = aj.LoadCheckpoint(
         checkpoint, dtype="bfloat16", compute_dtype="bfloat16", remat="full", decode="scanned", model=LLAMA_7B
     )
-    writing = Writing(
-        max_new_tokens=NEW_TOKENS, buckets=(64, 128, 256, 512), batch=128, sampling=Sampling(top_k=50)
+    writing = aj.Writing(
+        max_new_tokens=NEW_TOKENS, buckets=(64, 128, 256, 512), batch=128, sampling=aj.Sampling(top_k=50)
     )  # fmt: skip
-    reward = FitPreference(
+    reward = aj.FitPreference(
         start="base",
         pairs="pairs",
         truth="human_test",
-        form=preference.bradley_terry,
-        adam=Adam(lr=3e-6, warmup=80, b2=0.999),
-        loop=Loop(steps=2600, batch=16),  # an epoch of a little over 40 thousand pairs
+        form=aj.bradley_terry,
+        adam=aj.Adam(lr=3e-6, warmup=80, b2=0.999),
+        loop=aj.Loop(steps=2600, batch=16),  # an epoch of a little over 40 thousand pairs
         buckets=(64, 128, 208),
         response=NEW_TOKENS + 4,  # and what stands around a reply
     )
-    nash_md = Optimise(
+    nash_md = aj.TrainPolicy(
         start="base",
         reference="base",
-        preference="preference",
-        objective=partial(objectives.nash_md, tau=0.008),
-        opponent=partial(rollout.mixture, beta=0.125),
-        adam=Adam(lr=1e-5, warmup=5, b2=0.999, eps=1e-5),
-        loop=Loop(steps=160, batch=256, accumulate=4, save_every=20),
-        prompts=EVERY,
+        objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=0.008)),
+        data=aj.OnlineData(preference="preference", samplers=(aj.policy, aj.mixture(beta=0.125)), prompts=EVERY),
+        adam=aj.Adam(lr=1e-5, warmup=5, b2=0.999, eps=1e-5),
+        loop=aj.Loop(steps=160, batch=256, accumulate=4, save_every=20),
         buckets=QUERIES,
         max_new_tokens=NEW_TOKENS,
     )
     policies = ("base", "nash_md", "policy_gradient")
-    return Experiment(
-        task=dialogue.task(train, test, attribute),
-        mesh=Mesh(data=1, fsdp=-1, tensor=4),
+    return aj.Experiment(
+        task=dialogue.dialogue_task(train, test, attribute),
+        mesh=aj.Mesh(data=1, fsdp=-1, tensor=4),
         stages={
             "base": base,
             **({"labeller": replace(base, path=labeller_checkpoint, model=LLAMA_30B)} if labeller == "30b" else {}),
-            "pairs": Label(
+            "pairs": aj.Label(
                 generator="labeller" if labeller == "30b" else "base",
-                method=labeling.rlcd,
+                method=aj.RLCD(),
                 split="train",
                 prompts=EVERY,
                 writing=writing,
             ),
-            "human": GivenPairs(train, dialogue.comparison),
-            "human_test": GivenPairs(test, dialogue.comparison),
+            "human": aj.LoadPairs(train, dialogue.read_hh_comparison),
+            "human_test": aj.LoadPairs(test, dialogue.read_hh_comparison),
             "reward": reward,
-            "preference": replace(reward, form=preference.pairwise),
+            "preference": replace(reward, form=aj.pairwise),
             "judge": replace(reward, pairs="human"),
             "nash_md": nash_md,
             "policy_gradient": replace(
                 nash_md,
-                preference="reward",
-                objective=partial(objectives.policy_gradient, tau=0.008, bound=5.0),
-                opponent=rollout.self_play,
+                objective=aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=0.008), bound=5.0),
+                data=replace(nash_md.data, preference="reward", samplers=(aj.policy, aj.policy)),
             ),
-            "table": Tournament(
+            "table": aj.Tournament(
                 policies={name: name for name in policies},
                 reference="base",
-                judges={"people": "judge"},
+                judges={"people": aj.ModelJudge("judge")},
                 prompts=1000,
-                writing=replace(writing, buckets=QUERIES, sampling=Sampling(top_p=0.9)),
+                writing=replace(writing, buckets=QUERIES, sampling=aj.Sampling(top_p=0.9)),
             ),
         },
     )

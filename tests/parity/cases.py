@@ -1,8 +1,8 @@
-"""The families of checkpoints that the referee, transformers on torch, is asked about; each draws its configuration.
+"""The families of checkpoints that are compared with transformers on torch, each with a random configuration.
 
-A draw varies what checkpoints vary (sizes, head counts, scaling, biases, tying) and always keeps what makes the family
-itself, at a size where it matters: windows and buckets shorter than the texts, caps as large as the scores. Nothing
-here needs torch.
+A configuration varies what checkpoints vary (sizes, head counts, scaling, biases, tying). It always keeps what defines
+the family, at a size where it matters: windows and buckets shorter than the texts, caps as large as the scores. This
+module needs no torch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ class Case:
 
 
 def pick(rng: Generator, *choices: Any) -> Any:
+    """Returns one of the choices, uniformly."""
     return choices[rng.integers(len(choices))]
 
 
 def common(rng: Generator) -> dict[str, Any]:
-    """Sizes that are all different, so that no axis can stand for another."""
+    """Returns sizes that are all different, so that no two axes can be confused."""
     kv_heads = pick(rng, 1, 2)
     return dict(
         vocab_size=pick(rng, 44, 47, 48), hidden_size=pick(rng, 24, 28), intermediate_size=pick(rng, 36, 40),
@@ -44,19 +45,22 @@ def common(rng: Generator) -> dict[str, Any]:
 
 
 def rms(rng: Generator) -> dict[str, Any]:
-    """Norm and activation of Llama and its kin; an epsilon that is seen."""
+    """Returns norm and activation of Llama-like families, with an epsilon large enough to matter."""
     return dict(rms_norm_eps=pick(rng, 1e-2, 1e-3), hidden_act=pick(rng, "silu", "gelu", "gelu_pytorch_tanh"))
 
 
 def plain_rope(rng: Generator, **more: Any) -> dict[str, Any]:
+    """Returns rotary positions without scaling."""
     return dict(rope_type="default", rope_theta=pick(rng, 100.0, 10_000.0)) | more
 
 
 def linear_rope(rng: Generator) -> dict[str, Any]:
+    """Returns rotary positions that are stretched linearly."""
     return plain_rope(rng, rope_type="linear", factor=pick(rng, 2.0, 4.0))
 
 
 def llama2(rng: Generator) -> dict[str, Any]:
+    """Returns a Llama 2."""
     return common(rng) | rms(rng) | dict(
         head_dim=pick(rng, 6, 8), attention_bias=pick(rng, True, False), mlp_bias=pick(rng, True, False),
         rope_parameters=pick(rng, plain_rope, linear_rope)(rng),
@@ -64,13 +68,14 @@ def llama2(rng: Generator) -> dict[str, Any]:
 
 
 def llama3(rng: Generator) -> dict[str, Any]:
-    """Wavelengths on both sides of the original context and between."""
+    """Returns a Llama 3 with wavelengths on both sides of the original context and between."""
     rope = dict(rope_type="llama3", rope_theta=500.0, factor=pick(rng, 4.0, 8.0), low_freq_factor=1.0,
                 high_freq_factor=pick(rng, 3.0, 4.0), original_max_position_embeddings=32)  # fmt: skip
     return common(rng) | rms(rng) | dict(head_dim=pick(rng, 10, 12), rope_parameters=rope)
 
 
 def mistral(rng: Generator) -> dict[str, Any]:
+    """Returns a Mistral with a window in every layer."""
     return common(rng) | rms(rng) | dict(
         head_dim=8, num_attention_heads=4, num_key_value_heads=2, sliding_window=pick(rng, 4, 5, 7),
         rope_parameters=plain_rope(rng),
@@ -78,7 +83,7 @@ def mistral(rng: Generator) -> dict[str, Any]:
 
 
 def qwen2(rng: Generator) -> dict[str, Any]:
-    """Its heads are as wide as the model over their number."""
+    """Returns a Qwen 2, whose head size is the width over the number of heads."""
     return common(rng) | rms(rng) | dict(
         num_attention_heads=4, num_key_value_heads=pick(rng, 1, 2), hidden_size=24, use_sliding_window=True,
         sliding_window=pick(rng, 4, 6), max_window_layers=1, rope_parameters=plain_rope(rng),
@@ -86,6 +91,7 @@ def qwen2(rng: Generator) -> dict[str, Any]:
 
 
 def qwen3(rng: Generator) -> dict[str, Any]:
+    """Returns a Qwen 3."""
     return common(rng) | rms(rng) | dict(
         head_dim=8, attention_bias=pick(rng, True, False), use_sliding_window=pick(rng, True, False),
         sliding_window=5, max_window_layers=1, rope_parameters=plain_rope(rng),
@@ -93,6 +99,7 @@ def qwen3(rng: Generator) -> dict[str, Any]:
 
 
 def gemma(rng: Generator) -> dict[str, Any]:
+    """Returns what Gemma 2 and 3 share."""
     sizes, kinds = common(rng), ["sliding_attention", "full_attention"]
     return sizes | dict(
         head_dim=8, sliding_window=pick(rng, 4, 5, 7), query_pre_attn_scalar=pick(rng, 6, 12),
@@ -103,6 +110,7 @@ def gemma(rng: Generator) -> dict[str, Any]:
 
 
 def gemma2(rng: Generator) -> dict[str, Any]:
+    """Returns a Gemma 2, with caps of scores and logits."""
     return gemma(rng) | dict(
         attn_logit_softcapping=pick(rng, 1.5, 2.5), final_logit_softcapping=pick(rng, 3.0, 6.0),
         rope_parameters=plain_rope(rng),
@@ -110,11 +118,13 @@ def gemma2(rng: Generator) -> dict[str, Any]:
 
 
 def gemma3(rng: Generator) -> dict[str, Any]:
-    near = dict(rope_type="default", rope_theta=pick(rng, 20.0, 50.0))
-    return gemma(rng) | dict(rope_parameters=dict(full_attention=linear_rope(rng), sliding_attention=near))
+    """Returns a Gemma 3, whose windowed layers have rotary frequencies of their own."""
+    windowed = dict(rope_type="default", rope_theta=pick(rng, 20.0, 50.0))
+    return gemma(rng) | dict(rope_parameters=dict(full_attention=linear_rope(rng), sliding_attention=windowed))
 
 
 def gpt2(rng: Generator) -> dict[str, Any]:
+    """Returns a GPT-2."""
     return dict(
         vocab_size=47, n_embd=pick(rng, 24, 32), n_layer=pick(rng, 2, 3), n_head=pick(rng, 2, 4),
         n_inner=pick(rng, None, 40),
@@ -124,6 +134,8 @@ def gpt2(rng: Generator) -> dict[str, Any]:
 
 
 def neox(parallel: bool) -> Draw:
+    """Returns the draw of a GPT-NeoX with parallel or serial residuals."""
+
     def draw(rng: Generator) -> dict[str, Any]:
         sizes, heads = common(rng), pick(rng, 2, 3)
         del sizes["num_key_value_heads"]
@@ -137,6 +149,8 @@ def neox(parallel: bool) -> Draw:
 
 
 def t5(*kinds: str) -> Draw:
+    """Returns the draw of a T5 with one of these MLPs."""
+
     def draw(rng: Generator) -> dict[str, Any]:
         return dict(
             vocab_size=pick(rng, 44, 47), d_model=pick(rng, 20, 24), d_kv=pick(rng, 6, 8), d_ff=pick(rng, 36, 40),
@@ -150,7 +164,7 @@ def t5(*kinds: str) -> Draw:
 
 
 def t5_v11(rng: Generator) -> dict[str, Any]:
-    """Its config.json says that the head is not tied, by which the library knows not to scale states."""
+    """Returns a T5 v1.1: its config.json says that the head is not tied, so transformers does not scale states."""
     return t5("gated-gelu", "gated-silu")(rng) | dict(tie_word_embeddings=False)
 
 

@@ -1,4 +1,4 @@
-"""Draws anew each time, and says at the end from which seed and how near the two came."""
+"""Each run draws new configurations; its summary has the seed and how close the two implementations are."""
 
 import os
 import secrets
@@ -8,7 +8,8 @@ NOTES = []
 
 
 def pytest_terminal_summary(terminalreporter):
+    """Prints the notes of the run and its seed."""
     terminalreporter.section("parity with transformers on torch")
     for note in NOTES:
         terminalreporter.write_line(note)
-    terminalreporter.write_line(f"ALIGNJAX_PARITY_SEED={SEED} draws these configurations again")
+    terminalreporter.write_line(f"ALIGNJAX_PARITY_SEED={SEED} repeats these configurations")

@@ -1,4 +1,4 @@
-"""Writes tests/fixtures/: a small checkpoint a family, as transformers saves it, and what torch says of it.
+"""Writes tests/fixtures/: a small checkpoint of each family, as transformers saves it, and what torch computes from it.
 
 Run from the repository's root, deterministic:
 
@@ -36,20 +36,21 @@ MASK = torch.ones(1, 1, 4, 4).tril().bool()
 Tensors = dict[str, torch.Tensor]
 
 
-class Unfit(Exception):
-    """A draw that makes no good fixture; the next one is taken."""
+class UnsuitableDraw(Exception):
+    """A random model that makes no good fixture; the next one is drawn."""
 
 
 def older_llama(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json with rope_theta and rope_scaling on their own."""
     rope = raw.pop("rope_parameters")
     return raw | {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope, "torch_dtype": raw.pop("dtype")}
 
 
 def older_gemma3(raw: dict[str, Any]) -> dict[str, Any]:
-    """A pattern in place of layer types, two thetas, and the key left out that says the head is tied."""
+    """Returns the config.json with a pattern for layer types and two thetas, without the key that ties the head."""
     rope, kinds = raw.pop("rope_parameters"), raw.pop("layer_types")
     if kinds != ["sliding_attention", "full_attention"]:
-        raise Unfit("no pattern")
+        raise UnsuitableDraw("no pattern")
     if raw["tie_word_embeddings"]:
         del raw["tie_word_embeddings"]
     full = rope["full_attention"]
@@ -60,22 +61,25 @@ def older_gemma3(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def older_neox(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns the config.json with the older names of the rotary options."""
     rope = raw.pop("rope_parameters")
     return raw | {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
 
 
 def older_t5_v11(raw: dict[str, Any]) -> dict[str, Any]:
-    """Only ``tie_word_embeddings`` says that states are not scaled."""
+    """Returns the config.json in which ``tie_word_embeddings`` alone says that states are not scaled."""
     del raw["scale_decoder_outputs"]
     return raw | {"tie_word_embeddings": False}
 
 
 def bare_gpt2(tensors: Tensors) -> Tensors:
+    """Returns the tensors of the bare backbone, with its buffers."""
     bare = {name.removeprefix("transformer."): value for name, value in tensors.items()}
     return bare | {"h.0.attn.bias": MASK.float(), "h.0.attn.masked_bias": torch.tensor(-1e4)}
 
 
 def neox_buffers(tensors: Tensors) -> Tensors:
+    """Returns the tensors with the buffers that published checkpoints have."""
     at = "gpt_neox.layers.0.attention."
     return tensors | {
         f"{at}bias": MASK,
@@ -85,6 +89,7 @@ def neox_buffers(tensors: Tensors) -> Tensors:
 
 
 def t5_leftovers(tensors: Tensors) -> Tensors:
+    """Returns the tensors with the copies and the unused bias that published checkpoints have."""
     unused = torch.ones_like(tensors["decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"])
     shared = {f"{side}.embed_tokens.weight": tensors["shared.weight"].clone() for side in ("encoder", "decoder")}
     return tensors | shared | {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": unused}
@@ -97,9 +102,10 @@ STORED: dict[str, Callable[[Tensors], Tensors]] = {"gpt2": bare_gpt2, "gpt_neox"
 
 
 def write_checkpoint(case: Case, folder: Path, rng: np.random.Generator) -> None:
-    model = referee.make(case, rng)
+    """Writes a random model. Raises UnsuitableDraw when it has more than two layers."""
+    model = referee.draw_model(case, rng)
     if model.config.num_hidden_layers != 2:
-        raise Unfit("layers take time to compile")
+        raise UnsuitableDraw("layers take time to compile")
     if case.name in BFLOAT16:
         model = model.bfloat16()
     model.save_pretrained(folder, max_shard_size="40KB" if case.name in SHARDED else "1GB")
@@ -112,23 +118,23 @@ def write_checkpoint(case: Case, folder: Path, rng: np.random.Generator) -> None
 
 
 def write_case(case: Case, folder: Path, rng: np.random.Generator) -> None:
-    """The expectations are of what transformers reads in the folder, not of the model it came from."""
+    """Writes a checkpoint and what transformers computes from the folder. Raises UnsuitableDraw."""
     write_checkpoint(case, folder, rng)
-    model, _ = referee.load(case.model, folder)
+    model, _ = referee.load_model(case.model, folder)
     vocabulary, length = model.config.vocab_size, max(LENGTHS)
     mask = np.arange(length) < np.array(LENGTHS)[:, None]
     tokens = np.where(mask, rng.integers(2, vocabulary, mask.shape), 0).astype(np.int32)
     completions = rng.integers(2, vocabulary, (len(LENGTHS), COMPLETION)).astype(np.int32)
     prompts = [row[:n].tolist() for row, n in zip(tokens, LENGTHS, strict=True)]
-    said = referee.ask(model, prompts, completions)
-    if said.margins.min() < MARGIN or len(np.unique(said.greedy)) < 12:
-        raise Unfit("a greedy token hardly leads, or always the same ones do")
-    expected = {"prompt": tokens, "mask": mask, "completion": completions, "logits": said.logits,
-                "greedy": said.greedy}  # fmt: skip
-    expected |= {"encoded": said.encoded} if said.encoded is not None else {}
+    outputs = referee.compute(model, prompts, completions)
+    if outputs.margins.min() < MARGIN or len(np.unique(outputs.greedy)) < 12:
+        raise UnsuitableDraw("a greedy token hardly leads, or always the same ones do")
+    expected = {"prompt": tokens, "mask": mask, "completion": completions, "logits": outputs.logits,
+                "greedy": outputs.greedy}  # fmt: skip
+    expected |= {"encoded": outputs.encoded} if outputs.encoded is not None else {}
     safetensors.numpy.save_file(expected, folder / "expected.safetensors")
-    print(f"{case.name}: |logits| <= {np.abs(said.logits).max():.1f}, greedy margin {said.margins.min():.4f}, "
-          f"{len(np.unique(said.greedy))} tokens")  # fmt: skip
+    print(f"{case.name}: |logits| <= {np.abs(outputs.logits).max():.1f}, greedy margin {outputs.margins.min():.4f}, "
+          f"{len(np.unique(outputs.greedy))} tokens")  # fmt: skip
 
 
 README = f"""# Checkpoints, and what transformers says of them
@@ -143,6 +149,7 @@ Written by `.venv/bin/python -m tests.parity.make_fixtures`, seed {SEED}.
 
 
 def main() -> None:
+    """Writes all fixtures."""
     shutil.rmtree(FIXTURES, ignore_errors=True)
     FIXTURES.mkdir()
     (FIXTURES / "README.md").write_text(README)
@@ -151,7 +158,7 @@ def main() -> None:
             try:
                 write_case(case, FIXTURES / case.name, np.random.default_rng([SEED, i, attempt]))
                 break
-            except Unfit:
+            except UnsuitableDraw:
                 shutil.rmtree(FIXTURES / case.name, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""What transformers on torch says: the referee of our networks. Rows go one by one, so that it never sees padding."""
+"""The reference implementation: transformers on torch. Rows are computed one by one, without padding."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NEW_TOKENS = 64
 END = 1  # what T5's tokenizers put behind a prompt, and our encoder itself
 
 
-class Said(NamedTuple):
-    """The referee's word on prompts and completions."""
+class Outputs(NamedTuple):
+    """What transformers computes from prompts and completions."""
 
     logits: np.ndarray  # [B, N, V], of each completion token
     states: np.ndarray  # [B, N, D], what the head reads
@@ -28,8 +28,8 @@ class Said(NamedTuple):
     encoded: np.ndarray | None  # [B, T + 1, D], the encoder's states, zero on padding
 
 
-def make(case: Case, rng: np.random.Generator) -> Any:
-    """A model in which every path matters: large weights, and no norm or bias where it is neutral."""
+def draw_model(case: Case, rng: np.random.Generator) -> Any:
+    """Returns a random model in which every path matters: large weights, and no norm or bias at its neutral value."""
     kind = getattr(transformers, case.model)
     config = kind.config_class(**case.draw(rng))
     config._attn_implementation = "eager"
@@ -47,49 +47,51 @@ def make(case: Case, rng: np.random.Generator) -> Any:
     return model
 
 
-def load(kind: str, folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model in a folder, in float32, and transformers' account of what did not fit."""
-    found, info = getattr(transformers, kind).from_pretrained(
+def load_model(kind: str, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns the model of a folder, in float32, and what transformers reports as missing or unexpected."""
+    model, info = getattr(transformers, kind).from_pretrained(
         folder, local_files_only=True, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
-    return found.eval(), {name: sorted(value) for name, value in info.items() if value}
+    return model.eval(), {name: sorted(value) for name, value in info.items() if value}
 
 
 @torch.no_grad()
-def ask(model: Any, prompts: list[list[int]], completions: np.ndarray) -> Said:
-    """Prompts of any lengths, completions [B, N]."""
+def compute(model: Any, prompts: list[list[int]], completions: np.ndarray) -> Outputs:
+    """Returns the outputs of prompts of any lengths and completions [B, N]."""
     encodes = model.config.is_encoder_decoder
-    one = encoded_row if encodes else decoder_row
-    rows = [one(model, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    greedy = [write(model, [*prompt, END] if encodes else prompt) for prompt in prompts]
+    compute_row = encoded_row if encodes else decoder_row
+    rows = [compute_row(model, prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    greedy = [generate_greedy(model, [*prompt, END] if encodes else prompt) for prompt in prompts]
     memory = None
     if encodes:
         memory = np.zeros((len(rows), max(map(len, prompts)) + 1, rows[0][2].shape[-1]), np.float32)
-        for place, row in zip(memory, rows, strict=True):
-            place[: len(row[2])] = row[2]
+        for states, row in zip(memory, rows, strict=True):
+            states[: len(row[2])] = row[2]
     stacked = (np.stack([row[i] for row in rows]) for i in range(2))
-    return Said(*stacked, *(np.stack(part) for part in zip(*greedy, strict=True)), memory)
+    return Outputs(*stacked, *(np.stack(part) for part in zip(*greedy, strict=True)), memory)
 
 
 def decoder_row(model: Any, prompt: list[int], completion: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns logits [N, V] and last hidden states [N, D] of one completion."""
     out = model(input_ids=torch.tensor([[*prompt, *completion.tolist()]]), output_hidden_states=True)
-    where = slice(len(prompt) - 1, -1)
-    return out.logits[0, where].numpy(), out.hidden_states[-1][0, where].numpy()
+    completion_rows = slice(len(prompt) - 1, -1)
+    return out.logits[0, completion_rows].numpy(), out.hidden_states[-1][0, completion_rows].numpy()
 
 
 def encoded_row(model: Any, prompt: list[int], completion: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns logits [N, V], hidden states of the decoder [N, D] and of the encoder [T + 1, D]."""
     written = torch.tensor([[model.config.decoder_start_token_id, *completion[:-1].tolist()]])
     out = model(input_ids=torch.tensor([[*prompt, END]]), decoder_input_ids=written, output_hidden_states=True)
     return out.logits[0].numpy(), out.decoder_hidden_states[-1][0].numpy(), out.encoder_last_hidden_state[0].numpy()
 
 
-def write(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """64 greedy tokens, and how far each one's logit leads the next best."""
+def generate_greedy(model: Any, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns 64 greedy tokens, and by how much the logit of each leads the next best."""
     tokens = torch.tensor([ids])
     out = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=False,
         eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True,
-        use_cache=not model.config.is_encoder_decoder,  # theirs has no room for a decoder deeper than its encoder
+        use_cache=not model.config.is_encoder_decoder,  # its cache has no room for a decoder deeper than its encoder
     )  # fmt: skip
     best = torch.cat(out.logits).topk(2).values
     return out.sequences[0, -NEW_TOKENS:].numpy().astype(np.int32), (best[:, 0] - best[:, 1]).numpy()

@@ -25,11 +25,11 @@ from alignjax.pipeline.judges import JudgeSizes, judging_program
 from alignjax.pipeline.networks import Network, Over
 from alignjax.pipeline.stages.pair_batches import (
     PairLimits,
-    Row,
+    PairRow,
     abstract_pair_batch,
     encode_pairs,
+    load_pairs,
     pair_batches,
-    read_pairs,
 )
 from alignjax.pipeline.stages.writing import check_positions
 from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
@@ -139,7 +139,7 @@ class FitPreference:
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Fits the model, writes its network, and measures it."""
         start, task = context.abstract(self.start), context.task
-        rows = read_pairs(context, self.pairs, "train")
+        rows = load_pairs(context, self.pairs, "train")
         batches = pair_batches(rows, start.tokenizer, task, self.limits, self.loop.batch, context.seed(self.seed))
         if self.truth:
             self.measured_pairs(context, start.tokenizer)  # refuses them now, not after the training
@@ -171,14 +171,14 @@ class FitPreference:
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
         return {**judges.calibration(p, np.array([row["p"] for row in rows])), "too_long": too_long}
 
-    def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[Row], int]:
+    def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[PairRow], int]:
         """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is
         compiled.
 
         Raises UserError when none is left.
         """
         assert self.truth is not None
-        rows = read_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
+        rows = load_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
         _, fitting = encode_pairs(rows, tokenizer, context.task, self.limits)
         return fitting, len(rows) - len(fitting)
 

@@ -22,7 +22,7 @@ from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer, with_chat_template
 from alignjax.pipeline import config, networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program
-from alignjax.pipeline.networks import Network, Over, Record
+from alignjax.pipeline.networks import Network, NetworkRecord, Over
 from alignjax.pipeline.trainable import trained_spec
 from alignjax.tasks import json_lines
 from alignjax.training import data
@@ -88,7 +88,7 @@ class LoadCheckpoint:
         heads = networks.head_shapes({"reward": init_head(config.width)}) if self.makes == Kind.REWARD else {}
         # Before they run, folders with equally many tokens are taken for one family.
         digest = f"{config.vocab_size} tokens" + (" chat" if self.chat else "")
-        return NetworkSpec(Record(config, self.dtype, heads, self.chat, None), self.tokenizer(), digest)
+        return NetworkSpec(NetworkRecord(config, self.dtype, heads, self.chat, None), self.tokenizer(), digest)
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the reward model's own identity; of a policy nothing."""

@@ -15,7 +15,7 @@ from alignjax.tasks.task import Task, reply_text
 from alignjax.training import data
 from alignjax.types import PreferenceBatch, Prompt, Response
 
-Row = dict[str, Any]
+PairRow = dict[str, Any]
 """{"prompt", "first", "second": text, "p": P(first is preferred)}."""
 
 
@@ -34,13 +34,13 @@ class PairLimits(NamedTuple):
     response: int
 
 
-def read_pairs(context: Context, stage: str, split: str) -> list[Row]:
+def load_pairs(context: Context, stage: str, split: str) -> list[PairRow]:
     """Returns the pairs of a split that the stage wrote."""
     return data.read_pairs(context.folder_of(stage) / PAIR_DATA, split)
 
 
 def pair_batches(
-    rows: Sequence[Row], tokenizer: Tokenizer, task: Task, limits: PairLimits, batch: int, seed: int
+    rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task, limits: PairLimits, batch: int, seed: int
 ) -> PairBatches:
     """Returns batches of the pairs that fit. Raises UserError when none does."""
     encoded, fitting = encode_pairs(rows, tokenizer, task, limits)
@@ -55,8 +55,8 @@ def pair_batches(
 
 
 def encode_pairs(
-    rows: Sequence[Row], tokenizer: Tokenizer, task: Task, limits: PairLimits
-) -> tuple[list[tuple[list[int], list[int], list[int], float]], list[Row]]:
+    rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task, limits: PairLimits
+) -> tuple[list[tuple[list[int], list[int], list[int], float]], list[PairRow]]:
     """Returns (prompt ids, first ids, second ids, p) of the rows that fit, and these rows.
 
     Raises UserError when no row fits.

@@ -16,7 +16,7 @@ from alignjax.fields import Kind, no_effect, stage_input
 from alignjax.models.tokenizer import pad
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
-from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_pairs
+from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, load_pairs, pair_batches
 from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops, writing_model
 from alignjax.pipeline.trainable import Trainable
 from alignjax.preferences.judges import judged_length
@@ -267,7 +267,7 @@ class OfflineData:
     def batches(self, context: Context, setup: PolicySetup, programs: tuple[Program, ...]) -> Batches:
         """Returns batches of the pairs that fit."""
         limits, tokenizer = PairLimits(setup.buckets, setup.max_new_tokens), setup.start.tokenizer
-        rows, seed = read_pairs(context, self.pairs, "train"), context.seed(setup.seed)
+        rows, seed = load_pairs(context, self.pairs, "train"), context.seed(setup.seed)
         pairs = pair_batches(rows, tokenizer, context.task, limits, setup.loop.batch, seed)
         return Batches(pairs.plan, pairs.make_batch, function_of(programs, "collect"), pairs.figures)
 

@@ -22,7 +22,7 @@ from alignjax.models.tokenizer import pad, single_token
 from alignjax.objectives import NEXT_TOKEN_MEANINGS, next_token_loss
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, abstract_tokens, function_of
-from alignjax.pipeline.networks import Network, Record
+from alignjax.pipeline.networks import Network, NetworkRecord
 from alignjax.pipeline.stages.load import parameter_count, parameter_places
 from alignjax.preferences.preference_models import template_tokens
 from alignjax.tasks.task import EOS
@@ -51,7 +51,9 @@ class Pretrain:
 
     def network(self, context: Context) -> NetworkSpec:
         """Returns the model; its tokenizer is made when the stage runs."""
-        return NetworkSpec(Record(self.model, "float32", {}, False, None), None, f"trained by stage {context.name}")
+        return NetworkSpec(
+            NetworkRecord(self.model, "float32", {}, False, None), None, f"trained by stage {context.name}"
+        )
 
     def exposure(self, context: Context) -> Exposure:
         """Returns nothing: a corpus holds no pairs."""

@@ -178,10 +178,13 @@ class Tournament:
         prompts: Sequence[str],
     ) -> Iterator[tuple]:
         """Returns the columns of a policy's replies. Without plain sampling no KL is measured."""
+        if reference.token_digest != policy.token_digest:
+            raise UserError(f"{context.name}: {name!r} and the reference have different tokenizers; use one start")
         write = next(program.function for program in programs if program.name.startswith(f"write {name} "))
-        score = function_of(programs, "score") if self.writing.sampling == Sampling() else None
         key = jax.random.fold_in(context.key(self.seed), zlib.crc32(name.encode()) % 2**31)
-        generate = self.writing.generator(context, policy, write, key, score, reference)
+        generate = self.writing.generator(context, policy, write, key)
+        if self.writing.sampling == Sampling():  # filtered or tempered samples estimate no KL
+            generate = dataclasses.replace(generate, score=(function_of(programs, "score"), reference.params))
         return zip(*(reply for reply in generate(prompts, range(len(prompts)), 0) if reply), strict=True)
 
 

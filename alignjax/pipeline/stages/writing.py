@@ -17,7 +17,7 @@ from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, stop_sequences
 from alignjax.pipeline.experiment import Context, Program, abstract_array, abstract_tokens
 from alignjax.pipeline.networks import Network
-from alignjax.sampling.generate import Generate, ReplyFormat, generator, reply_scorer, reply_writer
+from alignjax.sampling.generate import Generator, ReplyFormat, reply_scorer, reply_writer
 from alignjax.sampling.process import Sampling, StopSequences
 from alignjax.tasks.task import EOS, Task
 from alignjax.types import Process, Prompt
@@ -80,23 +80,12 @@ class Writing:
             for length in self.buckets
         )  # fmt: skip
 
-    def generator(
-        self,
-        context: Context,
-        network: Network,
-        write: Any,
-        key: jax.Array,
-        score: Any = None,
-        reference: Network | None = None,
-    ) -> Generate:
-        """Returns text in, text out by a network; with ``score`` and ``reference`` replies have their log-ratio."""
-        if reference and reference.token_digest != network.token_digest:
-            raise UserError(f"{context.name}: the policy and the reference have different tokenizers; use one start")
+    def generator(self, context: Context, network: Network, write: Any, key: jax.Array) -> Generator:
+        """Returns text in, text out by a network, over a function of ``writer``."""
         reply_format = ReplyFormat(stop_tokens(context.task, network.tokenizer), context.task.format.end)
-        scoring = (score, reference.params) if score is not None and reference else None
-        return generator(
+        return Generator(
             write, network.params, network.tokenizer, reply_format, buckets=tuple(sorted(self.buckets)),
-            batch=self.batch, key=key, mesh=context.mesh, score=scoring,
+            batch=self.batch, key=key, mesh=context.mesh, score=None,
             owner=f"{context.name}: the network of {network.stage!r}",
         )  # fmt: skip
 
