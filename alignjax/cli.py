@@ -227,18 +227,18 @@ def plan_command(arguments: argparse.Namespace) -> int:
     """Compiles an experiment's stages for the given topologies and prints what they need."""
     from alignjax.planning import plan, topology
 
-    topology.prepare_environment(shape for name in arguments.topology for shape in plan.shapes(name))
-    meshes = [plan.read_mesh(text) for text in arguments.mesh]
+    topology.prepare_environment(shape for name in arguments.topology for shape in plan.expand_topology(name))
+    meshes = [plan.parse_mesh(text) for text in arguments.mesh]
     experiment = load_experiment(arguments.file, _settings(arguments))
     rows = []
     for row in plan.plan(experiment, arguments.topology, meshes, arguments.only, arguments.every_bucket):
         rows.append(row)
         print(f"{row.topology} {row.mesh} {row.stage}: {row.program} {row.seconds:.0f} s", file=sys.stderr)
-    print(plan.table(rows), plan.smallest(rows), sep="\n\n")
+    print(plan.plan_table(rows), plan.smallest_fit(rows), sep="\n\n")
     if arguments.largest:
-        print(plan.largest(rows))
+        print(plan.largest_arrays(rows))
     if arguments.json:
-        plan.write(Path(arguments.json), rows)
+        plan.write_plan(Path(arguments.json).expanduser(), rows)
     return 0
 
 
@@ -282,7 +282,7 @@ def _open_network(folder: str, chat: bool) -> Any:
 
     path = storage.parse_path(folder)
     with storage.bucket_errors(path):
-        return preview.open_network(path, chat)
+        return preview.open_preview_network(path, chat)
 
 
 def _preview_options(arguments: argparse.Namespace) -> Any:

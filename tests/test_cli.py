@@ -17,6 +17,7 @@ import pytest
 from alignjax.checkpoints import huggingface
 from alignjax.cli import main
 from alignjax.errors import UserError
+from alignjax.models.decoder import decoder
 from tests.conftest import TINY
 from tests.test_checkpoint_errors import edit
 

@@ -107,7 +107,7 @@ class FitPreference:
 
     def trainable(self, context: Context, start: Network, form: PreferenceModel) -> Trainable:
         """Returns what is trained of the start's network."""
-        return trainable(start, self.lora, form.init_heads(), form.rules, context.key(self.seed))
+        return trainable(start, self.lora, form.init_heads(), context.key(self.seed))
 
     def learner(self, context: Context) -> tuple[Learner, Trainable]:
         """Returns the compiled training and the abstract parameters it is for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -23,12 +22,12 @@ from alignjax.preferences.judges import judged_length
 from alignjax.sampling.samplers import Sampler
 from alignjax.tasks.task import EOS, Task
 from alignjax.training import data
-from alignjax.training.collect import Collector, Frozen, PreferenceView, roles_of, score_reference
+from alignjax.training.collect import Collector, Frozen, PreferenceView, complete_batch, roles_of
 from alignjax.training.learn import COLLECT, step_key
 from alignjax.training.loop import Collect, Loop
 from alignjax.training.shared_tree import SharedTree
 from alignjax.training.text_bridge import TextBridge
-from alignjax.types import LogProb, Objective, PreferenceBatch, Role, Sample, Tokens, TrainState
+from alignjax.types import Objective, PolicyFunctions, PreferenceBatch, Role, Sample, Tokens, TrainState
 
 
 class PolicySetup(NamedTuple):
@@ -42,7 +41,7 @@ class PolicySetup(NamedTuple):
     start: Network
     reference: Network
     parts: Trainable
-    log_prob: LogProb
+    policy: PolicyFunctions
     state: TrainState
 
 
@@ -135,7 +134,7 @@ class OnlineData:
                             "model; fit it with form=bradley_terry")  # fmt: skip
         return Collector(
             writing_model(setup.start.model, self.gather), self.samplers, setup.max_new_tokens,
-            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), setup.objective, setup.log_prob, form,
+            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), setup.objective, setup.policy, form,
             self.unfinished_loses,
         )  # fmt: skip
 
@@ -259,10 +258,10 @@ class OfflineData:
         """Returns the programs in which the reference scores the pairs, one a bucket."""
         frozen = SharedTree(Frozen(setup.parts.base, setup.reference.params))
         rows = sharding.row_sharding(context.mesh)
-        score = functools.partial(score_reference, setup.objective, setup.log_prob)
 
         def collect(state: TrainState, frozen: SharedTree, batch: PreferenceBatch) -> PreferenceBatch:
-            return score(frozen.tree().reference, batch)
+            roles = roles_of(state, frozen.tree(), setup.parts.assemble)
+            return complete_batch(setup.objective, setup.policy, roles, batch)
 
         jitted, size = (
             jax.jit(collect, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True),
