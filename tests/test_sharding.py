@@ -47,7 +47,8 @@ def test_rules_are_total_and_live(tied, form):
     shapes, rules = jax.eval_shape(model.init, jax.random.key(0)), model.rules
     if form:
         built = form(model, TemplateTokens((), (), (), 1))
-        shapes, rules = {**shapes, **jax.eval_shape(built.init_heads)}, built.rules
+        heads = jax.eval_shape(built.init_heads)
+        shapes, rules = {**shapes, **heads}, (*((rf"^{head}/", P()) for head in heads), *model.rules)
     specs = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
     assert specs["blocks"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
 

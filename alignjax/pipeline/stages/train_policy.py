@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
-from alignjax.models.log_probs import log_prob
+from alignjax.models.log_probs import policy_functions
 from alignjax.models.lora import Lora
-from alignjax.models.model import Model
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
 from alignjax.pipeline.networks import Network
@@ -163,8 +162,3 @@ def check_objective(name: str, objective: Objective) -> None:
         raise UserError(f"{name}.objective: {error}") from None
     except Exception:  # of any kind: the objective may be a user's function, which was given almost nothing
         return
-
-
-def policy_functions(model: Model) -> PolicyFunctions:
-    """Returns a model as objectives use it."""
-    return PolicyFunctions(log_prob(model), model.completion_states, model.config.width)
