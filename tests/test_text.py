@@ -94,11 +94,11 @@ def test_the_step_mixture_is_the_one_that_sampling_makes_and_not_that_of_sequenc
                 carry, logits = mixed.step(carry, token)
         want = text.step_mixture(WORLD, policy(one), policy(other), beta, 3)[0, y]
         assert total == pytest.approx(float(want), abs=1e-6)
-    step, whole = (
+    step, sequence = (
         text.step_mixture(WORLD, policy(one), policy(other), beta, 3),
         games.mixture(policy(one), policy(other), beta),
     )
-    assert 0.5 * float(abs(jnp.exp(step) - jnp.exp(whole)).sum()) > 1e-3
+    assert 0.5 * float(abs(jnp.exp(step) - jnp.exp(sequence)).sum()) > 1e-3
 
 
 def lettered():

@@ -110,7 +110,7 @@ class Collector(NamedTuple):
         if reward is not None:
             reward = jnp.where(jnp.stack(valid, 1), reward, -jnp.inf)
         responses = tuple(Response(sample.completion, sample.logp, None, sample.finished) for sample in samples)
-        matrix = preference_matrix(p, len(samples))
+        matrix = preference_matrix(p, len(prompt.tokens), len(samples))
         batch = PreferenceBatch(prompt, responses, matrix, reward, self.objective.compared)
         return score_reference(self.objective, self.log_prob, roles.reference, batch)
 
@@ -124,7 +124,7 @@ class Collector(NamedTuple):
 def score_reference(
     objective: Objective, log_prob: LogProb, reference: Params, batch: PreferenceBatch
 ) -> PreferenceBatch:
-    """Returns the batch with reference log-probs on the responses that the objective reads. It completes offline data."""
+    """Returns the batch with reference log-probs on the responses that the objective reads: it completes pairs on disk."""
     logps = score_responses(log_prob, reference, batch, objective.scored)
     scored = dict(zip(objective.scored, logps, strict=True))
     responses = tuple(
