@@ -110,15 +110,14 @@ class PreferenceBatch:
 
 def pair_batch(prompt: Prompt, first: Response, second: Response, p: Array) -> PreferenceBatch:
     """Returns the batch of two responses with P(first > second) = p, [B]."""
-    return PreferenceBatch(prompt, (first, second), preference_matrix({(0, 1): p}, 2))
+    return PreferenceBatch(prompt, (first, second), preference_matrix({(0, 1): p}, len(p), 2))
 
 
-def preference_matrix(probabilities: dict[tuple[int, int], Array], count: int) -> Array:
-    """Returns P(y_i > y_j), [B, K, K], from the probabilities [B] of some pairs i < j; 1/2 elsewhere.
+def preference_matrix(probabilities: dict[tuple[int, int], Array], rows: int, count: int) -> Array:
+    """Returns P(y_i > y_j), [B, K, K] with B = rows and K = count, from the [B] of some pairs i < j; 1/2 elsewhere.
 
     P + P' = 1 exactly: 1 - p has no rounding for p in [1/2, 1], nor has 1 - (1 - p).
     """
-    rows = len(next(iter(probabilities.values())))
     matrix = jnp.full((rows, count, count), 0.5, jnp.result_type(jnp.float32, *probabilities.values()))
     for (i, j), p in probabilities.items():
         matrix = matrix.at[:, i, j].set(p).at[:, j, i].set(1 - p)

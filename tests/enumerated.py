@@ -99,7 +99,7 @@ def expected_gradient(objective, params, batch, weights):
     return jax.grad(expected)(params)
 
 
-def drawn_from(first, second):
+def independent_weights(first, second):
     """The weight [Y, Y] of each pair where the two policies write independently."""
     return jnp.exp(sequence_logp(first))[:, None] * jnp.exp(sequence_logp(second))[None]
 

@@ -22,7 +22,11 @@ STEPS = 14
 
 def loss(params, batch, key):
     w = params["w"].mean()
-    return (w - 3) ** 2 + 0 * batch.sum(), {"near": -((w - 1) ** 2), "far": (w - 1) ** 2, "nothing": w * jnp.nan}
+    return (w - 3) ** 2 + 0 * batch.sum(), {
+        "closeness": -((w - 1) ** 2),
+        "distance": (w - 1) ** 2,
+        "undefined": w * jnp.nan,
+    }
 
 
 def train(folder, best, steps=STEPS, params=None, frozen=None):
@@ -44,57 +48,61 @@ def windows(folder, metric, every):
     return {end: np.mean(values[start:end]) for start, end in zip([0, *ends], ends, strict=False)}
 
 
-@pytest.mark.parametrize(("metric", "lowest", "every"), [("near", False, 4), ("far", True, 4), ("near", False, 5)])
+@pytest.mark.parametrize(
+    ("metric", "lowest", "every"), [("closeness", False, 4), ("distance", True, 4), ("closeness", False, 5)]
+)
 def test_the_result_is_the_save_with_the_best_mean_since_the_one_before(tmp_path, metric, lowest, every):
     params, figures = train(tmp_path / "best", Best(metric, every, lowest))
     means = windows(tmp_path / "best", metric, every)
     chosen = (min if lowest else max)(means, key=means.get)
     assert figures == {"best_step": chosen, f"best_{metric}": pytest.approx(means[chosen], rel=1e-6)}
     assert 0 < chosen < STEPS  # neither end of the walk
-    shorter, nothing = train(tmp_path / "shorter", None, steps=chosen)
+    shorter, no_figures = train(tmp_path / "shorter", None, steps=chosen)
     np.testing.assert_array_equal(params["w"], shorter["w"])
-    assert nothing == {}
+    assert no_figures == {}
 
 
 def test_training_takes_over_the_first_parameters_unless_they_are_frozen_too(tmp_path):
-    w, kept = jnp.zeros(3), jnp.zeros(3)
-    ended, _ = train(tmp_path / "a", None, params={"w": w})
-    also, _ = train(tmp_path / "b", None, params={"w": kept}, frozen={"reference": {"w": kept}})
-    np.testing.assert_array_equal(ended["w"], also["w"])
-    assert w.is_deleted() and np.all(kept == 0) and np.all(also["w"] != 0)
+    w, frozen_w = jnp.zeros(3), jnp.zeros(3)
+    first, _ = train(tmp_path / "a", None, params={"w": w})
+    second, _ = train(tmp_path / "b", None, params={"w": frozen_w}, frozen={"reference": {"w": frozen_w}})
+    np.testing.assert_array_equal(first["w"], second["w"])
+    assert w.is_deleted() and np.all(frozen_w == 0) and np.all(second["w"] != 0)
 
 
 def test_the_last_step_makes_a_save_too(tmp_path):
-    params, figures = train(tmp_path / "best", Best("far", 4))
+    params, figures = train(tmp_path / "best", Best("distance", 4))
     assert figures["best_step"] == STEPS
     np.testing.assert_array_equal(params["w"], train(tmp_path / "last", None)[0]["w"])
 
 
-@pytest.mark.parametrize("when", [5, 6, 10])
-def test_preempted_between_two_saves_it_chooses_the_same(tmp_path, monkeypatch, when):
+@pytest.mark.parametrize("preempted_step", [5, 6, 10])
+def test_preempted_between_two_saves_it_chooses_the_same(tmp_path, monkeypatch, preempted_step):
     """The steps before the interruption count as much as those after it."""
-    whole = train(tmp_path / "whole", Best("near", 4))
+    undisturbed = train(tmp_path / "undisturbed", Best("closeness", 4))
     write = MetricsWriter.write
 
     def write_and_preempt(self, step, values):
         write(self, step, values)
-        if step == when:
+        if step == preempted_step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch, pytest.raises(RunAgain):
         patch.setattr(MetricsWriter, "write", write_and_preempt)
-        train(tmp_path / "two", Best("near", 4))
-    again = train(tmp_path / "two", Best("near", 4))
-    assert again[1] == whole[1]
-    jax.tree.map(np.testing.assert_array_equal, again[0], whole[0])
+        train(tmp_path / "two", Best("closeness", 4))
+    resumed = train(tmp_path / "two", Best("closeness", 4))
+    assert resumed[1] == undisturbed[1]
+    jax.tree.map(np.testing.assert_array_equal, resumed[0], undisturbed[0])
 
 
 def test_a_metric_that_is_not_there_or_no_number(tmp_path):
-    with pytest.raises(UserError, match=r"walk.loop.best.metric='reward' is not logged; choose one of far, gradient"):
+    with pytest.raises(
+        UserError, match=r"walk.loop.best.metric='reward' is not logged; choose one of closeness, distance, gradient"
+    ):
         train(tmp_path / "unknown", Best("reward", 4))
-    assert train(tmp_path / "nan", Best("nothing", 4))[1]["best_step"] == STEPS
+    assert train(tmp_path / "nan", Best("undefined", 4))[1]["best_step"] == STEPS
     with pytest.raises(UserError, match=r"Best\.every=0"):
-        Best("near", 0)
+        Best("closeness", 0)
 
 
 def test_the_learning_rate_s_schedule_counts_updates_and_not_batches(tmp_path):

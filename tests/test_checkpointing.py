@@ -48,25 +48,25 @@ def same(a, b):
 
 
 def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
-    whole = fit(fresh(True), 0, 7, average_decay=0.9)
-    half = fit(fresh(True), 0, 3, average_decay=0.9)
+    uninterrupted_state = fit(fresh(True), 0, 7, average_decay=0.9)
+    interrupted = fit(fresh(True), 0, 3, average_decay=0.9)
     saver = Checkpointer(tmp_path / "c")
-    saver.save(half)
+    saver.save(interrupted)
     saver.close()
-    again = newest(tmp_path / "c", fresh(True))
-    same(again, half)
-    same(fit(again, int(again.step), 7, average_decay=0.9), whole)
+    restored = newest(tmp_path / "c", fresh(True))
+    same(restored, interrupted)
+    same(fit(restored, int(restored.step), 7, average_decay=0.9), uninterrupted_state)
 
 
 def test_an_interrupt_waits_for_the_save_under_way(tmp_path):
-    state, ended = fresh(), False
+    state, saved = fresh(), False
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background begins without it
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         signal.raise_signal(signal.SIGINT)
         saver = Checkpointer(tmp_path / "c")
         saver.save(state)
-        ended = True
-    assert ended and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        saved = True
+    assert saved and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     same(newest(tmp_path / "c", fresh()), state)
 
 

@@ -189,6 +189,12 @@ def test_a_pair_that_was_not_compared_is_one_half_and_is_refused():
             batch.probability(i, j)
 
 
+def test_an_objective_that_reads_rewards_alone_compares_no_pair():
+    batch = collect((policy, reference, moving_average), compared=(), preference=REWARD)
+    np.testing.assert_array_equal(batch.preference, np.full((3, 3, 3), 0.5))
+    np.testing.assert_allclose(batch.reward, [np.asarray(TABLE["reward"])[[5, 6, 7]]] * 3, rtol=1e-6)
+
+
 def test_preferences_of_both_orders_sum_to_one_exactly():
     noisy = Roles(*({"logits": logits_toward(token, 1.0, 4)} for token in WRITTEN.values()), TABLE)
     prompt = ragged([[1] * (1 + b % 5) for b in range(64)])
@@ -268,12 +274,12 @@ def test_batches_of_two_steps_rows_of_one_prompt_and_samplers_of_one_network_dra
 
 def test_drawing_and_comparing_in_two_programs_is_collecting_in_one():
     """What the preference model reads lies between: here, the policy's own tokens without the stop token."""
-    made = functions((policy, mixture(0.4)), scored=(0, 1))
+    compiled = functions((policy, mixture(0.4)), scored=(0, 1))
     state, frozen = state_at(2, NOISY["policy"], {}), SharedTree(Frozen(None, NOISY["reference"], TABLE))
-    samples = made["draw"](state, frozen, PROMPT)
+    samples = compiled["draw"](state, frozen, PROMPT)
     view = PreferenceView(PROMPT, tuple(hide_tokens(s.completion, (STOP,)) for s in samples))
-    two = made["compare"](state, frozen, PROMPT, samples, view)
-    jax.tree.map(np.testing.assert_array_equal, two, made["collect"](state, frozen, PROMPT))
+    two = compiled["compare"](state, frozen, PROMPT, samples, view)
+    jax.tree.map(np.testing.assert_array_equal, two, compiled["collect"](state, frozen, PROMPT))
     roles = Roles(NOISY["policy"], NOISY["reference"], {}, TABLE)
     direct = collector((policy, mixture(0.4))).draw(roles, PROMPT, step_key(state, COLLECT))
     for a, b in zip(samples, direct, strict=True):

@@ -23,8 +23,8 @@ from tests.enumerated import (
     as_batch,
     bradley_terry,
     descend,
-    drawn_from,
     expected_gradient,
+    independent_weights,
     intransitive,
     log_prob,
     one_step,
@@ -79,7 +79,7 @@ def test_the_expected_gradient_of_nash_md_is_the_exact_one(beta):
     params, reference = tabular(1), tabular(2)
     opponent = step_mixture(params, reference, beta)
     batch = all_pairs(reference, intransitive())
-    got = expected_gradient(nash_md(), params, batch, drawn_from(params, opponent))
+    got = expected_gradient(nash_md(), params, batch, independent_weights(params, opponent))
     assert relative_error(negative(got), exact_gradient(params, reference, opponent)) < 1e-12
 
 
@@ -92,7 +92,7 @@ def test_the_expected_gradient_of_a_reward_is_the_exact_one_for_every_baseline(b
         return jnp.sum(jnp.exp(logp) * (rewards - TAU * (logp - sequence_logp(reference))))
 
     batch = all_pairs(reference, bradley_terry(rewards), rewards)
-    weights = drawn_from(params, step_mixture(params, reference, beta))
+    weights = independent_weights(params, step_mixture(params, reference, beta))
     for bound, low, high in ((10.0, 0.0, 1e-12), (1.0, 0.01, 9.0)):  # a bound that cuts is another objective
         got = expected_gradient(reward_gradient(bound=bound), params, batch, weights)
         assert low <= relative_error(negative(got), jax.grad(value)(params)) < high
@@ -114,7 +114,7 @@ def test_a_response_that_loses_outright_has_the_bound_for_a_penalty():
 
 
 def test_same_token_kl_would_be_a_wrong_gradient():
-    """The well-known fault: each token answers for its own KL term alone."""
+    """The well-scored_responses fault: each token answers for its own KL term alone."""
 
     def same_token(logp, reference_logp, mask, preference):
         ratio = jax.lax.stop_gradient(logp) - reference_logp
@@ -122,7 +122,7 @@ def test_same_token_kl_would_be_a_wrong_gradient():
 
     params, reference = tabular(1), tabular(2)
     opponent = step_mixture(params, reference, 0.25)
-    batch, weights = all_pairs(reference, intransitive()), drawn_from(params, opponent)
+    batch, weights = all_pairs(reference, intransitive()), independent_weights(params, opponent)
     got = expected_gradient(PreferenceGradient(same_token), params, batch, weights)
     assert relative_error(negative(got), exact_gradient(params, reference, opponent)) > 0.05
 
@@ -150,8 +150,8 @@ def test_following_the_expected_gradient_of_self_play_leads_to_the_regularised_n
     """pi* proportional to mu exp(P(y > pi*) / tau)."""
     reference, p = tabular(2), intransitive()
     batch = all_pairs(reference, p)
-    found = descend(lambda w: expected_gradient(nash_md(), w, batch, drawn_from(w, w)), reference, 2.0)
-    pi = jnp.exp(sequence_logp(found))
+    solution = descend(lambda w: expected_gradient(nash_md(), w, batch, independent_weights(w, w)), reference, 2.0)
+    pi = jnp.exp(sequence_logp(solution))
     fixed = jnp.exp(sequence_logp(reference) + p @ pi / TAU)
     np.testing.assert_allclose(pi, fixed / fixed.sum(), atol=1e-10)
     np.testing.assert_allclose(pi, regularised_nash(p, reference, TAU), atol=1e-10)
@@ -165,28 +165,28 @@ def test_dpo_is_stationary_at_the_tilted_reference_whatever_pairs_it_is_given(se
     objective = DirectAlignment(functools.partial(losses.dpo, beta=beta))
     batch = all_pairs(reference, bradley_terry(rewards))
     want = jax.nn.log_softmax(sequence_logp(reference) + rewards / beta)
-    at = expected_gradient(objective, table_of(want), batch, weights)
-    assert optax.tree.norm(at) < 1e-14
+    gradient = expected_gradient(objective, table_of(want), batch, weights)
+    assert optax.tree.norm(gradient) < 1e-14
     assert optax.tree.norm(expected_gradient(objective, reference, batch, weights)) > 1e-2
-    found = descend(lambda w: expected_gradient(objective, w, batch, weights), tabular(3), 20.0)
-    np.testing.assert_allclose(sequence_logp(found), want, atol=1e-8)
+    solution = descend(lambda w: expected_gradient(objective, w, batch, weights), tabular(3), 20.0)
+    np.testing.assert_allclose(sequence_logp(solution), want, atol=1e-8)
 
 
 def test_the_gradient_of_online_ipo_is_four_times_that_of_self_play():
     params, reference = tabular(1), tabular(2)
-    batch, weights = all_pairs(reference, intransitive()), drawn_from(params, params)
+    batch, weights = all_pairs(reference, intransitive()), independent_weights(params, params)
     ipo = expected_gradient(online_ipo(), params, batch, weights)
     self_play = expected_gradient(nash_md(), params, batch, weights)
     assert relative_error(ipo, jax.tree.map(lambda g: 4 * g, self_play)) < 1e-12
-    off_policy = expected_gradient(online_ipo(), params, batch, drawn_from(reference, reference))
+    off_policy = expected_gradient(online_ipo(), params, batch, independent_weights(reference, reference))
     assert relative_error(off_policy, ipo) > 0.05
 
 
 def test_following_online_ipo_leads_to_the_regularised_nash():
     reference, p = tabular(2), intransitive()
     batch = all_pairs(reference, p)
-    found = descend(lambda w: expected_gradient(online_ipo(), w, batch, drawn_from(w, w)), tabular(1), 0.5)
-    np.testing.assert_allclose(jnp.exp(sequence_logp(found)), regularised_nash(p, reference, TAU), atol=1e-10)
+    solution = descend(lambda w: expected_gradient(online_ipo(), w, batch, independent_weights(w, w)), tabular(1), 0.5)
+    np.testing.assert_allclose(jnp.exp(sequence_logp(solution)), regularised_nash(p, reference, TAU), atol=1e-10)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.25, 0.6])
@@ -197,11 +197,11 @@ def test_ipo_md_and_nash_md_end_where_the_mixture_is_the_nash_at_a_higher_temper
 
     def ipo_md(params):
         mixed = step_mixture(params, reference, beta)
-        return expected_gradient(online_ipo(), params, batch, drawn_from(mixed, mixed))
+        return expected_gradient(online_ipo(), params, batch, independent_weights(mixed, mixed))
 
     def policy_gradient(params):
         mixed = step_mixture(params, reference, beta)
-        return expected_gradient(nash_md(), params, batch, drawn_from(params, mixed))
+        return expected_gradient(nash_md(), params, batch, independent_weights(params, mixed))
 
     ends = [descend(gradient, one_step(1), rate) for gradient, rate in ((ipo_md, 0.5), (policy_gradient, 2.0))]
     want = regularised_nash(p, reference, TAU / (1 - beta))
@@ -217,26 +217,33 @@ def test_ipo_md_and_nash_md_end_where_the_mixture_is_the_nash_at_a_higher_temper
 
 
 def test_padding_and_its_log_probs_change_nothing():
+    """The padding of the two responses holds different numbers, which would not cancel."""
     params, reference = tabular(1), tabular(2)
-    prompt, completion = as_batch(COMPLETIONS)
-    padded = Completion(np.pad(COMPLETIONS, ((0, 0), (0, 3))), np.pad(completion.mask, ((0, 0), (0, 3))))
+    prompt, first = as_batch(COMPLETIONS)
+    second = Completion(first.tokens[::-1], first.mask)
+    p = jnp.array([0.2, 0.9, 0.5, 0.6])
+    matrix, reward = pair_batch(prompt, Response(first), Response(second), p).preference, jnp.stack([p, 1 - p], 1)
 
-    def wide(params, prompt, completion):
-        short = Completion(completion.tokens[:, :2], completion.mask[:, :2])
-        return jnp.pad(log_prob(params, prompt, short), ((0, 0), (0, 3)), constant_values=5.0)
+    def pad(x, filler):
+        return jnp.pad(x, ((0, 0), (0, 3)), constant_values=filler)
 
-    p, reference_logp = jnp.array([0.2, 0.9, 0.5, 0.6]), log_prob(reference, prompt, completion)
-    filled = jnp.pad(reference_logp, ((0, 0), (0, 3)), constant_values=-3.0)
+    def padded_log_prob(params, prompt, completion):
+        return pad(log_prob(params, prompt, Completion(completion.tokens[:, :2], completion.mask[:, :2])), 5.0)
+
+    logps = [log_prob(reference, prompt, side) for side in (first, second)]
+    tight = [Response(side, reference_logp=logp) for side, logp in zip((first, second), logps, strict=True)]
+    loose = [
+        Response(Completion(pad(side.tokens, 0), pad(side.mask, False)), reference_logp=pad(logp, filler))
+        for side, logp, filler in zip((first, second), logps, (-3.0, -7.0), strict=True)
+    ]
     for objective in (nash_md(), online_ipo(), reward_gradient()):
 
-        def value(score, response, objective=objective):
-            batch = pair_batch(prompt, response, response, p)
-            batch = PreferenceBatch(prompt, batch.responses, batch.preference, jnp.stack([p, 1 - p], 1))
+        def value(score, responses, objective=objective):
+            batch = PreferenceBatch(prompt, tuple(responses), matrix, reward)
             return jax.value_and_grad(lambda w: objective(w, batch, None, log_prob=score), has_aux=True)(params)
 
-        tight = value(log_prob, Response(completion, reference_logp=reference_logp))
-        loose = value(wide, Response(padded, reference_logp=filled))
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15), tight, loose)
+        pair = value(log_prob, tight), value(padded_log_prob, loose)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15), *pair)
 
 
 @pytest.mark.parametrize(("build", "scored"), [(nash_md, 1), (reward_gradient, 1), (online_ipo, 2)])
@@ -251,13 +258,13 @@ def test_a_response_is_scored_only_where_the_loss_reads_it_and_all_in_one_pass(b
         rows.append(len(completion.tokens))
         return log_prob(params, prompt, completion)
 
-    known = tuple(r if k < scored else Response(r.completion) for k, r in enumerate(batch.responses))
-    lean = PreferenceBatch(batch.prompt, known, batch.preference, batch.reward)
+    scored_responses = tuple(r if k < scored else Response(r.completion) for k, r in enumerate(batch.responses))
+    lean = PreferenceBatch(batch.prompt, scored_responses, batch.preference, batch.reward)
     loss, _ = objective(params, lean, None, log_prob=counting)
     assert rows == [16 * scored]
     assert loss == objective(params, batch, None, log_prob=log_prob)[0]
     unscored = PreferenceBatch(
-        batch.prompt, tuple(Response(r.completion) for r in known), batch.preference, batch.reward
+        batch.prompt, tuple(Response(r.completion) for r in scored_responses), batch.preference, batch.reward
     )
     with pytest.raises(ValueError, match="no reference log-probs"):
         objective(params, unscored, None, log_prob=log_prob)

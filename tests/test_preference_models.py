@@ -17,18 +17,18 @@ FIRST, SECOND = [[4, 2], [5, 6, 2], [2], [7, 7, 7]], [[3, 3, 2], [5, 6, 2], [8, 
 FORMS = ("pairwise", "choice", "pairwise_head", "bradley_terry")
 
 
-def built(form, model, params):
+def build(form, model, params):
     """(preference model, parameters), with heads away from their zero start."""
-    made = getattr(preference_models, form)(model, TEMPLATE)
-    heads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), made.init_heads())
-    return made, {**params, **heads}
+    preference = getattr(preference_models, form)(model, TEMPLATE)
+    heads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), preference.init_heads())
+    return preference, {**params, **heads}
 
 
 @pytest.fixture(scope="module", params=FORMS)
 def form(request, model, params):
     """(compiled logit, parameters)."""
-    made, full = built(request.param, model, params)
-    return jax.jit(made.logit), full
+    preference, full = build(request.param, model, params)
+    return jax.jit(preference.logit), full
 
 
 def test_probabilities_of_both_orders_sum_to_one_exactly(form, prompt):
@@ -57,11 +57,11 @@ def test_logits_of_random_pairs_are_odd_to_the_bit(form):
     second[::8] = [row[:4] for row in first[::8]]
     equal = np.array([a == b for a, b in zip(first, second, strict=True)])
     first, second = ragged(first, 7, filler=9), ragged(second, 4, filler=1)
-    there, back = logit(params, prompt, first, second), logit(params, prompt, second, first)
-    np.testing.assert_array_equal(there, -back)
-    np.testing.assert_array_equal(there == 0, equal)
+    forward, reverse = logit(params, prompt, first, second), logit(params, prompt, second, first)
+    np.testing.assert_array_equal(forward, -reverse)
+    np.testing.assert_array_equal(forward == 0, equal)
     assert 4 < equal.sum() < 32
-    p, q = preference_models.probability(there), preference_models.probability(back)
+    p, q = preference_models.probability(forward), preference_models.probability(reverse)
     np.testing.assert_array_equal(p + q, np.ones(64, np.float32))
 
 
@@ -99,7 +99,7 @@ def context_state(model, params, x, first, second):
 def test_a_pairwise_logit_is_the_score_after_the_context_in_one_order_less_that_in_the_other(model, params, name):
     """The score is the answer's logit, half the log-odds of the answers, or a head's."""
     x, y, z = [5, 6], [4, 2], [3, 8, 2]
-    made, full = built(name, model, params)
+    preference, full = build(name, model, params)
 
     def score(a, b):
         state = context_state(model, params, x, a, b)
@@ -107,17 +107,17 @@ def test_a_pairwise_logit_is_the_score_after_the_context_in_one_order_less_that_
         scores = {"pairwise": logits[9], "choice": 0.5 * (logits[9] - logits[11])}
         return scores[name] if name in scores else (state @ full["pairwise"]["kernel"])[0]
 
-    logit = made.logit(full, ragged([x]), ragged([y]), ragged([z]))
+    logit = preference.logit(full, ragged([x]), ragged([y]), ragged([z]))
     np.testing.assert_allclose(logit[0], score(y, z) - score(z, y), atol=1e-5)
-    assert made.reward is None
+    assert preference.reward is None
 
 
 def test_a_bradley_terry_logit_is_the_difference_of_rewards_after_each_response(model, params):
     x, y, z = [5, 6], [4, 2], [3, 8, 2]
-    made, full = built("bradley_terry", model, params)
+    preference, full = build("bradley_terry", model, params)
     rewards = [model.last_state(params, ragged([[*x, *row]])) @ full["reward"]["kernel"] for row in (y, z)]
-    np.testing.assert_allclose(made.reward(full, ragged([x]), ragged([y])), rewards[0], atol=1e-5)
-    logit = made.logit(full, ragged([x]), ragged([y]), ragged([z]))
+    np.testing.assert_allclose(preference.reward(full, ragged([x]), ragged([y])), rewards[0], atol=1e-5)
+    logit = preference.logit(full, ragged([x]), ragged([y]), ragged([z]))
     np.testing.assert_allclose(logit, rewards[0] - rewards[1], atol=1e-5)
 
 
@@ -132,8 +132,8 @@ def test_bradley_terry_is_transitive_and_the_pairwise_forms_need_not_be(model, p
     sides = [ragged([row]) for row in ([4, 2, 0], [3, 8, 2], [7, 7, 2])]
 
     def around(form):
-        made, full = built(form, model, params)
-        return sum(made.logit(full, x, sides[i], sides[(i + 1) % 3])[0] for i in range(3))
+        preference, full = build(form, model, params)
+        return sum(preference.logit(full, x, sides[i], sides[(i + 1) % 3])[0] for i in range(3))
 
     assert abs(around("bradley_terry")) < 1e-4
     for form in FORMS[:3]:
@@ -142,12 +142,12 @@ def test_bradley_terry_is_transitive_and_the_pairwise_forms_need_not_be(model, p
 
 @pytest.mark.parametrize("name", ["pairwise_head", "bradley_terry"])
 def test_a_new_head_prefers_nothing_and_is_replicated(model, params, prompt, name):
-    made = getattr(preference_models, name)(model, TEMPLATE)
-    heads = made.init_heads()
+    preference = getattr(preference_models, name)(model, TEMPLATE)
+    heads = preference.init_heads()
     full = {**params, **heads}
-    np.testing.assert_array_equal(made.logit(full, prompt, ragged(FIRST), ragged(SECOND)), np.zeros(4))
+    np.testing.assert_array_equal(preference.logit(full, prompt, ragged(FIRST), ragged(SECOND)), np.zeros(4))
     (head,) = heads
-    assert made.rules[0] == (rf"^{head}/", jax.sharding.PartitionSpec()) and made.rules[1:] == model.rules
+    assert preference.rules[0] == (rf"^{head}/", jax.sharding.PartitionSpec()) and preference.rules[1:] == model.rules
     assert preference_models.pairwise(model, TEMPLATE).init_heads() == {}
 
 

@@ -1,4 +1,4 @@
-"""Sampling: the mixture's endpoints, the distribution drawn from, stopping, filters and independence of rows."""
+"""Sampling: the mixture's endpoints, the distribution sampled from, stopping, filters and independence of rows."""
 
 import dataclasses
 import itertools
@@ -58,27 +58,27 @@ def test_a_token_that_is_impossible_under_a_side_without_weight_stays_possible()
 def test_the_mixture_is_geometric_at_every_prefix(model, draw, params, other_params, prompt):
     """Its log-probs are those of softmax[(1 - beta) log pi + beta log mu] on the full forward pass."""
     beta = 0.3
-    drawn = draw(params, other_params, prompt, keys(), beta=beta)
+    sampled = draw(params, other_params, prompt, keys(), beta=beta)
     logits = [
-        jax.nn.log_softmax(model.logits(p, model.completion_states(p, prompt, drawn.completion)))
+        jax.nn.log_softmax(model.logits(p, model.completion_states(p, prompt, sampled.completion)))
         for p in (params, other_params)
     ]
     mixed = jax.nn.log_softmax((1 - beta) * logits[0] + beta * logits[1])
-    chosen = np.take_along_axis(np.asarray(mixed), np.asarray(drawn.completion.tokens)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(drawn.logp, np.where(drawn.completion.mask, chosen, 0), atol=1e-5)
+    chosen = np.take_along_axis(np.asarray(mixed), np.asarray(sampled.completion.tokens)[..., None], -1)[..., 0]
+    np.testing.assert_allclose(sampled.logp, np.where(sampled.completion.mask, chosen, 0), atol=1e-5)
 
 
 def test_log_probs_of_a_sample_are_the_models_at_temperature_one(model, draw, params, prompt):
     for sampling in (Sampling(), Sampling(temperature=0.5, top_k=5, top_p=0.8)):
-        drawn = draw(params, params, prompt, keys(), sampling=sampling)
-        np.testing.assert_allclose(drawn.logp, log_prob(model)(params, prompt, drawn.completion), atol=1e-5)
+        sampled = draw(params, params, prompt, keys(), sampling=sampling)
+        np.testing.assert_allclose(sampled.logp, log_prob(model)(params, prompt, sampled.completion), atol=1e-5)
 
 
 def test_greedy_takes_the_likeliest_token_of_the_full_forward(model, draw, params, prompt):
-    drawn = draw(params, params, prompt, keys(), sampling=Sampling(temperature=0.0))
-    best = np.argmax(model.logits(params, model.completion_states(params, prompt, drawn.completion)), -1)
-    mask = np.asarray(drawn.completion.mask)
-    np.testing.assert_array_equal(np.asarray(drawn.completion.tokens)[mask], best[mask])
+    sampled = draw(params, params, prompt, keys(), sampling=Sampling(temperature=0.0))
+    best = np.argmax(model.logits(params, model.completion_states(params, prompt, sampled.completion)), -1)
+    mask = np.asarray(sampled.completion.mask)
+    np.testing.assert_array_equal(np.asarray(sampled.completion.tokens)[mask], best[mask])
 
 
 def test_samples_follow_the_enumerated_distribution(params, other_params):
@@ -92,8 +92,8 @@ def test_samples_follow_the_enumerated_distribution(params, other_params):
         sides = (tiny.prefill(p, prompt, 2) for p in (policy, reference))
         return sample(geometric_mixture(*sides, beta), row_keys, 2, ())
 
-    drawn = np.asarray(run(keys(count)).completion.tokens)
-    counts = np.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    sampled = np.asarray(run(keys(count)).completion.tokens)
+    counts = np.bincount(sampled[:, 0] * 3 + sampled[:, 1], minlength=9)
     every = np.array(list(itertools.product(range(3), repeat=2)), np.int32)
     completion = Completion(every, np.ones((9, 2), bool))
     nine = ragged([[1, 2]] * 9)
@@ -116,15 +116,15 @@ def test_a_row_depends_on_its_prompt_and_key_alone(draw, params, prompt):
 
 
 def test_a_completion_ends_with_its_stop_token_and_nothing_follows(draw, params):
-    drawn = draw(params, params, ragged([[5, 6]] * 64), keys(64))
+    sampled = draw(params, params, ragged([[5, 6]] * 64), keys(64))
     for tokens, mask, done in zip(
-        *map(np.asarray, (drawn.completion.tokens, drawn.completion.mask, drawn.finished)), strict=True
+        *map(np.asarray, (sampled.completion.tokens, sampled.completion.mask, sampled.finished)), strict=True
     ):
         where = np.flatnonzero(tokens[mask] == 2)
         assert list(where) == ([mask.sum() - 1] if done else [])
         assert mask.sum() == LENGTH or done
         assert np.all(np.diff(mask.astype(int)) <= 0) and np.all(tokens[~mask] == 0)
-    assert 0 < np.mean(np.asarray(drawn.finished)) < 1
+    assert 0 < np.mean(np.asarray(sampled.finished)) < 1
 
 
 def test_the_loop_stops_when_every_row_has_met_a_stop_token():
@@ -137,9 +137,9 @@ def test_the_loop_stops_when_every_row_has_met_a_stop_token():
         jax.debug.callback(lambda: counted.append(1))
         return process.step(carry, token)
 
-    drawn = sample(process._replace(step=step), keys(3), 100, STOP)
+    sampled = sample(process._replace(step=step), keys(3), 100, STOP)
     jax.effects_barrier()
-    assert len(counted) == 1 and np.asarray(drawn.completion.mask).sum() == 3
+    assert len(counted) == 1 and np.asarray(sampled.completion.mask).sum() == 3
 
 
 def test_top_k_keeps_the_k_largest_and_top_p_the_fewest_that_reach_p():
@@ -163,7 +163,7 @@ def test_a_stop_sequence_of_several_tokens_ends_a_row_where_it_is_complete():
     def step(index, token):
         return index + 1, jax.lax.dynamic_index_in_dim(logits, index + 1, 1, keepdims=False)
 
-    drawn = jax.jit(lambda: sample(Process(step, 0, logits[:, 0]), keys(3), 8, ((5, 6, 7), (4,))))()
-    assert drawn.completion.mask.sum(1).tolist() == [6, 5, 8] and drawn.finished.tolist() == [True, True, False]
-    assert drawn.completion.tokens[0, :6].tolist() == [5, 6, 8, 5, 6, 7]
+    sampled = jax.jit(lambda: sample(Process(step, 0, logits[:, 0]), keys(3), 8, ((5, 6, 7), (4,))))()
+    assert sampled.completion.mask.sum(1).tolist() == [6, 5, 8] and sampled.finished.tolist() == [True, True, False]
+    assert sampled.completion.tokens[0, :6].tolist() == [5, 6, 8, 5, 6, 7]
     assert not ends_with(np.array([[7, 5, 6]]), np.int32(0), ((5, 6, 7),)).any()  # nothing stands in front

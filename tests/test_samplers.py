@@ -41,7 +41,7 @@ def network(seed):
     """Parameters of a network whose next logits depend on every token so far."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = (VOCABULARY, WIDTH), (WIDTH, WIDTH), (WIDTH, VOCABULARY)
-    parts = dict(zip(("embed", "hidden", "head"), map(jax.random.normal, keys, shapes), strict=True))
+    parts = dict(zip(("embed", "recur", "head"), map(jax.random.normal, keys, shapes), strict=True))
     return {**parts, "head": parts["head"] / 4}
 
 
@@ -49,7 +49,7 @@ ROLES = Roles(network(1), network(2), network(3), {})
 
 
 def advance(params, state, token):
-    return jnp.tanh(state @ params["hidden"] + params["embed"][token])
+    return jnp.tanh(state @ params["recur"] + params["embed"][token])
 
 
 def prefill(params, prompt):
@@ -83,15 +83,15 @@ def together(samplers, prompt=PROMPT, length=LENGTH):
 
 @pytest.mark.parametrize("samplers", TUPLES, ids=lambda s: "-".join(f"{x.role.name}{x.beta:g}" for x in s))
 def test_samplers_draw_together_what_each_draws_alone(samplers):
-    drawn = together(samplers)
-    assert len(drawn) == len(samplers)
-    for k, (sampler, joint) in enumerate(zip(samplers, drawn, strict=True)):
+    samples = together(samplers)
+    assert len(samples) == len(samplers)
+    for k, (sampler, joint) in enumerate(zip(samplers, samples, strict=True)):
         single = jax.jit(lambda s=sampler, k=k: sample(alone(s), response_keys(k, 4), LENGTH, STOP))()
         np.testing.assert_array_equal(joint.completion.tokens, single.completion.tokens)
         np.testing.assert_array_equal(joint.completion.mask, single.completion.mask)
         np.testing.assert_array_equal(joint.finished, single.finished)
         np.testing.assert_allclose(joint.logp, single.logp, atol=1e-5)
-    assert not np.array_equal(drawn[0].completion.tokens, drawn[-1].completion.tokens) or len(drawn) == 1
+    assert not np.array_equal(samples[0].completion.tokens, samples[-1].completion.tokens) or len(samples) == 1
 
 
 @pytest.mark.parametrize("samplers", TUPLES[:6], ids=range(6))
@@ -104,7 +104,7 @@ def test_log_probs_are_those_of_the_enumerated_process(samplers):
     def next_logits(params, tokens):
         state = np.zeros(WIDTH)
         for token in tokens:
-            state = np.tanh(state @ params["hidden"] + params["embed"][token])
+            state = np.tanh(state @ params["recur"] + params["embed"][token])
         return log_softmax(state @ params["head"])
 
     roles = jax.tree.map(partial(np.asarray, dtype=np.float64), ROLES)
@@ -114,7 +114,7 @@ def test_log_probs_are_those_of_the_enumerated_process(samplers):
         own, mu = (next_logits(roles[role], context) for role in (sampler.role, Role.REFERENCE))
         return log_softmax((1 - sampler.beta) * own + sampler.beta * mu)
 
-    for sampler, drawn in zip(samplers, together(samplers, length=2), strict=True):
+    for sampler, samples in zip(samplers, together(samplers, length=2), strict=True):
         for b, context in enumerate(prompts):
             first = log_prob(sampler, context)
             table = {
@@ -123,7 +123,7 @@ def test_log_probs_are_those_of_the_enumerated_process(samplers):
             }
             total = sum(np.exp(sum(logp)) for (y, z), logp in table.items() if y != 2 or z == 0)
             assert total == pytest.approx(1)
-            np.testing.assert_allclose(drawn.logp[b], table[tuple(drawn.completion.tokens[b].tolist())], atol=1e-5)
+            np.testing.assert_allclose(samples.logp[b], table[tuple(samples.completion.tokens[b].tolist())], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_a_mixture_with_all_its_weight_on_one_network_is_that_network_to_the_bit
 def test_a_response_depends_on_its_prompt_and_its_row_alone():
     """Not on the other rows, on other samplers or on padding; rows with one prompt differ."""
     samplers = (policy, mixture(0.25))
-    drawn = together(samplers)
+    samples = together(samplers)
     padded = together(samplers, ragged([[5, 1], [3, 4, 0], [0], [4]], 9, "left", 3))
-    lone = together((policy, reference))
+    with_reference = together((policy, reference))
     for b in (0, 1):
         for k in (0, 1):
-            np.testing.assert_array_equal(drawn[k].completion.tokens[b], padded[k].completion.tokens[b])
-        np.testing.assert_array_equal(drawn[0].completion.tokens[b], lone[0].completion.tokens[b])
+            np.testing.assert_array_equal(samples[k].completion.tokens[b], padded[k].completion.tokens[b])
+        np.testing.assert_array_equal(samples[0].completion.tokens[b], with_reference[0].completion.tokens[b])
     same = together((policy, policy), ragged([[5, 1]] * 8))
     rows = [tuple(row.tolist()) for response in same for row in response.completion.tokens]
     assert len(set(rows)) > 8

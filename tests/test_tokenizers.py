@@ -172,11 +172,11 @@ def test_a_stop_is_met_however_its_beginning_is_written():
     for reply in ("Sing on, my dear.", "Well", "so!", "really?", "he (she)"):
         ids = encode_continuation(tokenizer, f" {reply}{MARKER}")
         assert any(tuple(ids[-len(stop) :]) == stop for stop in stops), reply
-        whole = [any(tuple(ids[i - len(stop) : i]) == stop for stop in stops) for i in range(len(ids))]
-        assert not any(whole[: len(ids) - 1])  # and not before its end
-    for nothing in ("", "\n"):
+        complete = [any(tuple(ids[i - len(stop) : i]) == stop for stop in stops) for i in range(len(ids))]
+        assert not any(complete[: len(ids) - 1])  # and not before its end
+    for piece in ("", "\n"):
         with pytest.raises(UserError, match="stop"):
             stop_sequences(
                 huggingface.train_tokenizer(["x"] * 9, 280, ())._replace(encode_bare=lambda t: [3] * t.count("a")),
-                nothing,
+                piece,
             )

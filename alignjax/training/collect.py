@@ -110,7 +110,7 @@ class Collector(NamedTuple):
         if reward is not None:
             reward = jnp.where(jnp.stack(valid, 1), reward, -jnp.inf)
         responses = tuple(Response(sample.completion, sample.logp, None, sample.finished) for sample in samples)
-        matrix = preference_matrix(p, len(samples))
+        matrix = preference_matrix(p, len(prompt.tokens), len(samples))
         batch = PreferenceBatch(prompt, responses, matrix, reward, self.objective.compared)
         return complete_batch(self.objective, self.policy, roles, batch)
 

@@ -111,13 +111,13 @@ def over_minibatches(
     """
     rows = len(jax.tree.leaves(batch)[0])
 
-    def one(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
+    def update_number(state: TrainState, number: Array) -> tuple[TrainState, Metrics]:
         epoch, part = number // schedule.minibatches, number % schedule.minibatches
         order = jax.random.permutation(jax.random.fold_in(key, epoch), rows).reshape(schedule.minibatches, -1)
         minibatch = jax.tree.map(lambda x: jnp.asarray(x)[order[part]], batch)
         return update(state, frozen, minibatch, jax.random.fold_in(key, schedule.epochs + number))
 
-    state, metrics = jax.lax.scan(one, state, jnp.arange(schedule.updates))
+    state, metrics = jax.lax.scan(update_number, state, jnp.arange(schedule.updates))
     return state, jax.tree.map(jnp.mean, metrics)
 
 
