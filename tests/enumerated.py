@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from alignjax.types import Completion, PreferenceBatch, Prompt, Response
+from alignjax.types import Completion, PolicyFunctions, PreferenceBatch, Prompt, Response
 
 COMPLETIONS = np.array(list(itertools.product((0, 1), repeat=2)), np.int32)  # [4, 2]
 ACTIONS = np.arange(5, dtype=np.int32)[:, None]  # [5, 1]
@@ -92,7 +92,7 @@ def expected_gradient(objective, params, batch, weights):
     def expected(theta):
         def loss(row):
             one = jax.tree.map(lambda x: x[None], row)
-            return objective(theta, one, None, log_prob=log_prob)[0]
+            return objective(theta, one, None, policy=as_policy(log_prob))[0]
 
         return jnp.sum(jax.lax.stop_gradient(weights).reshape(-1) * jax.vmap(loss)(batch))
 
@@ -114,3 +114,8 @@ def relative_error(a, b):
     """|a - b| / |b|."""
     difference = optax.tree.norm(jax.tree.map(jnp.subtract, a, b))
     return float(difference / optax.tree.norm(b))
+
+
+def as_policy(log_prob):
+    """Returns what an objective is given, of a policy that has log-probs and no states."""
+    return PolicyFunctions(log_prob, states=None, width=0)

@@ -13,18 +13,20 @@ import pytest
 from alignjax.checkpoints import huggingface
 from alignjax.distributed import sharding
 from alignjax.models.tokenizer import encode_continuation, pad
+from alignjax.objectives import keep_batch
 from alignjax.pipeline.stages.policy_data import collect_functions, shares_tokens
 from alignjax.pipeline.stages.writing import stop_tokens
 from alignjax.preferences.preference_models import PreferenceModel
 from alignjax.sampling.samplers import mixture, moving_average, policy, reference
 from alignjax.tasks import sandbox
 from alignjax.tasks.task import EOS
-from alignjax.training.collect import Collector, Frozen, PreferenceView, hide_tokens, roles_of, score_reference
+from alignjax.training.collect import Collector, Frozen, PreferenceView, complete_batch, hide_tokens, roles_of
 from alignjax.training.learn import COLLECT, init_state, step_key, trained_alone
 from alignjax.training.shared_tree import SharedTree
 from alignjax.training.text_bridge import TextBridge
 from alignjax.types import Completion, PreferenceBatch, Process, Response, Role, Roles, Sample
 from tests.conftest import ragged
+from tests.enumerated import as_policy
 from tests.test_tokenizers import KINDS, MARKER, TEXTS, opened
 
 # --- a world of known answers: each network writes its own token, the preference model reads a table ---
@@ -67,15 +69,17 @@ def reward(params, prompt, response):
 
 TABLE = {"table": jax.random.normal(jax.random.key(0), (VOCABULARY, VOCABULARY)), "reward": jnp.arange(8.0) ** 2 / 20}
 SURE = Roles(*({"logits": logits_toward(token, 40.0)} for token in WRITTEN.values()), TABLE)
-PAIRWISE = PreferenceModel(dict, preference_logit, None, ())
-REWARD = PreferenceModel(dict, preference_logit, reward, ())
+PAIRWISE = PreferenceModel(dict, preference_logit, None)
+REWARD = PreferenceModel(dict, preference_logit, reward)
 ALL = ((0, 1), (0, 2), (1, 2))
 
 
 def collector(samplers, *, scored=(0,), compared=((0, 1),), preference=PAIRWISE, unfinished_loses=True, unseen=(STOP,)):
-    objective = types.SimpleNamespace(scored=scored, compared=compared)
+    objective = types.SimpleNamespace(scored=scored, compared=compared, prepare=keep_batch)
     model = types.SimpleNamespace(prefill=prefill)
-    return Collector(model, samplers, 3, ((STOP,),), unseen, objective, log_prob, preference, unfinished_loses)
+    return Collector(
+        model, samplers, 3, ((STOP,),), unseen, objective, as_policy(log_prob), preference, unfinished_loses
+    )
 
 
 def collect(samplers, roles=SURE, prompt=PROMPT, key=0, **options):
@@ -290,8 +294,8 @@ def test_pairs_on_disk_are_completed_by_the_reference():
     first, second = ragged([[5, 2], [6], [4, 4, 2]], 3), ragged([[6, 2], [7, 5], [3]], 3)
     batch = PreferenceBatch(PROMPT, (Response(first), Response(second)), jnp.full((3, 2, 2), 0.5))
     for scored in ((0,), (0, 1)):
-        objective = types.SimpleNamespace(scored=scored)
-        done = score_reference(objective, log_prob, SURE.reference, batch)
+        objective = types.SimpleNamespace(scored=scored, prepare=keep_batch)
+        done = complete_batch(objective, as_policy(log_prob), SURE, batch)
         for k, side in enumerate((first, second)):
             if k in scored:
                 np.testing.assert_array_equal(done.responses[k].reference_logp, log_prob(SURE.reference, PROMPT, side))
@@ -348,7 +352,7 @@ def test_a_refused_response_loses_to_an_accepted_one_and_ties_with_another():
         return jnp.full(3, 2.0)
 
     compare = functools.partial(
-        collector((policy, policy), preference=PreferenceModel(dict, logit, None, ())).compare,
+        collector((policy, policy), preference=PreferenceModel(dict, logit, None)).compare,
         SURE, PROMPT, tuple(samples),
     )  # fmt: skip
     assert compare(view).probability(0, 1).tolist() == [1.0, 0.0, 0.5]

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax.training.learn import COLLECT, LEARN, Schedule, init_state, make_learn, step_key
+from alignjax.training.learn import COLLECT, LEARN, UpdateSchedule, init_state, make_learn, step_key
 from alignjax.training.shared_tree import SharedTree
 
 OPTIMIZER = optax.adam(0.1)
@@ -95,7 +95,7 @@ def test_two_epochs_of_two_minibatches_are_four_updates_by_hand():
     """Over the shuffles and keys of the epochs, and metrics are means over the updates."""
     batch = {"x": ROWS / 8, "y": np.cos(ROWS)}
     state = init_state({"w": jnp.float32(0.3)}, OPTIMIZER, jax.random.key(3), True)
-    learn = jax.jit(make_learn(regression, OPTIMIZER, Schedule(epochs=2, minibatches=2), average_decay=0.5))
+    learn = jax.jit(make_learn(regression, OPTIMIZER, UpdateSchedule(epochs=2, minibatches=2), average_decay=0.5))
     after, metrics = learn(state, None, batch)
 
     key, params, opt_state, norms = step_key(state, LEARN), state.params, state.opt_state, []
@@ -120,7 +120,7 @@ def test_two_epochs_of_two_minibatches_are_four_updates_by_hand():
 @pytest.mark.parametrize(("epochs", "minibatches"), [(2, 2), (1, 4), (3, 1)])
 def test_each_epoch_uses_each_row_once_in_an_order_of_its_own(epochs, minibatches):
     """The parameters record the rows of every update: w counts updates, and row w of the table gets them."""
-    schedule = Schedule(epochs, minibatches)
+    schedule = UpdateSchedule(epochs, minibatches)
     size = len(ROWS) // minibatches
 
     def record(params, batch, key):
@@ -139,7 +139,7 @@ def test_each_epoch_uses_each_row_once_in_an_order_of_its_own(epochs, minibatche
     assert not np.array_equal(again.params["table"], after.params["table"])
 
 
-@pytest.mark.parametrize("schedule", [Schedule(accumulate=4), Schedule(2, 2, 2)])
+@pytest.mark.parametrize("schedule", [UpdateSchedule(accumulate=4), UpdateSchedule(2, 2, 2)])
 def test_an_accumulated_gradient_is_that_of_all_its_rows(schedule):
     def noiseless(params, batch, key):
         return regression(params, batch, jax.random.key(0))

@@ -24,6 +24,7 @@ from alignjax.training.collect import Frozen, roles_of
 from alignjax.training.learn import init_state, make_learn
 from alignjax.types import Response, pair_batch
 from tests.conftest import TINY, ragged
+from tests.enumerated import as_policy
 
 T5 = T5Config(vocab_size=24, width=16, layers=1, decoder_layers=2, heads=4, head_dim=4, hidden=24)
 SPEC = Lora(rank=3, alpha=12.0, targets=("q", "v", "down"))
@@ -136,7 +137,7 @@ def test_training_moves_the_adapters_alone_and_as_the_full_gradient_says(world):
     response = Response(REPLY, reference_logp=np.zeros(REPLY.mask.shape, np.float32))
     rows = pair_batch(PROMPT, response, response, np.array([0.9, 0.2], np.float32))
     gradient = PreferenceGradient(functools.partial(losses.nash_md, tau=0.1))
-    objective = functools.partial(gradient, log_prob=log_prob(model))
+    objective = functools.partial(gradient, policy=as_policy(log_prob(model)))
     optimizer = optax.sgd(1.0)
 
     def assemble(trained, frozen):

@@ -21,6 +21,7 @@ from tests.enumerated import (
     TAU,
     all_pairs,
     as_batch,
+    as_policy,
     bradley_terry,
     descend,
     expected_gradient,
@@ -105,7 +106,7 @@ def test_a_response_that_loses_outright_has_the_bound_for_a_penalty():
     def gradient(rewards):
         batch = PreferenceBatch(prompt, (response, response), jnp.full((4, 2, 2), 0.5), jnp.asarray(rewards))
         loss = reward_gradient(tau=0.0, bound=2.0)
-        return jax.grad(lambda w: loss(w, batch, None, log_prob=log_prob)[0])(tabular(1))
+        return jax.grad(lambda w: loss(w, batch, None, policy=as_policy(log_prob))[0])(tabular(1))
 
     lost = -jnp.inf
     outright = gradient([[1.5, lost], [lost, 0.7], [lost, lost], [1.0, 0.0]])
@@ -240,7 +241,9 @@ def test_padding_and_its_log_probs_change_nothing():
 
         def value(score, responses, objective=objective):
             batch = PreferenceBatch(prompt, tuple(responses), matrix, reward)
-            return jax.value_and_grad(lambda w: objective(w, batch, None, log_prob=score), has_aux=True)(params)
+            return jax.value_and_grad(lambda w: objective(w, batch, None, policy=as_policy(score)), has_aux=True)(
+                params
+            )
 
         pair = value(log_prob, tight), value(padded_log_prob, loose)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-15), *pair)
@@ -260,14 +263,14 @@ def test_a_response_is_scored_only_where_the_loss_reads_it_and_all_in_one_pass(b
 
     scored_responses = tuple(r if k < scored else Response(r.completion) for k, r in enumerate(batch.responses))
     lean = PreferenceBatch(batch.prompt, scored_responses, batch.preference, batch.reward)
-    loss, _ = objective(params, lean, None, log_prob=counting)
+    loss, _ = objective(params, lean, None, policy=as_policy(counting))
     assert rows == [16 * scored]
-    assert loss == objective(params, batch, None, log_prob=log_prob)[0]
+    assert loss == objective(params, batch, None, policy=as_policy(log_prob))[0]
     unscored = PreferenceBatch(
         batch.prompt, tuple(Response(r.completion) for r in scored_responses), batch.preference, batch.reward
     )
     with pytest.raises(ValueError, match="no reference log-probs"):
-        objective(params, unscored, None, log_prob=log_prob)
+        objective(params, unscored, None, policy=as_policy(log_prob))
 
 
 def test_responses_scored_together_have_their_own_log_probs():
@@ -283,7 +286,8 @@ def test_the_opponent_s_tokens_do_not_enter_a_policy_gradient():
         other = Response(Completion(jnp.zeros((16, 2), jnp.int32), jnp.zeros((16, 2), bool)))
         changed = PreferenceBatch(batch.prompt, (batch.responses[0], other), batch.preference, batch.reward)
         gradients = [
-            jax.grad(lambda w, b=b, f=objective: f(w, b, None, log_prob=log_prob)[0])(params) for b in (batch, changed)
+            jax.grad(lambda w, b=b, f=objective: f(w, b, None, policy=as_policy(log_prob))[0])(params)
+            for b in (batch, changed)
         ]
         jax.tree.map(np.testing.assert_array_equal, *gradients)
 
@@ -304,7 +308,7 @@ def test_metrics_are_what_their_meanings_say():
     clipped = {"preference": 0.55, "margin": (1.0 - 0.5 + 0.0 + 1.0) / 4}
     cases = (nash_md(), {"preference": 0.55}), (reward_gradient(bound=1.0), clipped), (online_ipo(), accuracy)
     for objective, want in cases:
-        loss, metrics = objective(params, batch, None, log_prob=log_prob)
+        loss, metrics = objective(params, batch, None, policy=as_policy(log_prob))
         assert metrics.keys() == objective.meanings.keys()
         assert metrics.pop("loss", loss) == loss
         assert {name: float(value) for name, value in metrics.items()} == pytest.approx({**want, **common}, rel=1e-6)
@@ -332,9 +336,9 @@ def test_a_preference_model_learns_the_mean_loss_of_its_logits():
 def test_settings_out_of_range_are_refused():
     batch = all_pairs(tabular(2), intransitive())
     with pytest.raises(UserError, match="tau=-1 must not be negative"):
-        nash_md(tau=-1)(tabular(1), batch, None, log_prob=log_prob)
+        nash_md(tau=-1)(tabular(1), batch, None, policy=as_policy(log_prob))
     for bound in (0.0, -1.0, float("nan")):
         with pytest.raises(UserError, match=r"RewardGradient\.bound"):
             reward_gradient(bound=bound)
     with pytest.raises(ValueError, match="no rewards"):
-        reward_gradient()(tabular(1), batch, None, log_prob=log_prob)
+        reward_gradient()(tabular(1), batch, None, policy=as_policy(log_prob))

@@ -22,8 +22,9 @@ from alignjax.sampling.process import Sampling
 from alignjax.sampling.samplers import mixture, policy
 from alignjax.training import data
 from alignjax.training.collect import Collector, Frozen, roles_of
-from alignjax.training.learn import COLLECT, Schedule, init_state, make_learn, step_key, trained_alone
+from alignjax.training.learn import COLLECT, UpdateSchedule, init_state, make_learn, step_key, trained_alone
 from tests.conftest import TINY, compilations, ragged
+from tests.enumerated import as_policy
 
 P = jax.sharding.PartitionSpec
 
@@ -84,7 +85,7 @@ def nash_md_update(params, other_params):
     score = log_prob(model)
     objective = PreferenceGradient(partial(losses.nash_md, tau=0.1))
     form = pairwise(model, TemplateTokens((14,), (15,), (16,), 9))
-    collector = Collector(model, (policy, mixture(0.3)), 6, ((2,),), (), objective, score, form, True)
+    collector = Collector(model, (policy, mixture(0.3)), 6, ((2,),), (), objective, as_policy(score), form, True)
     optimizer = optax.adam(1e-2)
     rows = [[3 + i, 4 + i, *range(5, 5 + i % 3)] for i in range(8)]
 
@@ -94,7 +95,9 @@ def nash_md_update(params, other_params):
         mesh = sharding.make_mesh(sharding.Mesh(*sizes), devices)
         shapes = jax.eval_shape(lambda p: init_state(p, optimizer, jax.random.key(0), False), params)
         layout = sharding.shardings(shapes, sharding.matching_rules(model.rules, shapes.params), mesh, strict=False)
-        learn = make_learn(partial(objective, log_prob=score), optimizer, Schedule(accumulate=accumulate))
+        learn = make_learn(
+            partial(objective, policy=as_policy(score)), optimizer, UpdateSchedule(accumulate=accumulate)
+        )
 
         def collect_and_learn(state, frozen, prompt):
             roles = roles_of(state, frozen, trained_alone)

@@ -15,6 +15,7 @@ from alignjax.objectives import PreferenceGradient
 from alignjax.sampling import process as decoding
 from alignjax.types import Completion, PreferenceBatch, Prompt, Response
 from tests.conftest import ragged
+from tests.enumerated import as_policy
 from tests.test_games import float64
 
 __all__ = ["float64"]
@@ -144,7 +145,7 @@ def test_the_deep_loss_has_the_enumerated_gradient(beta):
 
         def loss(i):
             row = jax.tree.map(lambda x: jnp.asarray(x)[i][None], batch)
-            return objective(theta, row, None, log_prob=log_prob)[0]
+            return objective(theta, row, None, policy=as_policy(log_prob))[0]
 
         return jnp.sum(jax.lax.stop_gradient(jnp.exp(policy(theta)[0])) * jax.vmap(loss)(jnp.arange(count)))
 
