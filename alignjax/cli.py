@@ -258,7 +258,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
     from alignjax.pipeline import preview
 
     options = _preview_options(arguments)
-    preview.stream(_open_network(arguments.folder, arguments.chat), arguments.prompt, options)
+    preview.stream(_open_checkpoint(arguments.folder, arguments.chat), arguments.prompt, options)
     return 0
 
 
@@ -270,19 +270,19 @@ def compare_command(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise UserError(f"--count={arguments.count} must be at least 1")
     prompts = preview.read_prompts(Path(arguments.prompts).expanduser())[: arguments.count]
-    networks = [_open_network(folder, arguments.chat) for folder in arguments.folders]
+    networks = [_open_checkpoint(folder, arguments.chat) for folder in arguments.folders]
     preview.compare(networks, prompts, options)
     return 0
 
 
-def _open_network(folder: str, chat: bool) -> Any:
+def _open_checkpoint(folder: str, chat: bool) -> Any:
     """Opens a Hugging Face folder, or the network of a finished stage."""
     from alignjax.distributed import storage
     from alignjax.pipeline import preview
 
     path = storage.parse_path(folder)
     with storage.bucket_errors(path):
-        return preview.open_network(path, chat)
+        return preview.open_checkpoint(path, chat)
 
 
 def _preview_options(arguments: argparse.Namespace) -> Any:
