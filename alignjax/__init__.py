@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     # records
-    "alignjax.types": ("PreferenceBatch", "Response", "Roles", "Tokens", "TrainState", "pair_batch"),
+    "alignjax.types": ("PolicyFunctions", "PreferenceBatch", "Response", "Roles", "Tokens", "TrainState", "pair_batch"),
     "alignjax.errors": ("RunAgain", "UserError"),
     # objectives: a loss with the adapter that scores a batch for it
     "alignjax.objectives": ("DirectAlignment", "PreferenceGradient", "RewardGradient"),
@@ -25,7 +25,7 @@ _PUBLIC = {
     # models
     "alignjax.models.config": ("T5Config", "TransformerConfig"),
     "alignjax.models.build": ("build",),
-    "alignjax.models.log_probs": ("log_prob",),
+    "alignjax.models.log_probs": ("log_prob", "policy_functions"),
     "alignjax.models.lora": ("Lora",),
     # preference models, labelling methods and judges
     "alignjax.preferences.preference_models": ("bradley_terry", "choice", "pairwise", "pairwise_head"),

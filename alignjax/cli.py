@@ -227,18 +227,18 @@ def plan_command(arguments: argparse.Namespace) -> int:
     """Compiles an experiment's stages for the given topologies and prints what they need."""
     from alignjax.planning import plan, topology
 
-    topology.prepare_environment(shape for name in arguments.topology for shape in plan.shapes(name))
-    meshes = [plan.read_mesh(text) for text in arguments.mesh]
+    topology.prepare_environment(shape for name in arguments.topology for shape in plan.expand_topology(name))
+    meshes = [plan.parse_mesh(text) for text in arguments.mesh]
     experiment = load_experiment(arguments.file, _settings(arguments))
     rows = []
     for row in plan.plan(experiment, arguments.topology, meshes, arguments.only, arguments.every_bucket):
         rows.append(row)
         print(f"{row.topology} {row.mesh} {row.stage}: {row.program} {row.seconds:.0f} s", file=sys.stderr)
-    print(plan.table(rows), plan.smallest(rows), sep="\n\n")
+    print(plan.plan_table(rows), plan.smallest_fit(rows), sep="\n\n")
     if arguments.largest:
-        print(plan.largest(rows))
+        print(plan.largest_arrays(rows))
     if arguments.json:
-        plan.write(Path(arguments.json), rows)
+        plan.write_plan(Path(arguments.json).expanduser(), rows)
     return 0
 
 
@@ -258,7 +258,7 @@ def sample_command(arguments: argparse.Namespace) -> int:
     from alignjax.pipeline import preview
 
     options = _preview_options(arguments)
-    preview.stream(_open_checkpoint(arguments.folder, arguments.chat), arguments.prompt, options)
+    preview.stream(_open_network(arguments.folder, arguments.chat), arguments.prompt, options)
     return 0
 
 
@@ -270,19 +270,19 @@ def compare_command(arguments: argparse.Namespace) -> int:
     if arguments.count < 1:
         raise UserError(f"--count={arguments.count} must be at least 1")
     prompts = preview.read_prompts(Path(arguments.prompts).expanduser())[: arguments.count]
-    networks = [_open_checkpoint(folder, arguments.chat) for folder in arguments.folders]
+    networks = [_open_network(folder, arguments.chat) for folder in arguments.folders]
     preview.compare(networks, prompts, options)
     return 0
 
 
-def _open_checkpoint(folder: str, chat: bool) -> Any:
+def _open_network(folder: str, chat: bool) -> Any:
     """Opens a Hugging Face folder, or the network of a finished stage."""
     from alignjax.distributed import storage
     from alignjax.pipeline import preview
 
     path = storage.parse_path(folder)
     with storage.bucket_errors(path):
-        return preview.open_checkpoint(path, chat)
+        return preview.open_preview_network(path, chat)
 
 
 def _preview_options(arguments: argparse.Namespace) -> Any:

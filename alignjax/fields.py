@@ -71,3 +71,6 @@ def no_effect_paths(node: Any, path: str = "") -> Iterator[str]:
     elif isinstance(node, Mapping):
         for key, value in node.items():
             yield from no_effect_paths(value, f"{path}.{key}")
+    elif isinstance(node, tuple):
+        for index, value in enumerate(node):
+            yield from no_effect_paths(value, f"{path}.{index}")

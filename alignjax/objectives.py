@@ -23,6 +23,7 @@ from alignjax.types import (
     Metrics,
     Pairs,
     Params,
+    PolicyFunctions,
     PreferenceBatch,
     PreferenceLogit,
     Prompt,
@@ -32,6 +33,16 @@ from alignjax.types import (
 
 _KL = "KL of the policy to the reference, nats a response, estimated from its samples"
 _LENGTH = "tokens a response"
+
+
+def no_heads(width: int) -> Params:
+    """The ``heads`` of an objective without a critic."""
+    return {}
+
+
+def keep_batch(params: Params, batch: PreferenceBatch, policy: PolicyFunctions) -> PreferenceBatch:
+    """The ``prepare`` of an objective that needs nothing more than was collected."""
+    return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +57,8 @@ class PreferenceGradient:
     scored: ClassVar[tuple[int, ...]] = (0,)
     compared: ClassVar[Pairs] = ((0, 1),)
     rewarded: ClassVar[bool] = False
+    heads: ClassVar[Callable[[int], Params]] = staticmethod(no_heads)
+    prepare: ClassVar[Callable[..., PreferenceBatch]] = staticmethod(keep_batch)
     meanings: ClassVar[dict[str, str]] = {
         "preference": "P(y > y') of the policy's response over its opponent's, who may move with it",
         "kl": _KL,
@@ -53,11 +66,11 @@ class PreferenceGradient:
     }
 
     def __call__(
-        self, params: Params, batch: PreferenceBatch, key: Key, /, *, log_prob: LogProb
+        self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions
     ) -> tuple[Array, Metrics]:
         """Returns the mean loss and metrics."""
         response, preference = batch.responses[0], batch.probability(0, 1)
-        logp, mask = log_prob(params, batch.prompt, response.completion), response.completion.mask
+        logp, mask = policy.log_prob(params, batch.prompt, response.completion), response.completion.mask
         loss = jnp.mean(self.loss(logp, require_reference(response), mask, preference))
         return loss, {"preference": jnp.mean(preference), **_response_metrics(logp, response)}
 
@@ -76,6 +89,8 @@ class RewardGradient:
     scored: ClassVar[tuple[int, ...]] = (0,)
     compared: ClassVar[Pairs] = ((0, 1),)
     rewarded: ClassVar[bool] = True
+    heads: ClassVar[Callable[[int], Params]] = staticmethod(no_heads)
+    prepare: ClassVar[Callable[..., PreferenceBatch]] = staticmethod(keep_batch)
     meanings: ClassVar[dict[str, str]] = {
         **PreferenceGradient.meanings,
         "margin": "r(y) - r(y') of the policy's response and its opponent's, clipped, nats",
@@ -85,11 +100,11 @@ class RewardGradient:
         check_range(self, POSITIVE, float("inf"), "bound")
 
     def __call__(
-        self, params: Params, batch: PreferenceBatch, key: Key, /, *, log_prob: LogProb
+        self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions
     ) -> tuple[Array, Metrics]:
         """Returns the mean loss and metrics."""
         response, margin = batch.responses[0], jnp.clip(batch.margin(0, 1), -self.bound, self.bound)
-        logp, mask = log_prob(params, batch.prompt, response.completion), response.completion.mask
+        logp, mask = policy.log_prob(params, batch.prompt, response.completion), response.completion.mask
         loss = jnp.mean(self.loss(logp, require_reference(response), mask, margin))
         metrics = {"preference": jnp.mean(batch.probability(0, 1)), "margin": jnp.mean(margin)}
         return loss, {**metrics, **_response_metrics(logp, response)}
@@ -107,6 +122,8 @@ class DirectAlignment:
     scored: ClassVar[tuple[int, ...]] = (0, 1)
     compared: ClassVar[Pairs] = ((0, 1),)
     rewarded: ClassVar[bool] = False
+    heads: ClassVar[Callable[[int], Params]] = staticmethod(no_heads)
+    prepare: ClassVar[Callable[..., PreferenceBatch]] = staticmethod(keep_batch)
     meanings: ClassVar[dict[str, str]] = {
         "loss": "the mean loss of a pair",
         "accuracy": "share of pairs whose preferred response has the larger log-ratio; ties count 1/2",
@@ -116,10 +133,10 @@ class DirectAlignment:
     }
 
     def __call__(
-        self, params: Params, batch: PreferenceBatch, key: Key, /, *, log_prob: LogProb
+        self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions
     ) -> tuple[Array, Metrics]:
         """Returns the mean loss and metrics."""
-        logps = score_responses(log_prob, params, batch, self.scored)
+        logps = score_responses(policy.log_prob, params, batch, self.scored)
         ratios = [
             losses.sequence_sum(logp - require_reference(response), response.completion.mask)
             for logp, response in zip(logps, batch.responses, strict=True)

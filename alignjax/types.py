@@ -77,6 +77,7 @@ class Response:
     behavior_logp: Array | None = None  # [B, T] nats at temperature 1 under the process that wrote it; 0 on padding
     reference_logp: Array | None = None  # [B, T] nats under the reference; 0 on padding
     finished: Array | None = None  # [B] bool: the response met a stop sequence
+    value: Array | None = None  # [B, T] the critic's estimate before each token, when the response was collected
 
 
 @jax.tree_util.register_dataclass
@@ -185,6 +186,14 @@ class Reward(Protocol):
         ...
 
 
+class PolicyFunctions(NamedTuple):
+    """A policy's model as objectives use it. The parameters may have heads beside the backbone."""
+
+    log_prob: LogProb
+    states: Callable[[Params, Prompt, Completion], Array]  # -> [B, T, D]: the state that predicts each token
+    width: int  # D
+
+
 class Loss(Protocol):
     """What ``learn`` minimises: an objective with its model bound."""
 
@@ -201,8 +210,16 @@ class Objective(Protocol):
     rewarded: bool  # whether it reads rewards
     meanings: dict[str, str]  # metric -> what it shows
 
+    def heads(self, width: int, /) -> Params:
+        """Returns the first heads that are trained beside the policy, such as a critic's; empty without one."""
+        ...
+
+    def prepare(self, params: Params, batch: PreferenceBatch, policy: PolicyFunctions, /) -> PreferenceBatch:
+        """Returns the batch with what must be computed before the policy moves, such as a critic's values."""
+        ...
+
     def __call__(
-        self, params: Params, batch: PreferenceBatch, key: Key, /, *, log_prob: LogProb
+        self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions
     ) -> tuple[Array, Metrics]:
         """Returns the scalar loss and metrics."""
         ...

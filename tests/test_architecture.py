@@ -1,6 +1,8 @@
-"""The floors of the house: imports run downwards, and each heavy library has its one door."""
+"""The package's structure: imports run downwards, heavy libraries have one door each, functions are short."""
 
 import ast
+import collections
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,56 +13,75 @@ import alignjax
 
 ROOT = Path(alignjax.__file__).parent
 FLOORS = [
-    {"types", "config"},
-    {"runtime", "games"},
-    {"models", "objectives", "decoding"},
-    {"preference", "labeling", "generation", "rollout", "judges", "tournament", "tasks"},
-    {"report", "stages"},
-    {"plan", "run", "export", "sample"},
-    {"commands", "__main__"},
+    {"errors", "fields", "types"},
+    {"losses", "games", "distributed"},
+    {"models"},
+    {"checkpoints", "tasks"},
+    {"sampling", "preferences"},
+    {"objectives", "labeling"},
+    {"training"},
+    {"reporting"},
+    {"pipeline"},
+    {"planning"},
+    {"cli"},
+    {"__main__"},
 ]
+"""Lowest first. A room imports itself and rooms of lower floors."""
 DOORS = {
-    "orbax": {"runtime/checkpoint.py"},
-    "tensorflow_datasets": {"runtime/data.py"},
-    "grain": {"runtime/data.py"},
-    "transformers": {"models/huggingface.py"},
-    "flax": {"models/functional.py", "models/layers.py", "models/transformer.py", "models/t5.py"},
+    "orbax": {"training/checkpointing.py"},
+    "tensorflow_datasets": {"training/data.py"},
+    "grain": {"training/data.py"},
+    "transformers": {"checkpoints/huggingface.py"},
+    "flax": {"models/decoder_modules.py", "models/functional.py", "models/layers.py", "models/t5_modules.py"},
 }
+LONGEST_FUNCTION = 40  # lines
 FILES = sorted(ROOT.rglob("*.py"))
 
 
 def name(path):
+    """Returns a file's path inside the package."""
     return str(path.relative_to(ROOT))
 
 
+@functools.cache
+def parsed(path):
+    """Returns a file's syntax tree."""
+    return ast.parse(path.read_text())
+
+
 def imported(path):
-    """Top-level names a file imports, those of this package as "alignjax.x"."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Yields the modules that a file imports: "alignjax.x.y" for those of this package."""
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def floor(part):
-    found = [i for i, parts in enumerate(FLOORS) if part in parts]
-    assert found, f"{part} stands on no floor"
-    return found[0]
+def room(path):
+    """Returns the folder, or the file, of the package that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def floor(room):
+    """Returns the number of a room's floor."""
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
+
+
+def test_every_room_has_one_floor():
+    rooms = {room(path) for path in FILES} - {"__init__"}
+    assert sorted(rooms) == sorted(part for rooms in FLOORS for part in rooms)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_imports_never_run_upwards(path):
-    mine = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if mine == "__init__":
+def test_imports_run_downwards(path):
+    if room(path) == "__init__":
         return
     for module in imported(path):
         parts = module.split(".")
-        if (
-            parts[0] == "alignjax"
-            and len(parts) > 1
-            and (ROOT / parts[1]).with_suffix(".py").exists() | (ROOT / parts[1]).is_dir()
-        ):
-            assert floor(parts[1]) <= floor(mine), f"{name(path)} imports {module}"
+        is_room = len(parts) > 1 and any(parts[1] in rooms for rooms in FLOORS)
+        if parts[0] == "alignjax" and is_room and parts[1] != room(path):
+            assert floor(parts[1]) < floor(room(path)), f"{name(path)} imports {module}"
 
 
 def test_there_is_no_circle():
@@ -99,3 +120,42 @@ def test_the_mathematics_imports_without_the_machinery():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def definitions(path):
+    """Yields the functions and classes of a file and the methods of its classes, without those inside functions."""
+    for node in parsed(path).body:
+        if isinstance(node, DEFINITIONS):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{part.name}", part) for part in node.body if isinstance(part, DEFINITIONS))
+
+
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def is_public(dotted):
+    """Returns whether no part of a name begins with an underscore."""
+    return not any(part.startswith("_") for part in dotted.split("."))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_function_is_long(path):
+    functions = [node for node in ast.walk(parsed(path)) if isinstance(node, DEFINITIONS[:2])]
+    lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    assert not {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_everything_public_has_a_docstring(path):
+    nodes = [("the module", parsed(path)), *((dotted, node) for dotted, node in definitions(path) if is_public(dotted))]
+    assert not [dotted for dotted, node in nodes if not ast.get_docstring(node)]
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    modules = collections.defaultdict(set)
+    for path in FILES:
+        for dotted, _ in definitions(path):
+            if is_public(dotted) and "." not in dotted:
+                modules[dotted].add(name(path))
+    assert not {dotted: sorted(paths) for dotted, paths in modules.items() if len(paths) > 1}

@@ -1,4 +1,4 @@
-"""Experiments as files: every leaf can be reached, every mistake is one line, every result has its name."""
+"""Experiments as files: every leaf can be set, a mistake is one line, a fingerprint names what makes a result."""
 
 import contextlib
 import dataclasses
@@ -7,14 +7,17 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import pytest
 
+import alignjax as aj
 from alignjax.errors import UserError
-from alignjax.pipeline import config, run
-from alignjax.tasks import sandbox
+from alignjax.pipeline import config, fingerprint, store
+from alignjax.pipeline.fingerprint import difference, input_names, resolve
+from alignjax.tasks.sandbox_grammar import harmless_score, helpful_score
 from alignjax.tasks.task import oracle_from_score
+from alignjax.types import Role
 
 QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 
@@ -26,7 +29,7 @@ def quickstart():
 
 @pytest.fixture(autouse=True)
 def no_git(monkeypatch):
-    monkeypatch.setattr(run, "code_version", lambda: "now")
+    monkeypatch.setattr(fingerprint, "code_version", lambda: "now")
 
 
 @pytest.fixture
@@ -55,6 +58,8 @@ def another(value):
     """A text that parses to another value of the same type."""
     if isinstance(value, bool):
         return str(not value)
+    if isinstance(value, Role):
+        return "AVERAGE" if value is Role.POLICY else "POLICY"
     if isinstance(value, float):
         return repr(value / 2 or 0.25)
     if isinstance(value, int | float):
@@ -69,20 +74,25 @@ def another(value):
 
 
 def fingerprints(experiment):
-    return {name: run.resolved(experiment, name)["fingerprint"] for name in experiment.stages}
+    return {name: fingerprint.fingerprint(experiment, name) for name in experiment.stages}
+
+
+def prepare(folder, record, redo):
+    """Calls ``store.prepare`` for a record of a quickstart's stage."""
+    return store.prepare(folder, record, config.load(QUICKSTART, {}).stages[record["stage"]], redo)
 
 
 def below(experiment, names):
     """The stages and all that are made from them."""
     found = set(names)
     for _ in experiment.stages:
-        found |= {name for name, stage in experiment.stages.items() if found & set(stage.inputs())}
+        found |= {name for name, stage in experiment.stages.items() if found & set(input_names(stage))}
     return found
 
 
 def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
     before = dict(config.leaves(quickstart))
-    deep = {"stages.nash_md.objective.tau", "stages.pairs.writing.sampling.temperature", "stages.base.model.width"}
+    deep = {"stages.nash_md.objective.loss.tau", "stages.pairs.writing.sampling.temperature", "stages.base.model.width"}
     assert deep | {"seed", "mesh.fsdp", "task.template.question", "stages.nash_md.buckets"} <= set(before)
     for path, value in before.items():
         if path.endswith((".lora", ".best")):  # a record or nothing: made in the file
@@ -97,7 +107,7 @@ def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
 
 
 def test_the_word_stages_may_be_left_out(quickstart):
-    for path in ("nash_md.objective.tau", "table.judges.oracle", "base.adam.lr"):
+    for path in ("nash_md.objective.loss.tau", "table.prompts", "base.adam.lr"):
         short, full = (config.override(quickstart, {name: "7"}) for name in (path, f"stages.{path}"))
         assert config.describe(short) == config.describe(full) != config.describe(quickstart)
 
@@ -117,15 +127,18 @@ def test_nodes_keep_their_kind_and_neighbours():
 
 
 @pytest.mark.parametrize(("path", "nearest"), [
-    ("nash_md.objectiv.tau", "nash_md.objective.tau"), ("nash.objective.tau", "nash_md.objective.tau"),
-    ("tau", "nash_md.objective.tau"), ("sed", "seed"), ("nash_md.loop.step", "nash_md.loop.steps"),
+    ("nash_md.objectiv.loss.tau", "nash_md.objective.loss.tau"),
+    ("nash.objective.loss.tau", "nash_md.objective.loss.tau"), ("tau", "nash_md.objective.loss.tau"),
+    ("sed", "seed"), ("nash_md.loop.step", "nash_md.loop.steps"),
 ])  # fmt: skip
 def test_a_wrong_name_is_told_with_the_nearest_ones(quickstart, path, nearest):
     with refused(path, "did you mean", nearest):
         config.override(quickstart, {path: "1"})
 
 
-@pytest.mark.parametrize("path", ["nash_md", "nash_md.objective", "nash_md.buckets.9", "zzz", "", "task.score"])
+@pytest.mark.parametrize(
+    "path", ["nash_md", "nash_md.objective", "nash_md.data.samplers", "nash_md.buckets.9", "zzz", "", "task.score"]
+)
 def test_what_is_no_leaf_cannot_be_set(quickstart, path):
     with refused("unknown field", repr(path)):
         config.override(quickstart, {path: "1"})
@@ -134,8 +147,8 @@ def test_what_is_no_leaf_cannot_be_set(quickstart, path):
 @pytest.mark.parametrize(("path", "text", "kind"), [
     ("nash_md.loop.steps", "many", "int"), ("nash_md.loop.steps", "1.5", "int"), ("nash_md.loop.steps", "True", "int"),
     ("nash_md.adam.lr", "fast", "float"), ("nash_md.adam.lr", "True", "float"), ("nash_md.adam.lr", "(1,)", "float"),
-    ("nash_md.unfinished_loses", "1", "bool"), ("nash_md.unfinished_loses", "yes", "bool"),
-    ("nash_md.loop.steps", "{[1]: 2}", "int"),
+    ("nash_md.data.unfinished_loses", "1", "bool"), ("nash_md.data.unfinished_loses", "yes", "bool"),
+    ("nash_md.loop.steps", "{[1]: 2}", "int"), ("nash_md.data.samplers.0.role", "0", "POLICY, REFERENCE, AVERAGE"),
 ])  # fmt: skip
 def test_a_value_of_another_type_is_refused(quickstart, path, text, kind):
     with refused(path, kind):
@@ -245,7 +258,8 @@ def test_describe_notices_an_edited_function_and_what_it_closes_over_or_mentions
 def test_describe_names_the_package_s_functions_and_is_json(quickstart):
     described = config.describe(quickstart)
     assert json.loads(json.dumps(described)) == described
-    assert described["stages"]["nash_md"]["objective"]["function"] == "alignjax.objectives.nash_md"
+    assert described["stages"]["nash_md"]["objective"]["loss"]["function"] == "alignjax.losses.policy_gradient.nash_md"
+    assert described["stages"]["nash_md"]["data"]["samplers"]["1"] == {"role": "POLICY", "beta": 0.25}
 
 
 def test_functions_are_described_by_what_they_do():
@@ -254,14 +268,17 @@ def test_functions_are_described_by_what_they_do():
             return 0
 
     assert config.describe(Constant()) == config.describe(Constant())  # not by their addresses
-    one, two = map(oracle_from_score, (sandbox.harmless, sandbox.helpful))  # nor by the package's names alone
-    assert config.describe(one) == config.describe(oracle_from_score(sandbox.harmless)) != config.describe(two)
+    one, two = map(oracle_from_score, (harmless_score, helpful_score))  # nor by the package's names alone
+    assert config.describe(one) == config.describe(oracle_from_score(harmless_score)) != config.describe(two)
 
 
 @pytest.mark.parametrize(("path", "stages"), [
-    ("nash_md.objective.tau", {"nash_md"}), ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
+    ("nash_md.objective.loss.tau", {"nash_md"}), ("nash_md.data.samplers.1.beta", {"nash_md"}),
+    ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
     ("base.model.width", {"base"}), ("table.prompts", {"table"}), ("judge.loop.steps", {"judge"}),
-    ("nash_md.loop.log_every", set()), ("base.loop.save_every", set()),
+    ("nash_md.loop.log_every", set()), ("base.loop.save_every", set()), ("base.loop.keep", set()),
+    ("pairs.writing.gather", set()), ("nash_md.data.gather", set()), ("base.model.remat", set()),
+    ("base.model.decode", set()),
     ("seed", None), ("task.template.question", None), ("task.source.nouns", None),  # None: every stage
 ])  # fmt: skip
 def test_a_leaf_moves_the_fingerprints_of_its_stage_and_of_all_below(quickstart, path, stages):
@@ -274,80 +291,80 @@ def test_a_leaf_moves_the_fingerprints_of_its_stage_and_of_all_below(quickstart,
 
 
 def test_a_stage_is_prepared_finished_refused_and_redone(quickstart, tmp_path):
-    folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
-    other = run.resolved(config.override(quickstart, {"nash_md.objective.tau": "0.5"}), "nash_md")
-    assert not run.prepare(folder, record, redo=False)
-    assert not run.prepare(folder, other, redo=False)  # nothing was done yet: it is begun anew
-    assert not run.prepare(folder, record, redo=False)
+    folder, record = tmp_path / "nash_md", resolve(quickstart, "nash_md")
+    other = resolve(config.override(quickstart, {"nash_md.objective.loss.tau": "0.5"}), "nash_md")
+    assert not prepare(folder, record, redo=False)
+    assert not prepare(folder, other, redo=False)  # nothing was done yet: it is begun anew
+    assert not prepare(folder, record, redo=False)
     (folder / "work").write_text("half")
-    assert not run.prepare(folder, record, redo=False) and (folder / "work").exists()  # it resumes
-    tau = record["config"]["objective"]["tau"]
+    assert not prepare(folder, record, redo=False) and (folder / "work").exists()  # it resumes
+    tau = record["config"]["objective"]["loss"]["tau"]
     for finished in (False, True):
-        run.write_record(folder, {**record, "finished": finished})
-        with refused("nash_md", f"objective.tau={tau}, now 0.5", "--redo"):
-            run.prepare(folder, other, redo=False)
+        store.write_record(folder, {**record, "finished": finished})
+        with refused("nash_md", f"objective.loss.tau={tau}, now 0.5", "--redo"):
+            prepare(folder, other, redo=False)
         assert (folder / "work").exists()
-    assert run.prepare(folder, record, redo=False)
-    assert not run.prepare(folder, other, redo=True)
-    assert not (folder / "work").exists() and run.read_record(folder)["fingerprint"] == other["fingerprint"]
+    assert prepare(folder, record, redo=False)
+    assert not prepare(folder, other, redo=True)
+    assert not (folder / "work").exists() and store.read_record(folder)["fingerprint"] == other["fingerprint"]
 
 
 @pytest.mark.parametrize("back", ["a failure", "the old configuration", "the old one after work", "a kill"])
 def test_a_finished_stage_is_put_aside_until_its_new_one_is_finished(quickstart, tmp_path, back):
-    folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
-    other = run.resolved(config.override(quickstart, {"nash_md.objective.tau": "0.5"}), "nash_md")
-    run.prepare(folder, record, redo=False)
+    folder, record = tmp_path / "nash_md", resolve(quickstart, "nash_md")
+    other = resolve(config.override(quickstart, {"nash_md.objective.loss.tau": "0.5"}), "nash_md")
+    prepare(folder, record, redo=False)
     (folder / "params").write_text("trained")
-    run.write_record(folder, {**record, "finished": True})
-    assert not run.prepare(folder, other, redo=True) and not (folder / "params").exists()
+    store.write_record(folder, {**record, "finished": True})
+    assert not prepare(folder, other, redo=True) and not (folder / "params").exists()
     if back == "a failure":
-        run.withdraw(folder)
+        store.withdraw(folder)
     elif back == "the old configuration":
-        assert run.prepare(folder, record, redo=False)
+        assert prepare(folder, record, redo=False)
     elif back == "the old one after work":
         (folder / "work").write_text("half")
         with refused("now 0.02"):
-            run.prepare(folder, record, redo=False)
-        assert run.prepare(folder, record, redo=True)
+            prepare(folder, record, redo=False)
+        assert prepare(folder, record, redo=True)
     else:  # between putting aside and beginning
-        (folder / run.RECORD).unlink()
+        (folder / store.RECORD).unlink()
         folder.rmdir()
-        assert run.prepare(folder, record, redo=False)
-    assert (folder / "params").read_text() == "trained" and run.read_record(folder)["finished"]
-    assert not run.aside(folder).exists()
+        assert prepare(folder, record, redo=False)
+    assert (folder / "params").read_text() == "trained" and store.read_record(folder)["finished"]
+    assert not store.set_aside(folder).exists()
 
 
 def test_a_failure_takes_nothing_that_was_done(quickstart, tmp_path):
-    folder, record = tmp_path / "nash_md", run.resolved(quickstart, "nash_md")
-    run.prepare(folder, record, redo=False)
+    folder, record = tmp_path / "nash_md", resolve(quickstart, "nash_md")
+    prepare(folder, record, redo=False)
     (folder / "metrics.jsonl").write_text("{}")
     (folder / "checkpoints").mkdir()
-    run.withdraw(folder)
+    store.withdraw(folder)
     assert not folder.exists()
-    run.prepare(folder, record, redo=False)
+    prepare(folder, record, redo=False)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "4").write_text("saved")
-    run.withdraw(folder)
+    store.withdraw(folder)
     assert (folder / "checkpoints" / "4").exists()
 
 
 def test_how_often_a_stage_looks_up_is_no_difference(quickstart, tmp_path):
-    record = run.resolved(quickstart, "base")
-    run.prepare(tmp_path / "base", record, redo=False)
-    run.write_record(tmp_path / "base", {**record, "finished": True})
+    record = resolve(quickstart, "base")
+    prepare(tmp_path / "base", record, redo=False)
+    store.write_record(tmp_path / "base", {**record, "finished": True})
     often = config.override(quickstart, {"base.loop.log_every": "1", "base.loop.save_every": "7"})
-    assert run.prepare(tmp_path / "base", run.resolved(often, "base"), redo=False)
+    assert prepare(tmp_path / "base", resolve(often, "base"), redo=False)
     both = config.override(often, {"base.tokenizer_documents": "1"})
-    assert run.difference(record, run.resolved(both, "base")).startswith("tokenizer_documents=")
-    told = run.difference(run.resolved(quickstart, "pairs"), run.resolved(both, "pairs"))
-    assert told.startswith("inputs.base=")
+    assert difference(record, resolve(both, "base"), both.stages["base"]).startswith("tokenizer_documents=")
+    words = difference(resolve(quickstart, "pairs"), resolve(both, "pairs"), both.stages["pairs"])
+    assert words.startswith("inputs.base=")
 
 
 def test_a_damaged_record_is_refused(tmp_path):
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / run.RECORD).write_text('{"finger')
-    with refused(str(tmp_path / "base" / run.RECORD), "damaged"):
-        run.read_record(tmp_path / "base")
+    (tmp_path / "base" / store.RECORD).write_text('{"finger')
+    with refused(str(tmp_path / "base" / store.RECORD), "damaged"):
+        store.read_record(tmp_path / "base")
 
 
 @pytest.mark.parametrize(("text", "value"), [("false", False), ("FALSE", False), ("true", True), ("True", True)])
@@ -359,3 +376,138 @@ def test_a_parameter_of_get_config_has_its_defaults_type(file, text, value):
         config.load(path, {"small": "no"})
     with refused("size='x' is not a int"):
         config.load(path, {"size": "x"})
+
+
+def own_loss(first, second, p, *, keep, decode):
+    return keep * (first - second)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnMethod:
+    """A labelling method whose fields have the names of fields without effect elsewhere."""
+
+    keep: int = 1
+    decode: str = "a"
+    log_every: float = 0.5
+    judge: ClassVar[None] = None
+
+
+def moved(before, after):
+    """Returns the stages whose fingerprints differ; a stage is compared with the one of its name."""
+    old, new = fingerprints(before), fingerprints(after)
+    return {name for name in old.keys() & new.keys() if old[name] != new[name]}
+
+
+@pytest.mark.parametrize("change", [{"keep": 2}, {"decode": "b"}, {"log_every": 0.25}])
+def test_a_method_s_own_field_of_any_name_changes_its_fingerprint(quickstart, change):
+    pairs = quickstart.stages["pairs"]
+    first, second = (
+        quickstart.with_stages(pairs=dataclasses.replace(pairs, method=method))
+        for method in (OwnMethod(), OwnMethod(**change))
+    )
+    assert moved(first, second) == below(quickstart, {"pairs"})
+    name = next(iter(change))
+    words = difference(resolve(first, "pairs"), resolve(second, "pairs"), second.stages["pairs"])
+    assert words.startswith(f"method.{name}=")
+
+
+@pytest.mark.parametrize("change", [{"keep": 2}, {"decode": 3}])
+def test_an_objective_s_own_keyword_of_any_name_changes_its_fingerprint(quickstart, change):
+    def with_loss(**keywords):
+        loss = partial(own_loss, **{"keep": 1, "decode": 2, **keywords})
+        arm = dataclasses.replace(quickstart.stages["nash_md"], objective=aj.DirectAlignment(loss))
+        return quickstart.with_stages(nash_md=arm)
+
+    first, second = with_loss(), with_loss(**change)
+    assert moved(first, second) == {"nash_md", "table"}
+    words = difference(resolve(first, "nash_md"), resolve(second, "nash_md"), second.stages["nash_md"])
+    assert words.startswith(f"objective.loss.{next(iter(change))}=")
+
+
+@pytest.mark.parametrize("name", ["keep", "decode", "seed", "stages"])
+def test_a_stage_may_have_any_name_and_its_users_depend_on_what_it_is(quickstart, name):
+    """An input's name is not part of the fingerprint, and its configuration is."""
+    stages = {name if old == "pairs" else old: stage for old, stage in quickstart.stages.items()}
+    stages["preference"] = dataclasses.replace(stages["preference"], pairs=name)
+    renamed = dataclasses.replace(quickstart, stages=stages)
+    assert fingerprints(renamed)[name] == fingerprints(quickstart)["pairs"]
+    assert moved(quickstart, renamed) == set()
+    edited = config.override(renamed, {f"stages.{name}.prompts": "7"})
+    assert moved(renamed, edited) == {name, *below(renamed, {name})}
+
+
+def test_a_table_depends_on_its_policies_and_on_their_names_in_the_table(quickstart):
+    """A policy's name in the table seeds its draws; the stage's name does not."""
+    table = quickstart.stages["table"]
+    stages = {("other" if name == "nash_md" else name): stage for name, stage in quickstart.stages.items()}
+    stages["table"] = dataclasses.replace(table, policies={**table.policies, "nash_md": "other"})
+    assert moved(quickstart, dataclasses.replace(quickstart, stages=stages)) == set()
+    policies = {"base": "base", "other": "nash_md", "self_play": "self_play"}
+    assert moved(quickstart, quickstart.with_stages(table=dataclasses.replace(table, policies=policies))) == {"table"}
+
+
+def test_equal_stages_have_one_fingerprint_and_stages_of_two_types_never(quickstart):
+    base = quickstart.stages["base"]
+    twins = quickstart.with_stages(twin=base, asked=aj.ZeroShotPreference("base"))
+    assert fingerprints(twins)["twin"] == fingerprints(twins)["base"]
+
+    @dataclasses.dataclass(frozen=True)
+    class ZeroShotPreference2(aj.ZeroShotPreference):
+        pass
+
+    other = twins.with_stages(asked=ZeroShotPreference2("base"))
+    assert moved(twins, other) == {"asked"}
+
+
+NO_EFFECT = {
+    "base.loop.log_every": 3, "base.loop.save_every": 3, "base.loop.keep": 5, "base.model.remat": "full",
+    "base.model.decode": "scanned", "pairs.writing.gather": False, "nash_md.data.gather": False,
+    "table.writing.gather": False, "nash_md.loop.keep": 7, "preference.loop.log_every": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NO_EFFECT)
+def test_a_field_without_effect_changes_no_fingerprint_and_no_difference_names_it(quickstart, path):
+    name, _, leaf = path.partition(".")
+    quiet = config.override(quickstart, {path: str(NO_EFFECT[path])})
+    assert moved(quickstart, quiet) == set()
+    loud = config.override(quiet, {f"{name}.seed": "5"})
+    words = difference(resolve(quickstart, name), resolve(loud, name), loud.stages[name])
+    assert words == "seed=0, now 5" and dict(config.leaves(quiet))[f"stages.{path}"] == NO_EFFECT[path]
+    assert leaf not in words
+
+
+def test_a_field_without_effect_inside_a_tuple_is_never_named(quickstart):
+    @dataclasses.dataclass(frozen=True)
+    class Several:
+        loops: tuple[aj.Loop, ...]
+        seed: int = 0
+
+    def record(keep, seed):
+        experiment = aj.Experiment(None, {"several": Several((aj.Loop(1, 1, keep=keep),), seed)})
+        return resolve(experiment, "several"), experiment.stages["several"]
+
+    (old, _), (same, _), (new, stage) = record(2, 0), record(3, 0), record(3, 1)
+    assert old["fingerprint"] == same["fingerprint"] != new["fingerprint"]
+    assert difference(old, new, stage) == "seed=0, now 1"
+
+
+def test_a_renamed_input_is_never_named_as_the_difference(quickstart):
+    """Another input is, by its field where its name changed and by its fingerprint where its content did."""
+    twin = quickstart.with_stages(copy=quickstart.stages["pairs"])
+    fit = twin.stages["preference"]
+    renamed = twin.with_stages(preference=dataclasses.replace(fit, pairs="copy"))
+    assert moved(twin, renamed) == set()
+    seeded = renamed.with_stages(preference=dataclasses.replace(fit, pairs="copy", seed=1))
+    old, new = resolve(twin, "preference"), resolve(seeded, "preference")
+    assert difference(old, new, seeded.stages["preference"]) == "seed=0, now 1"
+    other = twin.with_stages(preference=dataclasses.replace(fit, pairs="annotated"))
+    words = difference(old, resolve(other, "preference"), other.stages["preference"])
+    assert words == "pairs='pairs', now 'annotated'"
+    edited = config.override(twin, {"pairs.prompts": "9"})
+    words = difference(old, resolve(edited, "preference"), edited.stages["preference"])
+    assert words.startswith("inputs.pairs=")
+    policies = {**twin.stages["table"].policies, "nash_md": "self_play"}
+    table = twin.with_stages(table=dataclasses.replace(twin.stages["table"], policies=policies))
+    words = difference(resolve(twin, "table"), resolve(table, "table"), table.stages["table"])
+    assert words == "policies.nash_md='nash_md', now 'self_play'"

@@ -80,7 +80,7 @@ def load(workdir, *names):
 
 def train_from(start, spec, heads=None):
     """Returns what is trained of a network."""
-    return trainable(start, spec, heads or {}, start.model.rules, jax.random.key(3))
+    return trainable(start, spec, heads or {}, jax.random.key(3))
 
 
 def equal(a, b):
@@ -225,7 +225,7 @@ def test_a_chat_template_is_part_of_the_token_digest(tmp_path, tokenizer):
 def test_a_head_is_trained_beside_adapters_and_continues_the_starts_own(workdir):
     (start,) = load(workdir, "llama_reward")
     form = preference_models.bradley_terry(start.model, TEMPLATE)
-    parts = trainable(start, Lora(2, 4.0), form.init_heads(), form.rules, jax.random.key(0))
+    parts = trainable(start, Lora(2, 4.0), form.init_heads(), jax.random.key(0))
     np.testing.assert_array_equal(parts.params["reward"]["kernel"], start.heads["reward"]["kernel"])
     assert set(parts.params) == {"blocks", "reward"} and "reward" not in parts.base
     specs = sharding.shardings(

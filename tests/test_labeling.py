@@ -11,25 +11,43 @@ import pytest
 from scipy import integrate, stats
 
 from alignjax.errors import UserError
-from alignjax.labeling import methods as labeling
+from alignjax.labeling.accuracy import rlaif_accuracy, rlcd_accuracy
+from alignjax.labeling.judged import Judged
+from alignjax.labeling.method import LabeledPair, Labeler
+from alignjax.labeling.rlcd import RLCD
+from alignjax.pipeline.judges import Oracle
+from alignjax.preferences.judges import oracle_judge
 from alignjax.sampling.generate import Reply
 from alignjax.tasks import sandbox
+from alignjax.tasks.dialogue_format import clean_reply, contrast_dialogue
+from alignjax.tasks.task import oracle_from_score
 
-TASK = sandbox.task()
-PLAIN = sandbox.prompts(sandbox.World(), "train", 60, seed=0)
+TASK = sandbox.sandbox_task()
+PLAIN = sandbox.World().prompts("train", 60, seed=0)
 ONE = "Human: Hi?\n\nAssistant:"
 TWO = f"{ONE} Well.\n\nHuman: And?\n\nAssistant:"
 THREE = f"{TWO} Yes.\n\nHuman: So?\n\nAssistant:"
 
 
+def rlcd(writer, task, prompts, numbers, seed, **options):
+    """Returns (pairs, tries) of RLCD."""
+    return RLCD(**options).label(Labeler(writer, task, None, seed), prompts, numbers)
+
+
+def by_oracle(writer, task, prompts, numbers, seed, *, oracle="oracle", error=0.0):
+    """Returns (pairs, tries) of Judged with one of the task's oracles."""
+    labeler = Labeler(writer, task, oracle_judge(task.oracles[oracle]), seed)
+    return Judged(Oracle(oracle), error).label(labeler, prompts, numbers)
+
+
 class Writer:
-    """A Generate whose text is a pure function of (prompt, number, seed); it keeps what it was asked."""
+    """A Generate whose text is a pure function of (prompt, number, attempt); it records what it was asked."""
 
     def __init__(self, text):
         self.text, self.calls = text, []
 
-    def __call__(self, prompts, numbers, seed):
-        self.calls.append([(prompt, number, seed) for prompt, number in zip(prompts, numbers, strict=True)])
+    def __call__(self, prompts, numbers, attempt):
+        self.calls.append([(prompt, number, attempt) for prompt, number in zip(prompts, numbers, strict=True)])
         return [Reply(self.text(*asked), 1, 0.0) for asked in self.calls[-1]]
 
     @property
@@ -42,13 +60,13 @@ def chance(*asked):
     return int.from_bytes(hashlib.sha256(repr(asked).encode()).digest()[:6]) / 2**48
 
 
-def echo(prompt, number, seed):
-    return f" {prompt[-40:]!r} {number} {seed}\n\nHuman:"
+def echo(prompt, number, attempt):
+    return f" {prompt[-40:]!r} {number} {attempt}\n\nHuman:"
 
 
-def moody(prompt, number, seed):
+def moody(prompt, number, attempt):
     """Refused four times in ten."""
-    return echo(prompt, number, seed) if chance(prompt, number, seed) > 0.4 else " cut off"
+    return echo(prompt, number, attempt) if chance(prompt, number, attempt) > 0.4 else " cut off"
 
 
 def polarity(prompt):
@@ -59,7 +77,7 @@ def polarity(prompt):
 
 @pytest.mark.parametrize(("prompt", "turns"), [(ONE, 1), (TWO, 2), (THREE, 3)])
 def test_the_last_turn_has_one_polarity_and_every_other_its_opposite(prompt, turns):
-    made = labeling.contrast_dialogue(prompt, "(good)", "(bad)")
+    made = contrast_dialogue(prompt, "(good)", "(bad)")
     assert made.endswith("\n\nAssistant (good):")
     assert (made.count("Assistant (good):"), made.count("Assistant (bad):")) == (1, turns - 1)
     assert made.replace(" (good)", "").replace(" (bad)", "") == prompt
@@ -68,7 +86,7 @@ def test_the_last_turn_has_one_polarity_and_every_other_its_opposite(prompt, tur
 def test_a_prompt_that_does_not_end_in_a_role_marker_is_refused():
     for wrong in (ONE + " ", ONE[:-1], "Assistant:", ""):
         with pytest.raises(UserError, match="does not end in 'Assistant:'"):
-            labeling.contrast_dialogue(wrong, "a", "b")
+            contrast_dialogue(wrong, "a", "b")
 
 
 @pytest.mark.parametrize(("raw", "reply"), [
@@ -88,24 +106,23 @@ def test_a_prompt_that_does_not_end_in_a_role_marker_is_refused():
     ("", None),
 ])  # fmt: skip
 def test_the_filter_keeps_the_reply_before_the_next_human_turn(raw, reply):
-    assert labeling.clean_reply(raw) == reply
+    assert clean_reply(raw) == reply
 
 
 def test_both_sides_have_one_affix_pair_and_opposite_polarity():
     writer = Writer(echo)
-    pairs, _ = labeling.rlcd(writer, TASK, PLAIN, range(60), 0)
+    pairs, _ = rlcd(writer, TASK, PLAIN, range(60), 0)
     assert [pair.prompt for pair in pairs] == PLAIN
     by_number = {n: [p for p, number, _ in writer.asked if number == n] for n in range(60)}
     for number, pair in enumerate(pairs):
         plus, minus = TASK.affixes[pair.affix]
-        contrast = labeling.contrast_dialogue
-        good, bad = contrast(pair.prompt, plus, minus), contrast(pair.prompt, minus, plus)
+        good, bad = (contrast_dialogue(pair.prompt, *sides) for sides in ((plus, minus), (minus, plus)))
         assert sorted(by_number[number]) == sorted([good, bad])
 
 
 def test_the_label_follows_the_positive_affix_and_its_place_is_a_coin():
-    writer = Writer(lambda prompt, number, seed: f" {polarity(prompt)}\n\nHuman:")
-    pairs, _ = labeling.rlcd(writer, TASK, [ONE] * 3000, range(3000), 7)
+    writer = Writer(lambda prompt, number, attempt: f" {polarity(prompt)}\n\nHuman:")
+    pairs, _ = rlcd(writer, TASK, [ONE] * 3000, range(3000), 7)
     for pair in pairs:
         winner, loser = (pair.first, pair.second) if pair.p == 1.0 else (pair.second, pair.first)
         assert pair.p in (0.0, 1.0)
@@ -123,13 +140,13 @@ def test_only_failed_sides_are_sampled_again_and_at_most_so_often(attempts):
     failures = {(n, side): int(8 * chance(n, side) ** 2) for n in range(40) for side in range(2)}
     seen = Counter()
 
-    def stubborn(prompt, number, seed):
+    def stubborn(prompt, number, attempt):
         side = polarity(prompt)[1]
         seen[number, side] += 1
         return " cut" if seen[number, side] <= failures[number, side] else f" {number} {side}\n\nHuman:"
 
     writer = Writer(stubborn)
-    pairs, tries = labeling.rlcd(writer, TASK, PLAIN[:40], range(40), 0, attempts=attempts)
+    pairs, tries = rlcd(writer, TASK, PLAIN[:40], range(40), 0, attempts=attempts)
     assert seen == {key: min(failed + 1, attempts) for key, failed in failures.items()}
     assert tries == len(writer.asked) == sum(seen.values())
     assert all(call for call in writer.calls)
@@ -140,27 +157,29 @@ def test_only_failed_sides_are_sampled_again_and_at_most_so_often(attempts):
 
 def test_five_attempts_are_the_default():
     writer = Writer(lambda *asked: "never")
-    assert labeling.rlcd(writer, TASK, [ONE], [0], 0) == ([], 10)
-    assert labeling.by_oracle(writer, TASK, [ONE], [0], 0, oracle="oracle", error=0.0) == ([], 10)
+    assert rlcd(writer, TASK, [ONE], [0], 0) == ([], 10)
+    assert by_oracle(writer, TASK, [ONE], [0], 0, oracle="oracle", error=0.0) == ([], 10)
 
 
 @pytest.mark.parametrize("method", [
-    labeling.rlcd,
-    lambda *given: labeling.by_oracle(*given, oracle="oracle", error=0.3),
+    rlcd,
+    lambda *given: by_oracle(*given, oracle="oracle", error=0.3),
 ])  # fmt: skip
-def test_every_try_has_a_seed_of_its_own(method):
-    writer = Writer(lambda prompt, number, seed: f" {chance(seed)}" + "\n\nHuman:" * (chance(number, seed) > 0.6))
+def test_every_try_has_an_attempt_number_of_its_own(method):
+    writer = Writer(
+        lambda prompt, number, attempt: f" {chance(attempt)}" + "\n\nHuman:" * (chance(number, attempt) > 0.6)
+    )
     method(writer, TASK, PLAIN, range(60), 0)
-    draws = [(number, seed) for _, number, seed in writer.asked]
+    draws = [(number, attempt) for _, number, attempt in writer.asked]
     assert len(set(draws)) == len(draws) > 200
 
 
 @pytest.mark.parametrize("method", [
-    labeling.rlcd,
-    lambda *given: labeling.by_oracle(*given, oracle="length", error=0.3),
+    rlcd,
+    lambda *given: by_oracle(*given, oracle="length", error=0.3),
 ])  # fmt: skip
 def test_results_do_not_depend_on_how_prompts_are_dealt_to_chunks(method):
-    task = dataclasses.replace(TASK, oracles={"length": sandbox.oracle_from_score(lambda x, y: zlib.crc32(y.encode()))})
+    task = dataclasses.replace(TASK, oracles={"length": oracle_from_score(lambda x, y: zlib.crc32(y.encode()))})
     whole, tries = method(Writer(moody), task, PLAIN, range(60), 5)
     assert 30 < len(whole) < 60 and tries > 120
     for cuts in ([1] * 60, [7, 13, 40], [59, 1]):
@@ -174,19 +193,19 @@ def test_results_do_not_depend_on_how_prompts_are_dealt_to_chunks(method):
     assert method(Writer(moody), task, PLAIN, range(60), 6)[0] != whole
 
 
-def honest(prompt, number, seed):
+def honest(prompt, number, attempt):
     """A well-formed reply, its qualities by chance."""
-    rng = np.random.default_rng((zlib.crc32(prompt.encode()), number, seed))
-    return f" {sandbox.reply(sandbox.World(), prompt, {}, rng)}\n\nHuman:"
+    rng = np.random.default_rng((zlib.crc32(prompt.encode()), number, attempt))
+    return f" {sandbox.sample_reply(sandbox.World(), prompt, {}, rng)}\n\nHuman:"
 
 
 @pytest.mark.parametrize("name", ["oracle", "annotators"])
 def test_without_error_the_labels_are_the_oracle_and_ties_are_left_out(name):
     writer, oracle = Writer(honest), TASK.oracles[name]
-    pairs, tries = labeling.by_oracle(writer, TASK, PLAIN, range(60), 0, oracle=name, error=0.0)
-    drawn = {n: [labeling.clean_reply(honest(*a)) for a in writer.asked if a[1] == n] for n in range(60)}
+    pairs, tries = by_oracle(writer, TASK, PLAIN, range(60), 0, oracle=name, error=0.0)
+    drawn = {n: [clean_reply(honest(*a)) for a in writer.asked if a[1] == n] for n in range(60)}
     truth = {n: oracle(PLAIN[n], *drawn[n]) for n in drawn}
-    want = [labeling.Labeled(PLAIN[n], *drawn[n], p, -1) for n, p in truth.items() if p != 0.5]
+    want = [LabeledPair(PLAIN[n], *drawn[n], p, -1) for n, p in truth.items() if p != 0.5]
     assert pairs == want and tries == 120 and 30 < len(want) < 60
     assert {prompt for prompt, _, _ in writer.asked} == set(PLAIN)  # plain prompts, no affix
 
@@ -194,8 +213,8 @@ def test_without_error_the_labels_are_the_oracle_and_ties_are_left_out(name):
 @pytest.mark.parametrize("error", [0.1, 0.5])
 def test_an_erring_annotator_turns_labels_over_at_the_error_rate(error):
     prompts, numbers = PLAIN[:50] * 40, range(2000)
-    truth, _ = labeling.by_oracle(Writer(honest), TASK, prompts, numbers, 3, oracle="annotators", error=0.0)
-    erring, _ = labeling.by_oracle(Writer(honest), TASK, prompts, numbers, 3, oracle="annotators", error=error)
+    truth, _ = by_oracle(Writer(honest), TASK, prompts, numbers, 3, oracle="annotators", error=0.0)
+    erring, _ = by_oracle(Writer(honest), TASK, prompts, numbers, 3, oracle="annotators", error=error)
     assert [pair._replace(p=0) for pair in erring] == [pair._replace(p=0) for pair in truth]
     turned = [a.p != b.p for a, b in zip(truth, erring, strict=True)]
     assert abs(np.mean(turned) - error) < 4 * np.sqrt(error * (1 - error) / len(turned))
@@ -212,27 +231,27 @@ def accuracy(right, mean, hard=np.inf):
 
 def test_label_noise_of_rlaif_and_rlcd_in_closed_form():
     """2307.12950 App. N: the paper's three figures, and others against the integral over the difference."""
-    assert labeling.rlaif_accuracy() == pytest.approx(0.75, abs=1e-12)
-    assert labeling.rlaif_accuracy(hard=0.2) == pytest.approx(0.52812, abs=5e-6)
-    assert labeling.rlcd_accuracy(3, hard=0.2) == pytest.approx(0.57432, abs=5e-6)
+    assert rlaif_accuracy() == pytest.approx(0.75, abs=1e-12)
+    assert rlaif_accuracy(hard=0.2) == pytest.approx(0.52812, abs=5e-6)
+    assert rlcd_accuracy(3, hard=0.2) == pytest.approx(0.57432, abs=5e-6)
     for noise, hard in ((1.0, 0.2), (0.5, 1.0), (3.0, np.inf)):
         want = accuracy(lambda d, n=noise: stats.norm.cdf(abs(d) / (np.sqrt(2) * n)), 0, hard)
-        assert labeling.rlaif_accuracy(noise=noise, hard=hard) == pytest.approx(want, abs=1e-7)
+        assert rlaif_accuracy(noise=noise, hard=hard) == pytest.approx(want, abs=1e-7)
     for gap, hard in ((0.0, 0.5), (1.0, 2.0), (3.0, np.inf)):
         want = accuracy(lambda d: float(d > 0), gap, hard)
-        assert labeling.rlcd_accuracy(gap, hard=hard) == pytest.approx(want, abs=1e-7)
-    assert labeling.rlcd_accuracy(2.0, quality=2.0, hard=0.6) == labeling.rlcd_accuracy(1.0, hard=0.3)
+        assert rlcd_accuracy(gap, hard=hard) == pytest.approx(want, abs=1e-7)
+    assert rlcd_accuracy(2.0, quality=2.0, hard=0.6) == rlcd_accuracy(1.0, hard=0.3)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1.0, 3.0])
 def test_rlcd_labels_are_as_right_as_the_closed_form_says(gap):
-    def quality(prompt, number, seed):
-        noise = stats.norm.ppf(chance(number, seed))
+    def quality(prompt, number, attempt):
+        noise = stats.norm.ppf(chance(number, attempt))
         return f" {noise + gap * (0.5 - polarity(prompt)[1])}\n\nHuman:"
 
-    pairs, _ = labeling.rlcd(Writer(quality), TASK, [ONE] * 3000, range(3000), 0)
+    pairs, _ = rlcd(Writer(quality), TASK, [ONE] * 3000, range(3000), 0)
     right = np.mean([(float(pair.first) > float(pair.second)) == (pair.p > 0.5) for pair in pairs])
-    want = labeling.rlcd_accuracy(gap)
+    want = rlcd_accuracy(gap)
     assert abs(right - want) < 4 * np.sqrt(want * (1 - want) / 3000)
 
 
@@ -240,11 +259,11 @@ def test_a_prompt_too_long_to_answer_is_left_out_and_not_asked_again():
     long = PLAIN[3]
 
     class Short(Writer):
-        def __call__(self, prompts, numbers, seed):
-            replies = super().__call__(prompts, numbers, seed)
+        def __call__(self, prompts, numbers, attempt):
+            replies = super().__call__(prompts, numbers, attempt)
             return [None if number == 3 else reply for number, reply in zip(numbers, replies, strict=True)]
 
     writer = Short(honest)
-    pairs, tries = labeling.rlcd(writer, TASK, PLAIN[:8], range(8), 0)
+    pairs, tries = rlcd(writer, TASK, PLAIN[:8], range(8), 0)
     assert len(pairs) == 7 and long not in {pair.prompt for pair in pairs}
     assert len([asked for asked in writer.asked if asked[1] == 3]) == 2 and tries == len(writer.asked) - 2

@@ -1,4 +1,4 @@
-"""Experiments of the papers' sizes, too large to run here: they load, hang together and are of those sizes."""
+"""Experiments of the papers' sizes, too large to run here: they load, their stages fit together, sizes are right."""
 
 import dataclasses
 import json
@@ -11,7 +11,11 @@ from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
 from alignjax.models.build import build
 from alignjax.pipeline import config, run
-from alignjax.pipeline.stages import Context, Label, order
+from alignjax.pipeline.experiment import Context, order
+from alignjax.pipeline.judges import check_held_out
+from alignjax.pipeline.stages import Label
+from alignjax.sampling.samplers import mixture, moving_average, policy, reference
+from alignjax.types import Role
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RLCD, TLDR, LLAMA = (EXPERIMENTS / f"{n}.py" for n in ("rlcd/harmless_7b", "nlhf/tldr_t5_xl", "nlhf/llama_70b"))
@@ -31,10 +35,9 @@ def test_it_loads_without_a_checkpoint_or_data_and_its_stages_stand_in_order(fil
     experiment = config.load(file, settings)
     names = order(experiment.stages)
     assert names == list(experiment.stages) and names[: len(first)] == first and names[-1] == "table"
-    for name in names:  # what a stage is given is of the kind that it needs
-        context = Context(experiment, Path(), name, make_mesh(Mesh()))
-        if hasattr(experiment.stages[name], "check_held_out"):
-            experiment.stages[name].check_held_out(context)
+    context, table = Context(experiment, None, "table", make_mesh(Mesh())), experiment.stages["table"]
+    for name, judge in table.judges.items():
+        check_held_out(context, name, judge, table.policies.values())
     assert json.dumps(config.describe(experiment))
 
 
@@ -42,7 +45,8 @@ def test_it_loads_without_a_checkpoint_or_data_and_its_stages_stand_in_order(fil
 def test_every_leaf_can_be_set(file, settings, first):
     experiment = config.load(file, settings)
     leaves = {path: value for path, value in config.leaves(experiment) if not path.endswith(".lora")}
-    same = {path: value if isinstance(value, str) else repr(value) for path, value in leaves.items()}
+    texts = {Role: lambda role: role.name, str: str}
+    same = {path: texts.get(type(value), repr)(value) for path, value in leaves.items()}
     assert config.describe(config.override(experiment, same)) == config.describe(experiment)
     assert {"mesh.tensor", "stages.pairs.path" if file != RLCD else "stages.pairs.prompts"} <= leaves.keys()
 
@@ -57,17 +61,17 @@ def test_a_model_has_the_published_size(file, name, count):
     assert sum(x.size for x in jax.tree.leaves(shapes)) == pytest.approx(count, rel=0.01)
 
 
-@pytest.mark.parametrize(("file", "settings", "updates"), [
+@pytest.mark.parametrize(("file", "settings", "buckets"), [
     (RLCD, {}, {"reward": 3, "nash_md": 3, "policy_gradient": 3}), (TLDR, {}, {"preference": 3, "rlhf": 3}),
     (LLAMA, {"mesh.tensor": "2"}, {"nash_md": 2}),
 ])  # fmt: skip
-def test_what_it_compiles_is_known_from_shapes_and_divides_over_a_mesh(file, settings, updates):
+def test_what_it_compiles_is_known_from_shapes_and_divides_over_a_mesh(file, settings, buckets):
     experiment = config.load(file, settings)
     mesh = make_mesh(experiment.mesh)
-    for name, count in updates.items():
+    for name, count in buckets.items():
         stage = experiment.stages[name]
-        programs = list(stage.programs(Context(experiment, Path("nowhere"), name, mesh, sketched=True)))
-        assert sum(program.name.startswith("update ") for program in programs) == count
+        programs = stage.programs(Context(experiment, None, name, mesh))
+        assert sum(program.name.startswith("learn ") for program in programs) == count
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         assert stage.loop.batch % (rows * stage.loop.accumulate) == 0
 
@@ -75,10 +79,16 @@ def test_what_it_compiles_is_known_from_shapes_and_divides_over_a_mesh(file, set
 def test_the_arms_are_the_papers_grid_and_differ_in_nothing_else():
     stages = config.load(TLDR, {}).stages
     md = [stages[f"md{i}"] for i in range(1, 7)]
-    assert [arm.opponent.keywords["beta"] for arm in md] == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75]
-    assert all(dataclasses.replace(arm, opponent=md[0].opponent) == md[0] for arm in [*md, stages["sp"], stages["br"]])
+    betas = [0.125, 0.25, 0.375, 0.5, 0.625, 0.75]
+    assert [arm.data.samplers for arm in md] == [(policy, mixture(beta)) for beta in betas]
+    arms = {"sp": policy, "br": reference, "ema1": moving_average, "ema2": moving_average}
+    assert {name: stages[name].data.samplers for name in arms} == {n: (policy, arms[n]) for n in arms}
+    others = [*md, stages["sp"], stages["br"]]
+    assert all(dataclasses.replace(arm, data=md[0].data) == md[0] for arm in others)
+    assert all(dataclasses.replace(arm.data, samplers=md[0].data.samplers) == md[0].data for arm in others)
+    assert stages["rlhf"].data.samplers == (policy, policy) and stages["rlhf"].data.preference == "reward"
     assert [stages[name].average_decay for name in ("ema1", "ema2")] == [0.999, 0.9995]
-    assert [stages[name].objective.keywords["tau"] for name in ("rlhf", "md1")] == [0.05, 0.008]
+    assert [stages[name].objective.loss.keywords["tau"] for name in ("rlhf", "md1")] == [0.05, 0.008]
     assert stages["table"].policies == {name: name for name in ["sft", *ARMS]} and stages["md1"].loop.steps == 10_000
 
 

@@ -1,4 +1,4 @@
-"""Meshes and rules: total and live, refused when they cannot hold, and changing no number."""
+"""Meshes and sharding rules: every parameter has a rule, wrong sizes are refused, and the mesh changes no number."""
 
 import dataclasses
 import functools
@@ -9,18 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives
+from alignjax import losses
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import Tokenizer, pad
-from alignjax.preferences import models as preference
-from alignjax.sampling import samplers as rollout
-from alignjax.sampling.generate import generator
+from alignjax.objectives import PreferenceGradient
+from alignjax.preferences.preference_models import TemplateTokens, bradley_terry, pairwise, pairwise_head
+from alignjax.sampling.generate import ReplyFormat, generator, reply_writer
 from alignjax.sampling.process import Sampling
+from alignjax.sampling.samplers import mixture, policy
 from alignjax.training import data
-from alignjax.training import learn as train
+from alignjax.training.collect import Collector, Frozen, roles_of
+from alignjax.training.learn import COLLECT, Schedule, init_state, make_learn, step_key, trained_alone
 from tests.conftest import TINY, compilations, ragged
 
 P = jax.sharding.PartitionSpec
@@ -38,14 +40,15 @@ def test_a_mesh_that_does_not_divide_is_refused(sizes):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("form", [None, preference.pairwise, preference.pairwise_head, preference.bradley_terry])
+@pytest.mark.parametrize("form", [None, pairwise, pairwise_head, bradley_terry])
 def test_rules_are_total_and_live(tied, form):
-    """Every parameter is claimed, and every rule claims one."""
-    model = transformer(dataclasses.replace(TINY, tied=tied))
+    """Every parameter has a rule, and every rule has a parameter."""
+    model = decoder(dataclasses.replace(TINY, tied=tied))
     shapes, rules = jax.eval_shape(model.init, jax.random.key(0)), model.rules
     if form:
-        built = form(model, preference.TemplateTokens((), (), (), 1))
-        shapes, rules = jax.eval_shape(built.extend, shapes, jax.random.key(0)), built.rules
+        built = form(model, TemplateTokens((), (), (), 1))
+        heads = jax.eval_shape(built.init_heads)
+        shapes, rules = {**shapes, **heads}, (*((rf"^{head}/", P()) for head in heads), *model.rules)
     specs = sharding.shardings(shapes, rules, sharding.make_mesh(sharding.Mesh(2, 2, 2)))
     assert specs["blocks"]["q"]["kernel"].spec == P(None, "fsdp", "tensor")
 
@@ -67,7 +70,7 @@ def test_an_indivisible_dimension_is_named():
 def test_optimiser_moments_lie_as_their_parameters_do(model, params):
     mesh = sharding.make_mesh(sharding.Mesh(2, 2, 2))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    shapes = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(0), True), params)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer, jax.random.key(0), True), params)
     layout = sharding.shardings(shapes, sharding.matching_rules(model.rules, shapes.params), mesh, strict=False)
     moments = layout.opt_state[1][0].mu
     assert jax.tree.leaves(moments) == jax.tree.leaves(layout.params) == jax.tree.leaves(layout.average)
@@ -76,14 +79,12 @@ def test_optimiser_moments_lie_as_their_parameters_do(model, params):
 
 @pytest.fixture(scope="module")
 def nash_md_update(params, other_params):
-    """(mesh sizes) -> state after two Nash-MD updates, and their metrics."""
-    model, logit_params = transformer(TINY), other_params
+    """Returns (mesh sizes) -> the parameters after two Nash-MD steps, and their metrics."""
+    model = decoder(TINY)
     score = log_prob(model)
-    collect = rollout.collector(
-        rollout.responder(model, partial(rollout.mixture, beta=0.3), 6, ((2,),)), score,
-        preference.pairwise(model, preference.TemplateTokens((14,), (15,), (16,), 9)).logit, True, (),
-    )  # fmt: skip
-    objective = partial(objectives.nash_md, log_prob=score, tau=0.1)
+    objective = PreferenceGradient(partial(losses.nash_md, tau=0.1))
+    form = pairwise(model, TemplateTokens((14,), (15,), (16,), 9))
+    collector = Collector(model, (policy, mixture(0.3)), 6, ((2,),), (), objective, score, form, True)
     optimizer = optax.adam(1e-2)
     rows = [[3 + i, 4 + i, *range(5, 5 + i % 3)] for i in range(8)]
 
@@ -91,62 +92,68 @@ def nash_md_update(params, other_params):
     def run(sizes, accumulate=1):
         devices = jax.devices()[: max(1, int(np.prod(sizes)))]
         mesh = sharding.make_mesh(sharding.Mesh(*sizes), devices)
-        shapes = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(0), False), params)
+        shapes = jax.eval_shape(lambda p: init_state(p, optimizer, jax.random.key(0), False), params)
         layout = sharding.shardings(shapes, sharding.matching_rules(model.rules, shapes.params), mesh, strict=False)
+        learn = make_learn(partial(objective, log_prob=score), optimizer, Schedule(accumulate=accumulate))
+
+        def collect_and_learn(state, frozen, prompt):
+            roles = roles_of(state, frozen, trained_alone)
+            return learn(state, frozen, collector.collect(roles, prompt, step_key(state, COLLECT)))
+
         update = jax.jit(
-            train.make_update(objective, optimizer, collect, accumulate),
+            collect_and_learn,
             in_shardings=(layout, None, sharding.row_sharding(mesh)), out_shardings=(layout, sharding.replicated(mesh)),
         )  # fmt: skip
         with jax.set_mesh(mesh):
             place = partial(jax.device_put, device=layout.params)
-            frozen = {"reference": place(other_params), "preference": place(logit_params)}
-            state = jax.device_put(train.init(params, optimizer, jax.random.key(7), False), layout)
+            frozen = Frozen(None, place(other_params), place(other_params))
+            state = jax.device_put(init_state(params, optimizer, jax.random.key(7), False), layout)
             batch = ragged(rows)
             with compilations() as warm:
                 state, metrics = update(state, frozen, batch)
             assert warm, "the counter counts nothing"
             with compilations() as count:
-                told = [metrics]
+                first_metrics = metrics
                 state, metrics = update(state, frozen, batch)
             assert not count, f"compiled again after warm-up: {count}"
-            told = jax.tree.map(float, [*told, metrics])
-        return jax.tree.map(np.asarray, state.params), told
+            both = jax.tree.map(float, [first_metrics, metrics])
+        return jax.tree.map(np.asarray, state.params), both
 
     return run
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])  # 4 parts of 2 heads of keys and values
 def test_the_mesh_changes_no_number(nash_md_update, sizes):
-    want, told = nash_md_update((1, 1, 1))
-    got, also = nash_md_update(sizes)
-    assert [set(row) for row in told] == [set(row) for row in also]
-    for a, b in zip(told, also, strict=True):
+    want, metrics = nash_md_update((1, 1, 1))
+    got, sharded_metrics = nash_md_update(sizes)
+    assert [set(row) for row in metrics] == [set(row) for row in sharded_metrics]
+    for a, b in zip(metrics, sharded_metrics, strict=True):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=2e-3, atol=1e-4, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=2e-3), want, got)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(nash_md_update):
-    (want, told), (got, also) = nash_md_update((1, 1, 1)), nash_md_update((1, 1, 1), accumulate=4)
-    for a, b in zip(told, also, strict=True):
+    (want, metrics), (got, parts) = nash_md_update((1, 1, 1)), nash_md_update((1, 1, 1), accumulate=4)
+    for a, b in zip(metrics, parts, strict=True):
         for name in a:
             np.testing.assert_allclose(b[name], a[name], rtol=1e-3, atol=1e-5, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, atol=1e-3), want, got)
 
 
 def test_prompts_of_every_length_compile_once_a_bucket_and_never_again(model, params):
-    """Through a policy's writing and a training loop's batches, in an order that changes buckets all the time."""
+    """This holds for writing and for the batches of a training loop, in an order that changes the bucket every time."""
     mesh, buckets, letters = sharding.make_mesh(sharding.Mesh()), (8, 16, 32), Tokenizer(
         list, list, lambda ids: "", lambda piece: None, TINY.vocab_size, lambda folder: None
     )  # fmt: skip
     prompts = [[3 + i % 20 for i in range(length)] for length in np.random.default_rng(0).permutation(np.arange(1, 33))]
     with jax.set_mesh(mesh):
         generate = generator(
-            model, params, letters, stop=((2,),), end="", max_new_tokens=4, buckets=buckets, batch=8,
-            sampling=Sampling(), key=jax.random.key(0), reference=None, mesh=mesh,
+            reply_writer(model, ((2,),), 4, Sampling(), mesh), params, letters, ReplyFormat(((2,),), ""),
+            buckets=buckets, batch=8, key=jax.random.key(0), mesh=mesh, score=None, owner="test",
         )  # fmt: skip
-        plan = data.planned([len(row) for row in prompts], buckets, 8, 0)
-        batches = data.batches(plan, lambda p: pad([prompts[i] for i in p.indices], p.length), mesh, 0, 16)
+        plan = data.plan_batches([len(row) for row in prompts], buckets, 8, 0)
+        batches = data.load_batches(plan, lambda p: pad([prompts[i] for i in p.indices], p.length), mesh, 0, 16)
         score = log_prob(model)
         update = jax.jit(lambda p, prompt: jax.grad(lambda p: score(p, prompt, prompt).sum())(p))
         with compilations() as warm:
@@ -157,6 +164,8 @@ def test_prompts_of_every_length_compile_once_a_bucket_and_never_again(model, pa
             for seed in (1, 2):
                 order = np.random.default_rng(seed).permutation(32)
                 generate([prompts[i] for i in order], range(32), seed)
-            for batch in data.batches(plan, lambda p: pad([prompts[i] for i in p.indices], p.length), mesh, 16, 48):
+            for batch in data.load_batches(
+                plan, lambda p: pad([prompts[i] for i in p.indices], p.length), mesh, 16, 48
+            ):
                 update(params, batch)
         assert not count, f"compiled again after warm-up: {count}"

@@ -1,9 +1,10 @@
-"""What stages refuse before they work, and that preference models see in a rollout what they were fitted on."""
+"""What stages refuse before they run, and what a preference model reads in training and of drawn responses."""
 
 import dataclasses
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,17 @@ import pytest
 from alignjax.checkpoints import huggingface
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
-from alignjax.pipeline import stages
+from alignjax.fields import Kind
 from alignjax.pipeline.config import load, load_module
+from alignjax.pipeline.experiment import Context, Exposure, order
 from alignjax.pipeline.stages import fit_preference as fit
-from alignjax.sampling import samplers as rollout
-from alignjax.sampling.generate import bucketed
+from alignjax.pipeline.stages import pair_batches
+from alignjax.pipeline.stages.pretrain import pack_documents
+from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops
+from alignjax.sampling.generate import assign_buckets
 from alignjax.tasks.task import Format
+from alignjax.training import collect
+from alignjax.training.optimizer import Adam
 from tests.conftest import ragged
 
 FILE = Path(__file__).parents[1] / "experiments" / "quickstart.py"
@@ -29,46 +35,34 @@ def experiment():
     return load(FILE, {"small": "True"})
 
 
-def check(experiment):
-    context = stages.Context(experiment, Path(), "table", sharding.make_mesh(experiment.mesh))
-    experiment.stages["table"].check_held_out(context)
-
-
-def judged_by(experiment, source):
-    table = dataclasses.replace(experiment.stages["table"], judges={"model": source})
-    return experiment.with_stages(table=table)
-
-
-def test_a_judge_is_never_what_a_policy_was_trained_against(experiment):
-    check(experiment)
-    fitted, md = experiment.stages["preference"], experiment.stages["nash_md"]
-    clone = dataclasses.replace(fitted, start="base")
-    tuned = dataclasses.replace(fitted, start="preference", pairs="annotated")
-    further = dataclasses.replace(md, start="nash_md", preference="judge")
-    asked = {"asked": stages.ZeroShot("base"), "again": stages.ZeroShot("base")}
-    for source, extra in {
-        "preference": {}, "clone": {"clone": clone}, "tuned": {"tuned": tuned},
-        "judge": {"nash_md": further, "first": md},
-        "again": {**asked, "nash_md": dataclasses.replace(md, preference="asked")},  # one model under two names
-    }.items():  # fmt: skip
-        with pytest.raises(UserError, match="held-out"):
-            check(judged_by(experiment.with_stages(**extra), source))
+def context_of(experiment, name, workdir="w"):
+    return Context(experiment, Path(workdir), name, sharding.make_mesh(experiment.mesh))
 
 
 def test_held_out_pairs_of_the_same_stage_can_be_the_truth(experiment, monkeypatch):
     read = []
-    monkeypatch.setattr(fit.data, "read_pairs", lambda folder, split: read.append((folder, split)) or [])
-    monkeypatch.setattr(fit.judges, "model_judge", lambda *_, **__: lambda *_: np.zeros(0))
-    monkeypatch.setattr(fit.judges, "calibration", lambda p, label: {})
+    monkeypatch.setattr(pair_batches.data, "read_pairs", lambda folder, split: read.append((folder, split)) or [])
     monkeypatch.setattr(fit, "encode_pairs", lambda rows, *_: ([], rows))
+    context = context_of(experiment, "preference")
     for truth in ("pairs", "truth"):
         stage = dataclasses.replace(experiment.stages["preference"], truth=truth)
-        context = stages.Context(experiment, Path("w"), "preference", sharding.make_mesh(experiment.mesh))
-        stage.measure(context, SimpleNamespace(tokenizer=None), SimpleNamespace(logit=None), {})
+        stage.measured_pairs(context, None)
     assert read == [(Path("w/pairs/data"), "held_out"), (Path("w/truth/data"), "train")]
-    held = dataclasses.replace(experiment.stages["pairs"], held_out=0.25)
-    stages.check(dataclasses.replace(context, experiment=experiment.with_stages(
-        pairs=held, preference=dataclasses.replace(stage, truth="pairs"))))  # fmt: skip
+    stage = dataclasses.replace(stage, truth="pairs")
+    with pytest.raises(
+        UserError, match=r"truth and pairs are both 'pairs', which holds nothing out; set pairs\.held_out"
+    ):
+        stage.check(context)
+    pairs = dataclasses.replace(experiment.stages["pairs"], held_out=0.25)
+    stage.check(context_of(experiment.with_stages(pairs=pairs, preference=stage), "preference"))
+
+
+def test_a_preference_model_is_not_measured_on_the_pairs_that_it_is_fitted_to(experiment):
+    """Another name, or another number, of the same pairs is refused."""
+    for same in (experiment.stages["pairs"], dataclasses.replace(experiment.stages["pairs"], prompts=5)):
+        stage = dataclasses.replace(experiment.stages["preference"], truth="same")
+        with pytest.raises(UserError, match="truth='same' holds the pairs that the model is fitted to"):
+            stage.check(context_of(experiment.with_stages(same=same, preference=stage), "preference"))
 
 
 def test_pairs_too_long_to_train_on_are_not_measured_either(experiment, monkeypatch):
@@ -76,68 +70,86 @@ def test_pairs_too_long_to_train_on_are_not_measured_either(experiment, monkeypa
         return {"prompt": "w " * prompt, "first": "w " * first, "second": "w " * second, "p": 1.0}
 
     rows, asked = [row(3, 1, 1), row(9, 1, 1), row(3, 1, 9), row(2, 1, 2)], []
-    monkeypatch.setattr(fit.data, "read_pairs", lambda folder, split: rows)
-    monkeypatch.setattr(fit, "encode_continuation", lambda tokenizer, text: text.split())
+    tokenizer = SimpleNamespace(encode=str.split)
+    monkeypatch.setattr(pair_batches.data, "read_pairs", lambda folder, split: rows)
+    monkeypatch.setattr(pair_batches, "encode_continuation", lambda tokenizer, text: text.split())
     judge = lambda *texts: asked.append(texts) or np.full(len(texts[0]), 0.9)  # noqa: E731
     monkeypatch.setattr(fit.judges, "model_judge", lambda *_, **__: judge)
     stage = dataclasses.replace(experiment.stages["preference"], truth="truth", buckets=(2, 4), response=4)
-    context = stages.Context(experiment, Path("w"), "preference", sharding.make_mesh(experiment.mesh))
-    found = stage.measure(context, SimpleNamespace(tokenizer=SimpleNamespace(encode=str.split)),
-                          SimpleNamespace(logit=None), {})  # fmt: skip
-    assert asked[0][0] == [rows[0]["prompt"], rows[3]["prompt"]] and found["n"] == 2 and found["too_long"] == 2
+    context = context_of(experiment, "preference")
+    context.abstracts["base"] = SimpleNamespace(tokenizer=tokenizer)
+    parts, trained = SimpleNamespace(assemble=lambda *_: {}), SimpleNamespace(params={}, frozen=None)
+    figures = stage.measure(context, SimpleNamespace(function=None), parts, trained)
+    assert asked[0][0] == [rows[0]["prompt"], rows[3]["prompt"]] and figures["n"] == 2 and figures["too_long"] == 2
     rows = rows[1:3]
     with pytest.raises(UserError, match="none of 2 pairs fits prompts of 4 and responses of 4 tokens; raise buckets"):
-        stage.measured(context, SimpleNamespace(encode=str.split))
+        stage.measured_pairs(context, tokenizer)
 
 
-def test_a_stage_of_ones_own_needs_no_check_and_is_trusted(experiment):
-    own = SimpleNamespace(inputs=lambda: (), run=lambda context: {})
-    mine = experiment.with_stages(own=own, table=dataclasses.replace(experiment.stages["table"], reference="own"))
-    for name in ("own", "table"):
-        stages.check(stages.Context(mine, Path(), name, sharding.make_mesh(experiment.mesh)))
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A policy of one's own that says nothing about its network."""
+
+    makes: ClassVar[Kind] = Kind.POLICY
+    meanings: ClassVar[dict] = {}
+
+    def check(self, context):
+        pass
+
+    def network(self, context):
+        return None
+
+    def exposure(self, context):
+        return Exposure()
+
+    def programs(self, context):
+        return ()
+
+    def run(self, context, programs):
+        return {}
 
 
-def test_inputs_come_before_their_users_and_circles_are_named(experiment):
-    names = stages.order(dict(reversed(experiment.stages.items())))
-    for name in names:
-        assert all(names.index(source) < names.index(name) for source in experiment.stages[name].inputs())
-    circle = experiment.with_stages(truth=dataclasses.replace(experiment.stages["truth"], generator="nash_md"))
-    with pytest.raises(UserError, match="circle"):
-        stages.order(circle.stages)
+def test_a_stage_that_does_not_say_what_it_makes_is_trusted_until_its_network_is_needed(experiment):
+    table = dataclasses.replace(experiment.stages["table"], reference="own", policies={"own": "own"})
+    fit = dataclasses.replace(experiment.stages["preference"], start="own")
+    extended = experiment.with_stages(own=Own(), table=table, preference=fit)
+    for name in order(extended.stages):
+        extended.stages[name].check(context_of(extended, name))
+    with pytest.raises(
+        UserError, match="stage 'own' does not say what network it makes, and has not run; run it first"
+    ):
+        table.programs(Context(extended, None, "table", sharding.make_mesh(extended.mesh)))
 
 
 def test_stop_tokens_outside_the_reply_format_are_not_shown_to_the_preference_model(experiment):
-    """Training replies end as the format says; a rollout's stop token stays only if it is part of that."""
+    """Replies that it is fitted to end as the format says; a drawn stop token stays only if it is part of that."""
     tokenizer = huggingface.train_tokenizer(["Human: a\n\nAssistant: b"] * 9, 280, ("Human:",))
     inside = dataclasses.replace(experiment.task, format=Format(" ", "\n\nHuman:", ("Human:", "</s>")))
-    stop = stages.stop_tokens(inside, tokenizer)
-    assert stages.unseen_stops(inside, tokenizer) == stop[1]
+    stop = stop_tokens(inside, tokenizer)
+    assert unseen_stops(inside, tokenizer) == stop[1]
     bare = dataclasses.replace(inside, format=Format("", "", ("Human:", "</s>")))
-    hidden = stages.unseen_stops(bare, tokenizer)
+    hidden = unseen_stops(bare, tokenizer)
     assert [(token,) for token in hidden] == list(stop)
-    shown = rollout.without(ragged([[5, hidden[0]], [6, 7]]), hidden)
+    shown = collect.hide_tokens(ragged([[5, hidden[0]], [6, 7]]), hidden)
     assert np.asarray(shown.mask).tolist() == [[True, False], [True, True]]
-    untouched = rollout.without(ragged([[5, hidden[0]], [6, 7]]), ())
+    untouched = collect.hide_tokens(ragged([[5, hidden[0]], [6, 7]]), ())
     assert np.asarray(untouched.mask).all()
 
 
 def test_unfinished_replies_lose_to_finished_ones_and_tie():
     p, done, not_done = np.full(1, 0.3, np.float32), np.array([True]), np.array([False])
-    said = partial(rollout.finished_first, p)
-    assert [float(said(*sides)[0]) for sides in ((done, not_done), (not_done, done), (not_done, not_done))] == [
-        1,
-        0,
-        0.5,
-    ]
-    assert said(done, done)[0] == p[0]
+    valid_first = partial(collect.valid_first, p)
+    sides = ((done, not_done), (not_done, done), (not_done, not_done))
+    assert [float(valid_first(*side)[0]) for side in sides] == [1, 0, 0.5]
+    assert valid_first(done, done)[0] == p[0]
 
 
 def test_packing_keeps_every_document_whole():
     documents = [[1] * 5, [2] * 4, [3] * 9, [4] * 3, [5] * 11]
-    packed = stages.pack(documents, 10)
+    packed = pack_documents(documents, 10)
     rows = [
         [tokens[segments == k].tolist() for k in range(1, segments.max() + 1)]
-        for tokens, segments in zip(packed.tokens, packed.mask, strict=True)
+        for tokens, segments in zip(packed.tokens, packed.segments, strict=True)
     ]
     assert [document for row in rows for document in row] == documents[:4]  # the last is longer than a row
 
@@ -145,7 +157,7 @@ def test_packing_keeps_every_document_whole():
 @pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.0), ("constant", 1.0)])
 def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
     """Adam's first update is lr * sign(gradient): seen through updates of a constant gradient."""
-    optimizer = stages.Adam(lr=1.0, warmup=5, schedule=schedule, eps=1e-12).build(steps=20)
+    optimizer = Adam(lr=1.0, warmup=5, schedule=schedule, eps=1e-12).build(steps=20)
     params, state = jnp.zeros(1), optimizer.init(jnp.zeros(1))
     rates = []
     for _ in range(20):
@@ -157,11 +169,11 @@ def test_the_learning_rate_warms_up_and_follows_its_schedule(schedule, last):
 
 @pytest.fixture(scope="module")
 def moments():
-    """Of either dtype: a noisy least-squares problem's losses under Adam, [steps], and its last moments; and the last
-    moments of 500 parameters whose gradients all have mean 1."""
+    """Returns, of either dtype, a noisy least-squares problem's losses under Adam, [steps], its last moments, and the
+    last moments of 500 parameters whose gradients all have mean 1."""
 
     def run(dtype, noise, slope):
-        optimizer = stages.Adam(lr=0.02, warmup=0, clip=1e9, moments=dtype).build(steps=len(noise))
+        optimizer = Adam(lr=0.02, warmup=0, clip=1e9, moments=dtype).build(steps=len(noise))
 
         def step(carry, noise):
             w, state = carry
@@ -184,11 +196,11 @@ def test_moments_in_bfloat16_are_the_mean_s_alone_and_train_as_well(moments):
     assert want[-1] < 0.05 * want[0]
     np.testing.assert_allclose(got, want, rtol=0.02)
     with pytest.raises(UserError, match=r"b1=0\.99 .* lower it to 0\.95"):
-        stages.Adam(1e-3, b1=0.99, moments="bfloat16")
+        Adam(1e-3, b1=0.99, moments="bfloat16")
 
 
 def test_a_mean_in_bfloat16_is_not_short_of_the_gradient(moments):
-    """Rounding errs to either side: over 500 parameters the means agree, as they would not were b1 itself rounded."""
+    """Rounding errs to both sides, so over 500 parameters the means agree. With b1 itself rounded they would not."""
     high, low = (np.asarray(moments[dtype][2].mu, np.float32).mean() for dtype in ("float32", "bfloat16"))
     assert abs(high - 1) < 0.05 and abs(low / high - 1) < 0.005
 
@@ -196,11 +208,11 @@ def test_a_mean_in_bfloat16_is_not_short_of_the_gradient(moments):
 def test_a_tournament_asks_nobody_what_is_too_long():
     table = load_module(FILE).get_config().stages["table"]
     network = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
-    context = SimpleNamespace(policy=lambda name: network, name="table")
+    context = SimpleNamespace(abstract=lambda name: network, name="table")
     assert table.fitting(context, ["a" * 80, "b" * 81, "c"]) == (["a" * 80, "c"], 1)
     with pytest.raises(UserError, match=r"all 1 prompts are longer than 80 tokens; add a larger one to table\.writing"):
         table.fitting(context, ["b" * 81])
 
 
 def test_prompts_go_to_the_smallest_bucket_that_holds_them():
-    assert bucketed([3, 9, 8, 1, 5], (8, 4)) == {4: [0, 3], 8: [2, 4]}
+    assert assign_buckets([3, 9, 8, 1, 5], (8, 4)) == {4: [0, 3], 8: [2, 4]}

@@ -1,4 +1,4 @@
-"""Studies: experiments of exact mathematics, run and reported like any other."""
+"""Studies: experiments of exact mathematics, run and reported as other experiments are."""
 
 import json
 from pathlib import Path

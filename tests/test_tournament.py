@@ -1,4 +1,4 @@
-"""Judges and tournaments: exact intervals, a matrix antisymmetric around 1/2, calibration by hand."""
+"""Judges and tournaments: exact intervals, a matrix that is antisymmetric around 1/2, calibration by hand."""
 
 import itertools
 
@@ -10,11 +10,12 @@ from alignjax.distributed import sharding
 from alignjax.distributed.hosts import Hosts
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
+from alignjax.pipeline.judges import ModelJudge, Oracle
 from alignjax.pipeline.stages import Tournament, Writing
 from alignjax.pipeline.stages.tournament import read_replies
 from alignjax.preferences import judges
 from alignjax.preferences.tournament import clopper_pearson, win_rates
-from alignjax.reporting import report
+from alignjax.reporting import tables
 from alignjax.tasks.task import Format, oracle_from_score
 
 WRITING = Writing(max_new_tokens=2, buckets=(8,), batch=2)
@@ -51,7 +52,7 @@ def test_intervals_grow_with_half_wins_and_mirror_under_exchange():
 
 
 @pytest.mark.parametrize("n", [5, 20])
-def test_an_interval_covers_the_truth_at_least_so_often_as_it_says(n):
+def test_an_interval_covers_the_truth_at_least_as_often_as_it_says(n):
     bounds = np.array([clopper_pearson(k, n) for k in range(n + 1)])
     for p in np.linspace(0.01, 0.99, 45):
         covered = (bounds[:, 0] <= p) & (p <= bounds[:, 1])
@@ -59,28 +60,28 @@ def test_an_interval_covers_the_truth_at_least_so_often_as_it_says(n):
 
 
 def test_one_policy_at_a_time_lives_beside_the_reference(tmp_path, monkeypatch):
-    """And what it lies over; else as many models as a table has rows would."""
+    """What it lies over may be loaded too. Otherwise the models of all rows would be in memory."""
     under = {"low": "base", "other": "full", "mine": "start"}
     seen = {}
 
     class Line:
         folder, name, hosts, loaded = tmp_path, "table", Hosts(), {}
 
-        def policy(self, stage):
+        def load(self, stage):
             self.loaded |= {stage: stage} | ({under[stage]: under[stage]} if stage in under else {})
             return stage
 
         def stop_if_preempted(self):
             pass
 
-    def replies(self, context, policy, reference, name, prompts):
+    def draw(self, context, programs, name, policy, reference, prompts):
         seen[name] = set(context.loaded)
-        return [["text"], [1], [0.0]]
+        return iter([["text"], [1], [0.0]])
 
-    monkeypatch.setattr(Tournament, "replies", replies)
+    monkeypatch.setattr(Tournament, "draw", draw)
     policies = {name: name for name in ("start", "low", "other", "full", "mine")}
-    table = Tournament(policies=policies, reference="mine", judges={"o": "oracle:o"}, prompts=1, writing=WRITING)
-    assert len(dict(table.write(Line(), ["x"]))) == 5
+    table = Tournament(policies=policies, reference="mine", judges={"o": Oracle("o")}, prompts=1, writing=WRITING)
+    assert len(dict(table.write(Line(), (), ["x"]))) == 5
     mine = {"mine", "start"}
     assert seen == {
         "start": mine, "low": mine | {"low", "base"}, "other": mine | {"other", "full"}, "full": mine | {"full"},
@@ -202,7 +203,8 @@ def test_a_model_judge_scores_each_row_alone_whatever_the_batch(batch, count):
         return value(weights, prompt, first) - value(weights, prompt, second)
 
     mesh = sharding.make_mesh(sharding.Mesh())
-    judge = judges.model_judge(logit, np.float32(0.01), tokenizer, form, batch=batch, mesh=mesh)
+    ask = judges.preference_asker(logit, mesh)
+    judge = judges.model_judge(ask, np.float32(0.01), tokenizer, form, batch=batch, mesh=mesh, owner="test")
     rng = np.random.default_rng(count)
     texts = [["".join(rng.choice(list("abc "), rng.integers(1, 50))) for _ in range(count)] for _ in range(3)]
 
@@ -227,11 +229,13 @@ def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
         "judge": "oracle", "policies": ["a", "b"], "n": 40, "win_rate": [[0.5, 0.7], [0.3, 0.5]],
         "low": [[0.5, 0.54], [0.17, 0.5]], "high": [[0.5, 0.83], [0.46, 0.5]],
         "mean_length": [3.0, 4.5], "kl_to_reference": [-0.0004, None], "mean_score": [0.25, -1.0],
+        "judge_description": Oracle("exact").describe(), "reference": "mu",
     }  # fmt: skip
-    text = report.win_table(table, {"judges": {"oracle": "oracle:exact"}, "reference": "a"})
-    assert "the task's exact oracle" in text and "log-ratio to a" in text
-    fitted = report.win_table(table, {"judges": {"oracle": "judge"}, "reference": "a"})
-    assert "the preference model of stage judge" in fitted
+    text = tables.win_rate_table(table)
+    assert "the task's exact oracle" in text and "log-ratio to\nmu," in text
+    assert "the preference model of stage judge" in tables.win_rate_table(
+        {**table, "judge_description": ModelJudge("judge").describe()}
+    )
     rows = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     assert cells[0] == ["oracle (n=40)", "a", "b", "tokens", "KL, nats", "score"]
@@ -267,7 +271,16 @@ def test_damaged_replies_are_named(tmp_path, text):
 
 
 @pytest.mark.parametrize("empty", ["policies", "judges"])
-def test_a_tournament_of_nobody_or_before_nobody_is_refused(empty):
-    words = {"policies": {"a": "a"}, "judges": {"oracle": "oracle:exact"}, empty: {}}
+def test_a_tournament_without_policies_or_judges_is_refused(empty):
+    words = {"policies": {"a": "a"}, "judges": {"oracle": Oracle("exact")}, empty: {}}
     with pytest.raises(UserError, match=rf"Tournament\.{empty} is empty; name one"):
         Tournament(**words, reference="a", prompts=1, writing=Writing(1, (8,), 8))
+
+
+def test_a_judge_without_finite_logits_is_refused_by_its_owner():
+    mesh = sharding.make_mesh(sharding.Mesh())
+    ask = judges.preference_asker(lambda params, prompt, first, second: first.tokens[:, 0] * np.nan, mesh)
+    form = Format("", "", ("x",))
+    judge = judges.model_judge(ask, {}, letters(), form, batch=8, mesh=mesh, owner="table: the judge 'j'")
+    with pytest.raises(UserError, match="table: the judge 'j' gives logits that are not finite"):
+        judge(["a"], ["b"], ["c"])

@@ -19,6 +19,7 @@ from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 from alignjax.fields import Kind
 from alignjax.models.build import build
+from alignjax.models.heads import apply_head, init_head
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import encode_continuation, pad
 from alignjax.pipeline import networks
@@ -126,6 +127,32 @@ def policy_stage(**changes):
     return aj.TrainPolicy(**{**fields, **changes})
 
 
+@dataclasses.dataclass(frozen=True)
+class Critic:
+    """A value head that learns P(y > y') from the state before each token of response 0."""
+
+    scored: ClassVar = (0,)
+    compared: ClassVar = ((0, 1),)
+    rewarded: ClassVar = False
+    meanings: ClassVar = {"critic": "squared error", "moved": "the head now minus the head when collected"}
+
+    def heads(self, width):
+        return {"value": init_head(width)}
+
+    def values(self, params, batch, policy):
+        return apply_head(params["value"], policy.states(params, batch.prompt, batch.responses[0].completion))
+
+    def prepare(self, params, batch, policy):
+        first = dataclasses.replace(batch.responses[0], value=self.values(params, batch, policy))
+        return dataclasses.replace(batch, responses=(first, *batch.responses[1:]))
+
+    def __call__(self, params, batch, key, /, *, policy):
+        values, response = self.values(params, batch, policy), batch.responses[0]
+        error = jnp.square(batch.probability(0, 1)[:, None] - values) * response.completion.mask
+        moved = jnp.max(jnp.abs(values - response.value))
+        return jnp.mean(error), {"critic": jnp.mean(error), "moved": moved}
+
+
 def mesh():
     return sharding.make_mesh(aj.Mesh(data=-1))
 
@@ -157,6 +184,9 @@ def line(tmp_path_factory):
             objective=aj.DirectAlignment(partial(aj.losses.dpo, beta=0.1)), data=aj.OfflineData("file"),
             loop=aj.Loop(steps=12, batch=8, log_every=1), adam=aj.Adam(3e-3, warmup=0, schedule="constant"),
             max_new_tokens=8,
+        ),
+        "critic": policy_stage(
+            objective=Critic(), lora=lora, loop=aj.Loop(steps=2, batch=8, log_every=1, epochs=2, minibatches=2)
         ),
         "adapted_further": policy_stage(start="adapted", lora=lora),
         "table": aj.Tournament(
@@ -213,6 +243,16 @@ def test_under_adapters_the_reference_is_the_base(line):
     for name in ("online", "adapted"):
         first, second = read_metrics(line[1] / name / "metrics.jsonl")
         assert first["kl"] == 0 and second["kl"] != 0, name
+
+
+def test_an_objective_has_a_head_that_is_trained_saved_and_read_back(line):
+    """Values are those of collection: within a step's four updates the head moves away from them, then they follow."""
+    rows = read_metrics(line[1] / "critic" / "metrics.jsonl")
+    assert len(rows) == 2 and all(row["moved"] > 0 for row in rows)
+    network = context_of(line, "table").load("critic")
+    assert np.any(np.asarray(network.heads["value"]["kernel"])) and network.over.base == "base"
+    assert storage.read_json(line[1] / "critic" / "model.json")["heads"] == {"value": {"kernel": [16]}}
+    assert network.params.keys() == network.base.keys()  # the backbone is asked without the head
 
 
 def test_adapters_over_adapters_lie_over_the_first_base(line):

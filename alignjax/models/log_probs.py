@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from alignjax.distributed import sharding
 from alignjax.models.model import Model
-from alignjax.types import Array, Completion, LogProb, Params, Prompt
+from alignjax.types import Array, Completion, LogProb, Params, PolicyFunctions, Prompt
 
 _LOGITS_PER_CHUNK = 2**27
 """The most logits that a device holds at once by default: half a gibibyte in float32, a thousand tokens of a
@@ -91,3 +91,8 @@ def _log_probs_in_chunks(
     chunked_targets = jnp.pad(targets.reshape(tokens), (0, padded)).reshape(count, size)
     logp = lax.map(jax.checkpoint(score_chunk, prevent_cse=False), (chunked_states, chunked_targets))
     return logp.reshape(-1)[:tokens].reshape(targets.shape)
+
+
+def policy_functions(model: Model) -> PolicyFunctions:
+    """Returns a model as objectives use it: its log-probs and, for a critic, its states."""
+    return PolicyFunctions(log_prob(model), model.completion_states, model.config.width)

@@ -6,13 +6,14 @@ import functools
 import hashlib
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import alignjax
 from alignjax.fields import no_effect_paths, stage_inputs
 from alignjax.pipeline import config
+from alignjax.reporting.tables import flatten
 
 
 def fingerprint(experiment: Any, name: str, stage: Any = None) -> str:
@@ -50,22 +51,23 @@ def input_names(stage: Any) -> list[str]:
 
 
 def difference(found: Mapping[str, Any], record: Mapping[str, Any], stage: Any) -> str:
-    """Returns the first leaf that can change a result in which two records of the stage differ, in words."""
+    """Returns the first leaf that can change a result in which two records of the stage differ, in words.
+
+    An input counts as changed where its fingerprint is another one, whatever its name.
+    """
     ignored = {f"config.{path}" for path in no_effect_paths(stage)}
-    old, new = (dict(flatten({k: r.get(k) for k in ("config", "task", "seed", "inputs")})) for r in (found, record))
+    named = [f"config.{path}" for path, _, _ in stage_inputs(stage)]
+    old, new = (dict(flatten({k: r.get(k) for k in ("config", "task", "seed")})) for r in (found, record))
     for name in [*new, *old]:
-        if old.get(name) != new.get(name) and name not in ignored:
+        if old.get(name) != new.get(name) and name not in {*ignored, *named}:
             return f"{name.removeprefix('config.')}={old.get(name)!r}, now {new.get(name)!r}"
+    for name in named:
+        digests = [r.get("inputs", {}).get(leaves.get(name)) for r, leaves in ((found, old), (record, new))]
+        if digests[0] != digests[1] and old.get(name) != new.get(name):
+            return f"{name.removeprefix('config.')}={old.get(name)!r}, now {new.get(name)!r}"
+        if digests[0] != digests[1]:
+            return f"inputs.{new.get(name)}={digests[0]!r}, now {digests[1]!r}"
     return "another configuration"
-
-
-def flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields (dotted name, leaf) of nested dicts."""
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 @functools.cache

@@ -98,7 +98,7 @@ class ModelJudge:
 
     def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
         """Returns the preference model as a judge."""
-        return open_network(context, programs[0], context.load(self.stage), sizes)
+        return open_judge(context, programs[0], context.load(self.stage), sizes)
 
     def model(self, context: Context, network: Network) -> PreferenceModel:
         """Returns the form of the stage's preference model."""
@@ -138,7 +138,7 @@ class LanguageModelJudge:
 
     def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
         """Returns the language model as a judge."""
-        return open_network(context, programs[0], context.load(self.stage), sizes)
+        return open_judge(context, programs[0], context.load(self.stage), sizes)
 
     def template(self, context: Context) -> Template:
         """Returns the question. Raises UserError when neither the judge nor the task has one."""
@@ -163,7 +163,7 @@ def judging_program(
     return Program(name, ask, arguments, sizes.batch * 2 * (prompt + 2 * reply))
 
 
-def open_network(context: Context, program: Program, network: Network, sizes: JudgeSizes) -> Judge:
+def open_judge(context: Context, program: Program, network: Network, sizes: JudgeSizes) -> Judge:
     """Returns the judge that asks a network through a compiled program."""
     return judges.model_judge(
         program.function, network.all_params, network.tokenizer, context.task.format,

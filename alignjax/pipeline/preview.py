@@ -46,7 +46,7 @@ def one_device_mesh() -> jax.sharding.Mesh:
     return sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
 
 
-def open_checkpoint(folder: Path, chat: bool) -> Network:
+def open_preview_network(folder: Path, chat: bool) -> Network:
     """Opens a Hugging Face folder, or a finished stage WORKDIR/NAME, on one device. Raises UserError."""
     mesh = one_device_mesh()
     if (folder / "model.json").exists():

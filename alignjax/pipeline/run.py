@@ -18,7 +18,9 @@ from alignjax.distributed.hosts import Hosts
 from alignjax.errors import UserError
 from alignjax.pipeline import store
 from alignjax.pipeline.experiment import Context, Experiment, order
-from alignjax.pipeline.fingerprint import difference, flatten, input_names, resolve
+from alignjax.pipeline.fingerprint import difference, input_names, resolve
+from alignjax.reporting import report
+from alignjax.reporting.tables import flatten
 from alignjax.training.metrics import import_wandb
 
 
@@ -140,7 +142,6 @@ def show_report(experiment: Experiment, workdir: Path) -> None:
 
     Raises UserError when a stage is not finished.
     """
-    from alignjax.reporting import report  # here: it imports matplotlib
 
     for name, stage in experiment.stages.items():
         if not store.is_finished(experiment, workdir, name):

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 from alignjax.errors import UserError
 from alignjax.models import lora
@@ -35,13 +36,14 @@ class Trainable:
         return dataclasses.replace(start, base={}, adapters=own, heads=heads, over=self.over)
 
 
-def trainable(start: Network, spec: Lora | None, heads: Params, rules: Rules, key: Key) -> Trainable:
+def trainable(start: Network, spec: Lora | None, heads: Params, key: Key) -> Trainable:
     """Returns what training starts from, of a network with arrays or an abstract one.
 
     Without ``spec`` all of the start's parameters are trained; with it adapters over its base, which continue the
     start's own. ``heads`` are the first heads; a start that has a head of that name continues its own. Raises UserError
     when the start has other adapters.
     """
+    rules = (*((rf"^{name}/", PartitionSpec()) for name in heads), *start.model.rules)
     heads = {**heads, **to_float32({name: start.heads[name] for name in heads.keys() & start.heads.keys()})}
     if spec is None:
         params = to_float32(start.merged())

@@ -14,7 +14,7 @@ from alignjax.models.heads import apply_head, init_head
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
 from alignjax.tasks.task import Template
-from alignjax.types import Array, Completion, Params, PreferenceLogit, Prompt, Reward, Rules, Tokens, stack_rows
+from alignjax.types import Array, Completion, Params, PreferenceLogit, Prompt, Reward, Tokens, stack_rows
 
 
 class TemplateTokens(NamedTuple):
@@ -33,13 +33,10 @@ class PreferenceModel(NamedTuple):
     init_heads: Callable[[], Params]  # the first heads; empty where the form has none
     logit: PreferenceLogit
     reward: Reward | None  # r(x, y) where P(y > y') = sigmoid(r(x, y) - r(x, y'))
-    rules: Rules
 
 
 PreferenceForm = Callable[[Model, TemplateTokens], PreferenceModel]
 """``pairwise``, ``choice``, ``pairwise_head`` or ``bradley_terry``."""
-
-_REPLICATED = jax.sharding.PartitionSpec()
 
 
 def template_tokens(tokenizer: Tokenizer, template: Template) -> TemplateTokens:
@@ -106,7 +103,7 @@ def bradley_terry(model: Model, template: TemplateTokens) -> PreferenceModel:
         return rewards[0::2] - rewards[1::2]
 
     heads = {"reward": model.config.width}
-    return PreferenceModel(_head_init(heads), antisymmetric(margin), reward, _rules(heads, model))
+    return PreferenceModel(_head_init(heads), antisymmetric(margin), reward)
 
 
 def _over_both_orders(
@@ -122,16 +119,11 @@ def _over_both_orders(
         both = scores(params, stack_rows([prompt, prompt]), stack_rows([first, second]), stack_rows([second, first]))
         return both[0::2] - both[1::2]
 
-    return PreferenceModel(_head_init(heads), antisymmetric(margin), None, _rules(heads, model))
+    return PreferenceModel(_head_init(heads), antisymmetric(margin), None)
 
 
 def _head_init(heads: dict[str, int]) -> Callable[[], Params]:
     return lambda: {name: init_head(width) for name, width in heads.items()}
-
-
-def _rules(heads: dict[str, int], model: Model) -> Rules:
-    """Returns the model's sharding rules with every head replicated."""
-    return (*((rf"^{name}/", _REPLICATED) for name in heads), *model.rules)
 
 
 def token_logit(logits: Array, token: int) -> Array:

@@ -24,9 +24,9 @@ from alignjax.types import (
     Array,
     Completion,
     Key,
-    LogProb,
     Objective,
     Params,
+    PolicyFunctions,
     PreferenceBatch,
     Process,
     Prompt,
@@ -72,7 +72,7 @@ class Collector(NamedTuple):
     stop: StopSequences
     unseen: tuple[int, ...]  # stop tokens that the preference model never saw in training
     objective: Objective
-    log_prob: LogProb
+    policy: PolicyFunctions
     preference: PreferenceModel
     unfinished_loses: bool
 
@@ -112,7 +112,7 @@ class Collector(NamedTuple):
         responses = tuple(Response(sample.completion, sample.logp, None, sample.finished) for sample in samples)
         matrix = preference_matrix(p, len(samples))
         batch = PreferenceBatch(prompt, responses, matrix, reward, self.objective.compared)
-        return score_reference(self.objective, self.log_prob, roles.reference, batch)
+        return complete_batch(self.objective, self.policy, roles, batch)
 
     def logit(self, params: Params, view: PreferenceView, reward: Array | None, i: int, j: int) -> Array:
         """Returns the logit of P(y_i > y_j), [B]; of a reward model the difference of rewards."""
@@ -121,19 +121,21 @@ class Collector(NamedTuple):
         return self.preference.logit(params, view.prompt, view.responses[i], view.responses[j])
 
 
-def score_reference(
-    objective: Objective, log_prob: LogProb, reference: Params, batch: PreferenceBatch
+def complete_batch(
+    objective: Objective, policy: PolicyFunctions, roles: Roles, batch: PreferenceBatch
 ) -> PreferenceBatch:
-    """Returns the batch with reference log-probs on the responses that the objective reads.
+    """Returns the batch with everything that the objective reads, without gradient; drawn and stored batches alike.
 
-    It completes offline data.
+    The reference scores the responses that the objective reads, and the objective adds what must be computed before the
+    policy moves.
     """
-    logps = score_responses(log_prob, reference, batch, objective.scored)
+    logps = score_responses(policy.log_prob, roles.reference, batch, objective.scored)
     scored = dict(zip(objective.scored, logps, strict=True))
     responses = tuple(
         dataclasses.replace(response, reference_logp=scored.get(k)) for k, response in enumerate(batch.responses)
     )
-    return lax.stop_gradient(dataclasses.replace(batch, responses=responses))
+    batch = dataclasses.replace(batch, responses=responses)
+    return lax.stop_gradient(objective.prepare(roles.policy, batch, policy))
 
 
 def rewards(preference: PreferenceModel, params: Params, view: PreferenceView) -> Array:

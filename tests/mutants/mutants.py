@@ -90,7 +90,7 @@ MUTANTS = (
     ),
     Mutant(
         "offline pairs come from the held-out split", _DATA,
-        'load_pairs(context, self.pairs, "train")', 'load_pairs(context, self.pairs, "held_out")', WIRING,
+        'read_stage_pairs(context, self.pairs, "train")', 'load_pairs(context, self.pairs, "held_out")', WIRING,
     ),
     Mutant(
         "direct alignment takes the label of the exchanged pair", "alignjax/objectives.py",

@@ -28,8 +28,8 @@ from alignjax.pipeline.stages.pair_batches import (
     PairRow,
     abstract_pair_batch,
     encode_pairs,
-    load_pairs,
     pair_batches,
+    read_stage_pairs,
 )
 from alignjax.pipeline.stages.writing import check_positions
 from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
@@ -107,7 +107,7 @@ class FitPreference:
 
     def trainable(self, context: Context, start: Network, form: PreferenceModel) -> Trainable:
         """Returns what is trained of the start's network."""
-        return trainable(start, self.lora, form.init_heads(), form.rules, context.key(self.seed))
+        return trainable(start, self.lora, form.init_heads(), context.key(self.seed))
 
     def learner(self, context: Context) -> tuple[Learner, Trainable]:
         """Returns the compiled training and the abstract parameters it is for."""
@@ -139,7 +139,7 @@ class FitPreference:
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Fits the model, writes its network, and measures it."""
         start, task = context.abstract(self.start), context.task
-        rows = load_pairs(context, self.pairs, "train")
+        rows = read_stage_pairs(context, self.pairs, "train")
         batches = pair_batches(rows, start.tokenizer, task, self.limits, self.loop.batch, context.seed(self.seed))
         if self.truth:
             self.measured_pairs(context, start.tokenizer)  # refuses them now, not after the training
@@ -178,7 +178,7 @@ class FitPreference:
         Raises UserError when none is left.
         """
         assert self.truth is not None
-        rows = load_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
+        rows = read_stage_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
         _, fitting = encode_pairs(rows, tokenizer, context.task, self.limits)
         return fitting, len(rows) - len(fitting)
 

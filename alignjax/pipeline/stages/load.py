@@ -209,8 +209,8 @@ class LoadPairs:
         """Returns None: pairs are no network."""
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the content of the file, whatever the share that is held out."""
-        return Exposure(fitted=frozenset({f"file {self.digest or self.path}"}))
+        """Returns the content of the file, whatever the share that is held out; without a file, the stage alone."""
+        return Exposure(fitted=frozenset({f"file {self.digest or self.path or context.name}"}))
 
     def check(self, context: Context) -> None:
         """Raises UserError when the file cannot be read, or a line is malformed."""

@@ -34,7 +34,7 @@ class PairLimits(NamedTuple):
     response: int
 
 
-def load_pairs(context: Context, stage: str, split: str) -> list[PairRow]:
+def read_stage_pairs(context: Context, stage: str, split: str) -> list[PairRow]:
     """Returns the pairs of a split that the stage wrote."""
     return data.read_pairs(context.folder_of(stage) / PAIR_DATA, split)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -16,19 +15,19 @@ from alignjax.fields import Kind, no_effect, stage_input
 from alignjax.models.tokenizer import pad
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
-from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, load_pairs, pair_batches
+from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_stage_pairs
 from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops, writing_model
 from alignjax.pipeline.trainable import Trainable
 from alignjax.preferences.judges import judged_length
 from alignjax.sampling.samplers import Sampler
 from alignjax.tasks.task import EOS, Task
 from alignjax.training import data
-from alignjax.training.collect import Collector, Frozen, PreferenceView, roles_of, score_reference
+from alignjax.training.collect import Collector, Frozen, PreferenceView, complete_batch, roles_of
 from alignjax.training.learn import COLLECT, step_key
 from alignjax.training.loop import Collect, Loop
 from alignjax.training.shared_tree import SharedTree
 from alignjax.training.text_bridge import TextBridge
-from alignjax.types import LogProb, Objective, PreferenceBatch, Role, Sample, Tokens, TrainState
+from alignjax.types import Objective, PolicyFunctions, PreferenceBatch, Role, Sample, Tokens, TrainState
 
 
 class PolicySetup(NamedTuple):
@@ -42,7 +41,7 @@ class PolicySetup(NamedTuple):
     start: Network
     reference: Network
     parts: Trainable
-    log_prob: LogProb
+    policy: PolicyFunctions
     state: TrainState
 
 
@@ -135,7 +134,7 @@ class OnlineData:
                             "model; fit it with form=bradley_terry")  # fmt: skip
         return Collector(
             writing_model(setup.start.model, self.gather), self.samplers, setup.max_new_tokens,
-            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), setup.objective, setup.log_prob, form,
+            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), setup.objective, setup.policy, form,
             self.unfinished_loses,
         )  # fmt: skip
 
@@ -259,10 +258,10 @@ class OfflineData:
         """Returns the programs in which the reference scores the pairs, one a bucket."""
         frozen = SharedTree(Frozen(setup.parts.base, setup.reference.params))
         rows = sharding.row_sharding(context.mesh)
-        score = functools.partial(score_reference, setup.objective, setup.log_prob)
 
         def collect(state: TrainState, frozen: SharedTree, batch: PreferenceBatch) -> PreferenceBatch:
-            return score(frozen.tree().reference, batch)
+            roles = roles_of(state, frozen.tree(), setup.parts.assemble)
+            return complete_batch(setup.objective, setup.policy, roles, batch)
 
         jitted, size = (
             jax.jit(collect, in_shardings=(None, None, rows), out_shardings=rows, keep_unused=True),
@@ -278,7 +277,7 @@ class OfflineData:
     def batches(self, context: Context, setup: PolicySetup, programs: tuple[Program, ...]) -> Batches:
         """Returns batches of the pairs that fit."""
         limits, tokenizer = PairLimits(setup.buckets, setup.max_new_tokens), setup.start.tokenizer
-        rows, seed = load_pairs(context, self.pairs, "train"), context.seed(setup.seed)
+        rows, seed = read_stage_pairs(context, self.pairs, "train"), context.seed(setup.seed)
         pairs = pair_batches(rows, tokenizer, context.task, limits, setup.loop.batch, seed)
         return Batches(pairs.plan, pairs.make_batch, function_of(programs, "collect"), pairs.figures)
 

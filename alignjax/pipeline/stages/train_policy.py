@@ -12,18 +12,19 @@ import jax.numpy as jnp
 
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
-from alignjax.models.log_probs import log_prob
+from alignjax.models.log_probs import policy_functions
 from alignjax.models.lora import Lora
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
+from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
 from alignjax.pipeline.stages.policy_data import PolicyData, PolicySetup, reads_average
 from alignjax.pipeline.stages.writing import check_positions, check_stop
-from alignjax.pipeline.trainable import trainable, trained_spec
+from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
 from alignjax.training.collect import Frozen
 from alignjax.training.loop import Learner, Learning, Loop, train
 from alignjax.training.optimizer import Adam
-from alignjax.types import Completion, Objective, Prompt, Response, pair_batch
+from alignjax.types import Completion, Objective, PolicyFunctions, Prompt, Response, pair_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,10 @@ class TrainPolicy:
     def network(self, context: Context) -> NetworkSpec | None:
         """Returns the start's network, trained."""
         start = context.spec(self.start)
-        return start and trained_spec(start, self.start, self.lora, {})
+        if start is None:
+            return None
+        heads = networks.head_shapes(self.objective.heads(start.record.config.width))
+        return trained_spec(start, self.start, self.lora, heads)
 
     def exposure(self, context: Context) -> Exposure:
         """Returns what the data, the start and the reference depend on."""
@@ -75,6 +79,11 @@ class TrainPolicy:
         if reads_average(self.data) and self.average_decay is None:
             raise UserError(f"{context.name}: the sampler moving_average needs average_decay; set it, e.g. 0.999")
 
+    def trainable(self, context: Context, start: Network) -> Trainable:
+        """Returns what is trained of the start's network: it, and the objective's heads."""
+        heads = self.objective.heads(start.model.config.width)
+        return trainable(start, self.lora, heads, context.key(self.seed))
+
     def setup(self, context: Context) -> tuple[PolicySetup, Learner]:
         """Returns what the programs are made from, and the compiled training."""
         start, reference = context.abstract(self.start), context.abstract(self.reference)
@@ -82,13 +91,13 @@ class TrainPolicy:
             raise UserError(
                 f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
             )
-        score = log_prob(start.model)
-        parts = trainable(start, self.lora, {}, start.model.rules, context.key(self.seed))
-        loss = functools.partial(self.objective, log_prob=score)
+        policy = policy_functions(start.model)
+        parts = self.trainable(context, start)
+        loss = functools.partial(self.objective, policy=policy)
         learning = Learning(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay)
         learner = learning.compile(parts.params, context.mesh)
         setup = PolicySetup(
-            self.objective, self.loop, self.buckets, self.max_new_tokens, self.seed, start, reference, parts, score,
+            self.objective, self.loop, self.buckets, self.max_new_tokens, self.seed, start, reference, parts, policy,
             learner.state,
         )  # fmt: skip
         return setup, learner
@@ -115,7 +124,7 @@ class TrainPolicy:
         def parameters() -> tuple[Any, Frozen]:
             start, reference = context.load(self.start), context.load(self.reference)
             preference = self.data.preference_network(context, context.load)
-            parts = trainable(start, self.lora, {}, start.model.rules, context.key(self.seed))
+            parts = self.trainable(context, start)
             context.release()
             judged = preference.all_params if preference else None
             return parts.params, Frozen(parts.base, reference.params, judged)
@@ -137,11 +146,15 @@ def check_objective(name: str, objective: Objective) -> None:
     def score(params: Any, prompt: Prompt, completion: Completion) -> jax.Array:
         return jnp.zeros(completion.tokens.shape)
 
+    def states(params: Any, prompt: Prompt, completion: Completion) -> jax.Array:
+        return jnp.zeros((*completion.tokens.shape, 1))
+
     def call() -> Any:
         zeros = jnp.zeros((1, 1))
         response = Response(tokens, zeros, zeros, jnp.ones(1, bool))
         batch = dataclasses.replace(pair_batch(tokens, response, response, jnp.ones(1)), reward=jnp.zeros((1, 2)))
-        return objective({}, batch, jax.random.key(0), log_prob=score)
+        policy, params = PolicyFunctions(score, states, 1), objective.heads(1)
+        return objective(params, objective.prepare(params, batch, policy), jax.random.key(0), policy=policy)
 
     try:
         jax.eval_shape(call)
