@@ -1,4 +1,4 @@
-"""Kills the small quickstart at random moments, again and again: every run must end with the bits of an undisturbed one.
+"""Kills the small quickstart at random moments: every run must end with the bits of an undisturbed one.
 
     python -m tests.kills --kills 30 --processes 1
     python -m tests.kills --kills 30 --processes 2     # two processes of two devices each
