@@ -73,9 +73,9 @@ def test_an_epoch_repeats_no_example_and_leaves_out_less_than_a_batch(lengths, b
     plan = data.plan_batches(lengths, buckets, batch, 1)
     orders = []
     for epoch in epochs(plan, len(lengths), batch, 4):
-        seen = np.concatenate([p.indices for p in epoch])
-        assert len(set(seen)) == len(seen) == len(lengths) // batch * batch
-        orders.append(tuple(seen))
+        planned = np.concatenate([p.indices for p in epoch])
+        assert len(set(planned)) == len(planned) == len(lengths) // batch * batch
+        orders.append(tuple(planned))
     assert len(set(orders)) == 4  # every epoch has a shuffle of its own
 
 
@@ -91,8 +91,8 @@ def test_few_examples_move_to_a_larger_bucket(lengths, buckets, batch):
 @cases
 def test_the_epochs_together_contain_every_example(lengths, buckets, batch):
     plan = data.plan_batches(lengths, buckets, batch, 3)
-    seen = Counter(i for epoch in epochs(plan, len(lengths), batch, 60) for p in epoch for i in p.indices)
-    assert set(seen) == set(range(len(lengths)))
+    planned = Counter(i for epoch in epochs(plan, len(lengths), batch, 60) for p in epoch for i in p.indices)
+    assert set(planned) == set(range(len(lengths)))
 
 
 def test_examples_that_cannot_be_planned_are_refused():
@@ -109,9 +109,9 @@ def test_batches_are_those_of_their_steps_from_any_start(start):
     def make(chosen):
         return {"step": np.full(len(chosen.indices), chosen.step), "rows": chosen.indices[:, None] * [1, 2]}
 
-    found = list(data.load_batches(plan, make, MESH, start, 24))
-    assert len(found) == 24 - start
-    for step, batch in enumerate(found, start):
+    loaded = list(data.load_batches(plan, make, MESH, start, 24))
+    assert len(loaded) == 24 - start
+    for step, batch in enumerate(loaded, start):
         assert np.all(np.asarray(batch["step"]) == step) and batch["rows"].sharding == sharding.row_sharding(MESH)
         np.testing.assert_array_equal(batch["rows"], plan(step).indices[:, None] * [1, 2])
 
@@ -122,10 +122,10 @@ def test_an_error_in_make_reaches_the_loop():
             raise UserError("row 2 is bad; drop it")
         return chosen.indices
 
-    found = data.load_batches(lambda step: data.BatchPlan(np.arange(8), 1, step), make, MESH, 0, 5)
-    assert [int(next(found).sum()), int(next(found).sum())] == [28, 28]
+    loaded = data.load_batches(lambda step: data.BatchPlan(np.arange(8), 1, step), make, MESH, 0, 5)
+    assert [int(next(loaded).sum()), int(next(loaded).sum())] == [28, 28]
     with pytest.raises(UserError, match="row 2 is bad"):
-        next(found)
+        next(loaded)
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +136,9 @@ def written(tmp_path_factory):
 
 
 def test_pairs_round_trip_with_every_character(written):
-    want = [{**row, "p": float(np.float32(row["p"]))} for row in ROWS]
-    assert sorted(data.read_pairs(written, "train"), key=ROW) == sorted(want, key=ROW)
-    assert data.read_pairs(written, "held_out") == want[:1]
+    expected = [{**row, "p": float(np.float32(row["p"]))} for row in ROWS]
+    assert sorted(data.read_pairs(written, "train"), key=ROW) == sorted(expected, key=ROW)
+    assert data.read_pairs(written, "held_out") == expected[:1]
 
 
 def test_pairs_are_a_tfds_dataset_with_its_metadata(written):
@@ -235,8 +235,8 @@ def test_a_file_cut_at_any_byte_reads_as_its_whole_lines(tmp_path):
     text = path.read_text()
     for cut in range(len(text) + 1):
         path.write_text(text[:cut])
-        found = metrics.read_metrics(path)
-        assert found == rows[: len(found)] and len(found) - text[:cut].count("\n") in (0, 1)
+        loaded = metrics.read_metrics(path)
+        assert loaded == rows[: len(loaded)] and len(loaded) - text[:cut].count("\n") in (0, 1)
     assert metrics.read_metrics(tmp_path / "none.jsonl") == []
 
 

@@ -197,9 +197,9 @@ def test_a_process_missing_at_the_end_is_named(launch_processes):
 
 def test_a_process_that_never_connects_is_reported_in_time(launch_processes):
     (alone,) = launch_processes("", processes=(0,), wait=3)
-    begun = time.monotonic()
+    begin = time.monotonic()
     status, out, lines = exited(alone)
-    assert status == RUN_AGAIN and "up" not in out and time.monotonic() - begun < 60
+    assert status == RUN_AGAIN and "up" not in out and time.monotonic() - begin < 60
     assert "the 2 processes did not all connect" in lines[0] and "in 3 s" in lines[0]
 
 
@@ -264,7 +264,7 @@ def wait_for_save(workdir, process, step):
 
 def test_a_run_continues_with_fewer_processes_and_devices_and_loses_no_step(pretrain, tmp_path):
     """Two processes of two devices, one killed; two again, one of them preempted; one of two, preempted; one of one."""
-    (undisturbed,), moved = pretrain(tmp_path / "whole"), tmp_path / "moved"
+    (undisturbed,), moved = pretrain(tmp_path / "undisturbed"), tmp_path / "moved"
     assert exited(undisturbed, 200)[0] == 0
     first, second = pretrain(moved, processes=2, devices=2)
     wait_for_save(moved, first, 10)
@@ -287,7 +287,9 @@ def test_a_run_continues_with_fewer_processes_and_devices_and_loses_no_step(pret
     assert (moved / "base" / "checkpoints" / str(step)).is_dir() and step > saved
     (last,) = pretrain(moved)
     assert exited(last, 200)[0] == 0
-    want, got = (read_metrics(folder / "base" / "metrics.jsonl") for folder in (tmp_path / "whole", moved))
-    assert [row["step"] for row in got] == list(range(120))
-    for a, b in zip(want, got, strict=True):
+    expected, resumed = (
+        read_metrics(folder / "base" / "metrics.jsonl") for folder in (tmp_path / "undisturbed", moved)
+    )
+    assert [row["step"] for row in resumed] == list(range(120))
+    for a, b in zip(expected, resumed, strict=True):
         np.testing.assert_allclose(b["nll"], a["nll"], rtol=2e-3)

@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", ["t5"])
 def test_the_streamed_text_is_what_the_sampler_draws(folders, name):
     """The stream is the text of the sampler's tokens at the same key."""
-    network, out = preview.open_network(folders / name, chat=False), io.StringIO()
+    network, out = preview.open_preview_network(folders / name, chat=False), io.StringIO()
     sampling = Sampling(temperature=0.8, top_p=0.9)
     preview.stream(network, "Human: may I", PreviewOptions(None, 12, sampling, 5), out)
     keys, prompt = jax.random.key(5)[None], pad([network.tokenizer.encode("Human: may I")], 32)

@@ -1,4 +1,4 @@
-"""The whole line at a small size: killed in every stage, as two processes of four devices, and in the notebook."""
+"""The small quickstart: killed in stages of every kind, as two processes of four devices, and in the notebook."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from tests.test_notebook import NOTEBOOK, own_cells
 FILE = str(Path(__file__).parents[1] / "experiments" / "quickstart.py")
 SETTINGS = {
     "small": "True",
-    "base.model.layers": "1",  # half as much to compile
+    "base.model.layers": "1",  # compiles in half the time
     "base.loop.save_every": "30",
     "preference.loop.save_every": "8",
     "judge.loop.save_every": "8",
@@ -34,22 +34,23 @@ TRAINED = ("base", "preference", "judge", "nash_md", "self_play")
 
 
 def command(workdir, **changes):
+    """Returns the command that runs the small quickstart; ``a__b=1`` changes the setting a.b."""
     values = {**SETTINGS, **{k.replace("__", "."): str(v) for k, v in changes.items()}}
     sets = [part for name, value in values.items() for part in ("--set", f"{name}={value}")]
     return [sys.executable, "-m", "alignjax", "run", FILE, "--workdir", str(workdir), *sets]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, environment):
-    """The workdir of a run that nobody disturbed, and what it printed."""
-    workdir = tmp_path_factory.mktemp("whole")
+def undisturbed(tmp_path_factory, environment):
+    """Returns the work folder of a run that was not killed, and its output."""
+    workdir = tmp_path_factory.mktemp("undisturbed")
     done = subprocess.run(command(workdir), env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     return workdir, done.stdout
 
 
-def test_the_table_is_shown_written_and_consistent(whole):
-    workdir, shown = whole
+def test_the_table_is_shown_written_and_consistent(undisturbed):
+    workdir, output = undisturbed
     tables = json.loads((workdir / "table" / "win_rates.json").read_text())
     assert [table["judge"] for table in tables] == ["oracle", "held-out"]
     for table in tables:
@@ -59,23 +60,23 @@ def test_the_table_is_shown_written_and_consistent(whole):
         assert np.all((low <= rate) & (rate <= high)) and table["n"] == 24
         assert len(table["mean_length"]) == len(table["kl_to_reference"]) == 3
         assert abs(table["kl_to_reference"][0]) < 1e-3  # the base is the reference
-        assert f"judge: {table['judge']}" in shown and f"{rate[1, 0]:.3f}" in shown
+        assert f"judge: {table['judge']}" in output and f"{rate[1, 0]:.3f}" in output
     report = (workdir / "report.md").read_text()
     assert "## Samples" in report and "## Where the time went" in report
     for picture in ("table-oracle.png", "table-held-out.png", "curves.png"):
         assert (workdir / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_step_is_logged_once(whole):
+def test_every_step_is_logged_once(undisturbed):
     experiment = load(FILE, SETTINGS)
     for name in TRAINED:
-        rows = read_metrics(whole[0] / name / "metrics.jsonl")
+        rows = read_metrics(undisturbed[0] / name / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(experiment.stages[name].loop.steps))
-        assert list((whole[0] / name / "tensorboard").iterdir())
+        assert list((undisturbed[0] / name / "tensorboard").iterdir())
 
 
 def progressed(workdir, name):
-    """True once the stage has left something that a restart must take up."""
+    """Returns whether the stage has left work that a restart must continue."""
     folder = workdir / name
     if (folder / "stage.json").exists() and json.loads((folder / "stage.json").read_text())["finished"]:
         return True
@@ -84,12 +85,13 @@ def progressed(workdir, name):
 
 
 def finished(workdir, name):
+    """Returns whether the record of the stage says that it is finished."""
     return json.loads((workdir / name / "stage.json").read_text())["finished"]
 
 
-def test_killed_in_a_stage_of_every_kind_it_ends_with_the_same_bits(whole, environment, tmp_path):
-    """(In every stage, at random moments: tests/kills.py.)"""
-    in_the_middle = []
+def test_killed_in_a_stage_of_every_kind_it_ends_with_the_same_bits(undisturbed, environment, tmp_path):
+    """tests/kills.py kills in every stage, at random moments."""
+    unfinished = []
     for name in ("base", "pairs", "preference", "nash_md", "table"):
         process = subprocess.Popen(command(tmp_path), env=environment(), stderr=subprocess.PIPE, text=True)
         while not progressed(tmp_path, name):
@@ -97,14 +99,15 @@ def test_killed_in_a_stage_of_every_kind_it_ends_with_the_same_bits(whole, envir
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        in_the_middle.append(not finished(tmp_path, name))
+        unfinished.append(not finished(tmp_path, name))
     done = subprocess.run(command(tmp_path), env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert all(in_the_middle), in_the_middle
-    compare(whole[0], tmp_path, same_bits)
+    assert all(unfinished), unfinished
+    compare(undisturbed[0], tmp_path, same_bits)
 
 
 def compare(a, b, equal):
+    """Compares the results of two runs; ``equal(name, tree, tree)`` compares parameters."""
     for name in TRAINED:
         equal(name, parameters(a / name), parameters(b / name))
     for name in ("pairs", "annotated", "truth"):
@@ -115,20 +118,21 @@ def compare(a, b, equal):
 
 
 def chunks(folder):
+    """Returns the texts of a Label stage's chunks, in order."""
     return [path.read_text() for path in sorted(folder.glob("chunks/*.json"))]
 
 
 def parameters(folder):
-    """The saved tree as NumPy arrays, by path."""
+    """Returns the saved parameters as NumPy arrays, by path."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
     from alignjax.distributed.sharding import path_name
 
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whichever devices of whose processes saved it
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # other devices may have saved them
     shapes = ocp.metadata(folder / "params").metadata
     tree = ocp.load(
-        folder / "params", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        folder / "params", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     )
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -153,13 +157,14 @@ RUN_EACH = """if True:
 """
 
 
-def test_one_device_and_two_processes_of_four_give_the_same_numbers(whole, environment, tmp_path):
-    """A stage of each kind from the very inputs of the undisturbed run, so that a difference is its own. (Pretraining:
-    tests/test_hosts.py.)"""
+def test_one_device_and_two_processes_of_four_give_the_same_numbers(undisturbed, environment, tmp_path):
+    """Stages of three kinds start from the inputs of the undisturbed run, so that a difference is their own.
+
+    tests/test_hosts.py compares pretraining."""
     stages = ("pairs", "nash_md", "table")
     for name in stages:
         for source in STAGES[: STAGES.index(name)]:
-            shutil.copytree(whole[0] / source, tmp_path / name / source)
+            shutil.copytree(undisturbed[0] / source, tmp_path / name / source)
     settings = {**SETTINGS, "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"}
     environment, port = environment(4), free_port()
     code = RUN_EACH.replace("STAGES", repr(stages))
@@ -175,24 +180,26 @@ def test_one_device_and_two_processes_of_four_give_the_same_numbers(whole, envir
             assert process.returncode == 0, error[-2000:]
 
     def logged(name):
-        return [read_metrics(workdir / name / "metrics.jsonl") for workdir in (whole[0], tmp_path / name)]
+        return [read_metrics(workdir / name / "metrics.jsonl") for workdir in (undisturbed[0], tmp_path / name)]
 
     for one, eight in zip(*logged("nash_md"), strict=True):
         for metric in set(one) - {"gradient_norm"}:
             np.testing.assert_allclose(eight[metric], one[metric], rtol=0.02, atol=0.02, err_msg=metric)
-    texts = [chunks(workdir / "pairs") for workdir in (whole[0], tmp_path / "pairs")]
+    texts = [chunks(workdir / "pairs") for workdir in (undisturbed[0], tmp_path / "pairs")]
     assert texts[0] == texts[1]
-    one, eight = (json.loads((w / "table" / "win_rates.json").read_text()) for w in (whole[0], tmp_path / "table"))
+    one, eight = (
+        json.loads((w / "table" / "win_rates.json").read_text()) for w in (undisturbed[0], tmp_path / "table")
+    )
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b["win_rate"], a["win_rate"], atol=1e-9)
         np.testing.assert_allclose(b["kl_to_reference"], a["kl_to_reference"], atol=1e-3)
 
 
-def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(whole, environment, tmp_path, monkeypatch):
-    """Its first cell's stages are the undisturbed run's, and are found finished."""
-    made = STAGES[: STAGES.index("nash_md") + 1]
-    for name in made:
-        shutil.copytree(whole[0] / name, tmp_path / name)
+def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(undisturbed, environment, tmp_path, monkeypatch):
+    """The stages of its first cell are those of the undisturbed run, and are found finished."""
+    copied = STAGES[: STAGES.index("nash_md") + 1]
+    for name in copied:
+        shutil.copytree(undisturbed[0] / name, tmp_path / name)
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -201,10 +208,10 @@ def test_the_notebook_trains_a_policy_and_shows_its_win_rate_and_plot(whole, env
         cell.source = cell.source.replace('"small": "True"', '"small": "True", "base.model.layers": "1"')
     nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert "".join(output.get("text", "") for output in first.outputs).count("finished before") == len(made)
+    assert "".join(output.get("text", "") for output in first.outputs).count("finished before") == len(copied)
     idea, picture = own_cells(notebook)
-    shown = "".join(output.get("text", "") for output in idea.outputs)
-    assert "judge: oracle" in shown and "log_odds" in shown
+    printed = "".join(output.get("text", "") for output in idea.outputs)
+    assert "judge: oracle" in printed and "log_odds" in printed
     assert any("image/png" in output.get("data", {}) for output in picture.outputs)
     rows = read_metrics(tmp_path / "log_odds" / "metrics.jsonl")
     assert abs(rows[0]["kl"]) < 1e-3 < np.mean([row["kl"] for row in rows[-3:]])

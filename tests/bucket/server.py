@@ -1,5 +1,5 @@
-"""Google Cloud Storage on this machine, in memory: gcp-storage-emulator, and the header that TensorStore reads an
-object's version from, which it leaves out.
+"""Google Cloud Storage on this machine, in memory: gcp-storage-emulator with the header that TensorStore reads an
+object's version from. The emulator itself does not send it.
 
     python -m tests.bucket.server PORT        # the bucket is gs://bucket
 """
@@ -10,14 +10,15 @@ from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 
-plain = objects.download
+original_download = objects.download
 
 
 def download(request, response, storage, *args, **kwargs):
-    plain(request, response, storage, *args, **kwargs)
+    """Answers a download, with the header that names the object's generation."""
+    original_download(request, response, storage, *args, **kwargs)
     try:
-        found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
-        response["x-goog-generation"] = found["generation"]
+        file = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+        response["x-goog-generation"] = file["generation"]
     except NotFound:
         pass
 
