@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import re
@@ -102,6 +103,7 @@ def line(experiment, tmp_path_factory):
 
     def recorded(stage, program):
         def call(*arguments):
+            gc.collect()  # readers of checkpoints leave cycles
             live = {id(x): x for x in jax.live_arrays() if x.dtype == np.float32 and len(x.devices()) > 1}
             alive = sum(x.nbytes for x in live.values() if id(x) not in others)  # one device: a part of a saved array
             calls[stage, program.name].append((alive, program.function, jax.tree.map(abstract, arguments)))
