@@ -56,7 +56,7 @@ class Writing:
         """Returns the programs that write, one a bucket; ``resident`` are arrays that live meanwhile."""
         sharding.check_batch(f"{context.name}.writing.batch", self.batch, context.mesh)
         write, numbers = self.writer(context, network), abstract_array("int32", self.batch)
-        key = jax.eval_shape(context.key)
+        key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(context.mesh))
         return tuple(
             Program(
                 f"{name} {length}", write, (network.params, abstract_tokens(self.batch, length), numbers, key),
