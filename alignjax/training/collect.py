@@ -124,7 +124,7 @@ class Collector(NamedTuple):
 def score_reference(
     objective: Objective, log_prob: LogProb, reference: Params, batch: PreferenceBatch
 ) -> PreferenceBatch:
-    """Returns the batch with reference log-probs on the responses that the objective reads: it completes pairs on disk."""
+    """Returns the batch with reference log-probs on the responses that the objective reads, as pairs on disk need."""
     logps = score_responses(log_prob, reference, batch, objective.scored)
     scored = dict(zip(objective.scored, logps, strict=True))
     responses = tuple(
