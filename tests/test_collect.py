@@ -341,6 +341,9 @@ def test_the_preference_model_reads_the_responses_as_text_in_its_own_tokens(read
         assert view.responses[0].tokens[i][view.responses[0].mask[i]].tolist() == ids
     assert [side.tolist() for side in view.accepted] == [[True, True], [False, False]]
     assert all(response.tokens.shape == (2, 12) for response in view.responses)
+    short = dataclasses.replace(bridge, longest=3).view(prompt, samples)  # a longer response is cut
+    np.testing.assert_array_equal(short.responses[0].tokens, view.responses[0].tokens[:, :3])
+    assert np.all(short.responses[0].mask) and np.sum(view.responses[0].mask, 1).min() > 3
 
 
 def test_a_refused_response_loses_to_an_accepted_one_and_ties_with_another():

@@ -65,6 +65,21 @@ def test_logits_of_random_pairs_are_odd_to_the_bit(form):
     np.testing.assert_array_equal(p + q, np.ones(64, np.float32))
 
 
+def test_antisymmetric_makes_a_margin_odd_that_is_not():
+    """The margin is asked about each pair in lexicographic order alone, whichever order it is given in."""
+
+    def margin(params, prompt, first, second):
+        return jnp.sum(first.tokens * first.mask, -1) / 7 + jnp.sum(second.mask, -1) * 0.1 + 1.0
+
+    logit = preference_models.antisymmetric(margin)
+    first, second = ragged(FIRST), ragged(SECOND)
+    forward, reverse = logit({}, None, first, second), logit({}, None, second, first)
+    np.testing.assert_array_equal(forward, -reverse)
+    assert np.sign(forward).tolist() == [-1, 0, 1, -1]
+    want = margin({}, None, second, first)[0], margin({}, None, first, second)[2], margin({}, None, second, first)[3]
+    np.testing.assert_array_equal(np.abs(forward)[[0, 2, 3]], want)
+
+
 def test_probability_is_the_sigmoid_and_its_complement_is_exact():
     x = jnp.concatenate([jnp.linspace(-30, 30, 4001), jnp.float32(2.0) ** -jnp.arange(1, 100.0)])
     np.testing.assert_allclose(preference_models.probability(x), jax.nn.sigmoid(x), atol=1e-7)

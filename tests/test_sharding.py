@@ -17,7 +17,7 @@ from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import Tokenizer, pad
 from alignjax.objectives import PreferenceGradient
 from alignjax.preferences.preference_models import TemplateTokens, bradley_terry, pairwise, pairwise_head
-from alignjax.sampling.generate import ReplyFormat, generator, reply_writer
+from alignjax.sampling.generate import Generator, ReplyFormat, reply_writer
 from alignjax.sampling.process import Sampling
 from alignjax.sampling.samplers import mixture, policy
 from alignjax.training import data
@@ -151,7 +151,7 @@ def test_prompts_of_every_length_compile_once_a_bucket_and_never_again(model, pa
     )  # fmt: skip
     prompts = [[3 + i % 20 for i in range(length)] for length in np.random.default_rng(0).permutation(np.arange(1, 33))]
     with jax.set_mesh(mesh):
-        generate = generator(
+        generate = Generator(
             reply_writer(model, ((2,),), 4, Sampling(), mesh), params, letters, ReplyFormat(((2,),), ""),
             buckets=buckets, batch=8, key=jax.random.key(0), mesh=mesh, score=None, owner="test",
         )  # fmt: skip
