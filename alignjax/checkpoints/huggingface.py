@@ -114,14 +114,10 @@ def _write_config(folder: Path, config: ModelConfig, options: dict[str, Any]) ->
         # transformers sets this to True whatever it is given; older releases tell T5 1.0 from T5 v1.1 by it.
         described.tie_word_embeddings = config.scaled_output
     described.save_pretrained(folder)
-    _edit_json(folder / "config.json", legacy_rope(config.family, fields))
+    written = read_json_object(folder / "config.json") | legacy_rope(config.family, fields)
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
     if read_config(folder) != dataclasses.replace(config, compute_dtype="float32", remat="none"):
         raise UserError(f"this model is not quite a {config.family}: its config.json would not say what it is")
-
-
-def _edit_json(path: Path, changes: Mapping[str, Any]) -> None:
-    """Changes entries of a file that holds a JSON object."""
-    path.write_text(json.dumps(read_json_object(path) | dict(changes), indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def _exported_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Callable[[], np.ndarray]], str]:
@@ -196,7 +192,8 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
     def save(folder: Path) -> None:
         """Writes the tokenizer's files and its end tokens."""
         fast.save_pretrained(folder)
-        _edit_json(folder / "tokenizer_config.json", _legacy_tokenizer(folder))
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(_legacy_tokenizer(read_json_object(path)), indent=2, ensure_ascii=False), "utf-8")
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(end_tokens)}))
 
     def render(messages: Sequence[Message]) -> str:
@@ -216,11 +213,14 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
     )
 
 
-def _legacy_tokenizer(folder: Path) -> dict[str, Any]:
-    """Returns the entries of tokenizer_config.json that transformers 4 reads otherwise than 5, as both read them."""
-    found = read_json_object(folder / "tokenizer_config.json")
-    generic = found.get("tokenizer_class") == "TokenizersBackend"  # a name that transformers 4 does not know
-    return {"tokenizer_class": "PreTrainedTokenizerFast"} if generic else {}
+def _legacy_tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tokenizer_config.json of transformers 5 in the words that transformers 4 knows too."""
+    legacy = dict(fields)
+    if legacy.get("tokenizer_class") == "TokenizersBackend":
+        legacy["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(legacy.get("extra_special_tokens"), list):  # a mapping in transformers 4, which refuses a list
+        legacy["additional_special_tokens"] = legacy.pop("extra_special_tokens")
+    return legacy
 
 
 def _count_appended(fast: Any) -> int:
