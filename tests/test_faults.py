@@ -117,17 +117,18 @@ def table(**fields):
 
 
 LABEL = Label(generator="bad", method=Judged(Oracle("longer")), split="train", prompts=8, writing=WRITING)
+RATER = LanguageModelJudge("bad")
 GREEDY = dataclasses.replace(WRITING, sampling=Sampling(temperature=0.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*holds NaN or infinity")
 @pytest.mark.parametrize(("stage", "message"), [
-    (LABEL, "work: the network of 'bad' gives log-probs that are not finite"),
-    (dataclasses.replace(LABEL, writing=GREEDY), "work: the network of 'bad' gives log-probs that are not finite"),
-    (table(policies={"good": "good", "b": "bad"}), "work: the network of 'bad' gives log-probs that are not finite"),
-    (table(reference="bad"), "work: the network of 'good' is scored by a reference whose log-probs are not finite"),
-    (table(judges={"rater": LanguageModelJudge("bad")}), "work: the judge 'bad' gives logits that are not finite"),
-])  # fmt: skip
+    (LABEL, "the network of 'bad' gives log-probs"),
+    (dataclasses.replace(LABEL, writing=GREEDY), "the network of 'bad' gives log-probs"),
+    (table(policies={"good": "good", "b": "bad"}), "the network of 'bad' gives log-probs"),
+    (table(reference="bad"), "the network of 'good' is scored by a reference whose log-probs"),
+    (table(policies={"a": "good", "b": "good"}, judges={"j": RATER}), "the judge 'bad' gives logits"),
+], ids=["label", "greedy", "policy", "reference", "judge"])  # fmt: skip
 @pytest.mark.parametrize("damaged", ["weight", "adapter"])
 def test_a_network_that_is_not_finite_neither_writes_nor_judges(folder, tmp_path, base, stage, message, damaged):
     """A NaN in a checkpoint or in adapters is named at the first text, and nothing is written of it."""
@@ -140,8 +141,10 @@ def test_a_network_that_is_not_finite_neither_writes_nor_judges(folder, tmp_path
     stages = {"good": LoadCheckpoint(str(base)), "bad": bad, "work": stage}
     with pytest.raises(UserError) as error:
         run(Experiment(TASK, stages), tmp_path / "w")
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
-    assert not (tmp_path / "w" / "work" / "stage.json").exists()
+    assert str(error.value).startswith(f"work: {message}") and " not finite" in str(error.value)
+    assert "\n" not in str(error.value)
+    for result in ("data", "chunks/000000.json", "win_rates.json"):
+        assert not (tmp_path / "w" / "work" / result).exists()
 
 
 # --- ids, ends, templates ---

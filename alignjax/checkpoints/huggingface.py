@@ -162,8 +162,8 @@ def _check_embeddings(folder: Path, tokenizer: Tokenizer) -> None:
     count, largest = read_json_object(path).get("vocab_size") if path.exists() else None, tokenizer.vocab_size - 1
     if isinstance(count, int) and count <= largest:
         piece = tokenizer.decode_all([largest])
-        raise UserError(f"{folder}: the tokenizer gives {piece!r} the id {largest}, and the model has embeddings for ids "
-                        f"up to {count - 1}; give the model's own tokenizer")  # fmt: skip
+        raise UserError(f"{folder}: the tokenizer gives {piece!r} the id {largest}, and the model has embeddings for "
+                        f"ids up to {count - 1}; give the model's own tokenizer")  # fmt: skip
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:

@@ -279,8 +279,8 @@ def _read_module(files: _AdapterFiles, entry: Entry, layer: int, sizes: tuple[in
         raise UserError(f"{files.folder}: {name_a} and its lora_B have shapes {a.shape}, {b.shape}; "
                         f"it needs ({rank}, {inputs}), ({outputs}, {rank})")  # fmt: skip
     if rank != (described := _pattern_value(files.description, "rank_pattern", "r", module)):
-        raise UserError(f"{files.folder}: {CONFIG_FILE} gives {module} the rank {described}, and its tensors have {rank}; "
-                        "give the two files of one adapter")  # fmt: skip
+        raise UserError(f"{files.folder}: {CONFIG_FILE} gives {module} the rank {described}, and its tensors have "
+                        f"{rank}; give the two files of one adapter")  # fmt: skip
     scale = _module_scale(files.description, module, rank)
     return _Module((name_a, name_b), a.T, np.asarray(b.T, np.float32), scale)
 

@@ -156,8 +156,8 @@ def _check_copy(folder: Path, name: str, view: Any, embedding: str, embedding_vi
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         if not np.array_equal(view[start:stop], embedding_view[start:stop], equal_nan=True):
-            raise UserError(f"{folder}: tensor {name} differs from {embedding}, and the model uses one for both; remove "
-                            "the wrong one, or set tie_word_embeddings to false if both are meant")  # fmt: skip
+            raise UserError(f"{folder}: tensor {name} differs from {embedding}, and the model uses one for both; "
+                            "remove the wrong one, or set tie_word_embeddings to false if both are meant")  # fmt: skip
 
 
 def _check_tensor(folder: Path, name: str, view: Any, expected: tuple[int, ...]) -> None:

@@ -85,8 +85,8 @@ class Generator:
             score, reference = self.score
             kl = np.asarray(score(reference, placed, drawn.completion, drawn.logp))
             if not np.all(np.isfinite(kl)):
-                raise UserError(f"{self.owner} is scored by a reference whose log-probs are not finite; the reference's "
-                                "parameters are damaged")  # fmt: skip
+                raise UserError(f"{self.owner} is scored by a reference whose log-probs are not finite; the "
+                                "reference's parameters are damaged")  # fmt: skip
         tokens, mask = np.asarray(drawn.replicated.tokens), np.asarray(drawn.replicated.mask)
         ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
         texts = [decode_reply(self.tokenizer, row, *self.reply_format) for row in ids]
