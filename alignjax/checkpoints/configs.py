@@ -71,6 +71,24 @@ def _write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
     return {"rope_type": "default" if s.kind == "none" else s.kind, "rope_theta": theta, **options}
 
 
+def legacy_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the entries that transformers 4 reads in the place of ``rope_parameters``; ``fields``: a config.json.
+
+    Without them it takes the default theta and no scaling, and says nothing.
+    """
+    rope = fields.get("rope_parameters")
+    if rope is None:
+        return {}
+    full = rope.get("full_attention", rope)
+    options = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    entries = {"rope_theta": full["rope_theta"], "rope_scaling": None if len(options) == 1 else options}
+    if family == "gpt_neox":
+        entries |= {"rotary_emb_base": full["rope_theta"], "rotary_pct": full["partial_rotary_factor"]}
+    if family == "gemma3_text":
+        entries["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    return entries
+
+
 def _read_windows(raw: ConfigJson) -> tuple[int, ...]:
     """Returns the attention window of each layer in tokens; () when every layer attends to all."""
     size, kinds = raw.get("sliding_window"), raw.get("layer_types")

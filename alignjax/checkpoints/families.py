@@ -19,7 +19,8 @@ from alignjax.models.decoder import TransformerConfig
 from alignjax.models.t5 import T5Config
 
 _DECODER_BUFFERS = r"\.(attention|attn)\.(masked_)?bias$|rotary_emb\.inv_freq$"
-_T5_COPIES = r"(EncDecAttention\.relative_attention_bias|(encoder|decoder)\.embed_tokens)\.weight$"
+_T5_UNUSED = r"EncDecAttention\.relative_attention_bias\.weight$"
+_T5_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 
 
 class Family(NamedTuple):
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     read: Callable[[ConfigJson], dict[str, Any]]  # config.json -> the fields of our configuration
     write: Callable[[Any], dict[str, Any]]  # our configuration -> config.json
     ignored: str  # regular expression: tensors that hold no parameter
+    copies: tuple[str, ...] = ()  # tensors that repeat the embedding, whatever config.json says
 
 
 def _decoder_family(architecture: str, prefix: str, entries: tuple[Entry, ...], read: Any, write: Any) -> Family:
@@ -44,10 +46,10 @@ def _decoder_family(architecture: str, prefix: str, entries: tuple[Entry, ...], 
 
 
 def _t5_family(architecture: str) -> Family:
-    """Returns an encoder-decoder family. Its checkpoints hold copies of shared tensors, which are ignored."""
+    """Returns an encoder-decoder family."""
     return Family(
         T5Config, architecture, "", "", lambda config: t5_entries(config.gated),
-        configs.read_t5, configs.write_t5, _T5_COPIES,
+        configs.read_t5, configs.write_t5, _T5_UNUSED, _T5_COPIES,
     )  # fmt: skip
 
 
@@ -87,5 +89,14 @@ def tensor_entries(family: Family, config: Any, paths: Mapping[str, Any]) -> dic
 
 
 def is_ignored_tensor(family: Family, name: str) -> bool:
-    """Whether a tensor of a checkpoint holds no parameter: a buffer, or a copy of a shared tensor."""
+    """Whether a tensor of a checkpoint holds no parameter: a buffer, or a table that no layer reads."""
     return bool(re.search(family.ignored, name))
+
+
+def embedding_copies(family: Family, config: Any) -> tuple[str, tuple[str, ...]]:
+    """Returns the name of the embedding's tensor, and of the tensors that a checkpoint may repeat it as.
+
+    Those are the family's own copies and, where the configuration ties it, the output projection.
+    """
+    names = {entry.path: entry.tensor for entry in family.entries(config)}
+    return names["embed/embedding"], family.copies + ((names["head/kernel"],) if config.tied else ())

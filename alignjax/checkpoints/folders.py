@@ -58,18 +58,24 @@ def folder_digest(folder: Path) -> str:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Returns the safetensors file of every tensor name: one file, or shards with an index.
 
-    Raises UserError when there is no safetensors file, or when the index is damaged or names a file that lies outside
-    the folder or is not safetensors.
+    Where both are there, the one file holds the weights and the index is left over, as for transformers. Raises
+    UserError when there is no safetensors file, or when the index is damaged or names a file that lies outside the
+    folder or is not safetensors.
     """
-    if (folder / _INDEX).exists():
-        return {name: folder / file for name, file in _read_index(folder / _INDEX).items()}
     single = folder / _SINGLE
-    if not single.exists():
-        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in _PICKLES]
-        advice = f"convert {pickles[0]} to safetensors" if pickles else "give a folder that has it"
-        raise UserError(f"{single} is missing; {advice}")
+    if not single.exists() and (folder / _INDEX).exists():
+        return {name: folder / file for name, file in _read_index(folder / _INDEX).items()}
+    check_present(single)
     with open_tensors(single) as file:
         return dict.fromkeys(file.keys(), single)
+
+
+def check_present(path: Path) -> None:
+    """Raises UserError when a safetensors file is missing; names a pickle that lies in its place."""
+    if not path.exists():
+        pickles = [other.name for other in sorted(path.parent.glob("*")) if other.suffix in _PICKLES]
+        advice = f"convert {pickles[0]} to safetensors" if pickles else "give a folder that has it"
+        raise UserError(f"{path} is missing; {advice}")
 
 
 def _read_index(index: Path) -> dict[str, str]:

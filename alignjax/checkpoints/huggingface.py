@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import tokenizers
 import transformers
 
+from alignjax.checkpoints.configs import legacy_rope
 from alignjax.checkpoints.families import FAMILIES, Family, tensor_entries
 from alignjax.checkpoints.folders import new_folder, read_json_object, tensor_files, write_tensors
 from alignjax.checkpoints.weights import REWARD_TENSOR, checkpoint_tensors
@@ -107,11 +108,14 @@ def _write_config(folder: Path, config: ModelConfig, options: dict[str, Any]) ->
 
     Raises UserError unless it reads back as ``config``, without the fields that are no part of a checkpoint.
     """
-    described = transformers.AutoConfig.for_model(config.family, **options | FAMILIES[config.family].write(config))
+    fields = FAMILIES[config.family].write(config)
+    described = transformers.AutoConfig.for_model(config.family, **options | fields)
     if isinstance(config, T5Config):
         # transformers sets this to True whatever it is given; older releases tell T5 1.0 from T5 v1.1 by it.
         described.tie_word_embeddings = config.scaled_output
     described.save_pretrained(folder)
+    written = read_json_object(folder / "config.json") | legacy_rope(config.family, fields)
+    (folder / "config.json").write_text(json.dumps(written, indent=2))
     if read_config(folder) != dataclasses.replace(config, compute_dtype="float32", remat="none"):
         raise UserError(f"this model is not quite a {config.family}: its config.json would not say what it is")
 
@@ -134,7 +138,11 @@ def _exported_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Ca
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Returns the tokenizer of a folder with tokenizer.json. Raises UserError when it cannot be read."""
+    """Returns the tokenizer of a folder with tokenizer.json.
+
+    Raises UserError when it cannot be read, and when it gives an id for which the model in the folder, if there is one,
+    has no embedding.
+    """
     try:
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
@@ -143,20 +151,34 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed") from None
     end_tokens = read_end_tokens(folder)
-    return wrap_tokenizer(fast, end_tokens or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+    tokenizer = wrap_tokenizer(fast, end_tokens or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+    _check_embeddings(folder, tokenizer)
+    return tokenizer
+
+
+def _check_embeddings(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the tokenizer's largest id is beyond the embeddings of the folder's model."""
+    path = folder / "config.json"
+    count, largest = read_json_object(path).get("vocab_size") if path.exists() else None, tokenizer.vocab_size - 1
+    if isinstance(count, int) and count <= largest:
+        piece = tokenizer.decode_all([largest])
+        raise UserError(f"{folder}: the tokenizer gives {piece!r} the id {largest}, and the model has embeddings for "
+                        f"ids up to {count - 1}; give the model's own tokenizer")  # fmt: skip
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:
-    """Returns the end tokens that generation_config.json names (a chat model has several); () without that file.
+    """Returns the end tokens of generation_config.json (a chat model has several), else of config.json, else ().
 
     Raises UserError when they are not integers.
     """
-    path = folder / "generation_config.json"
-    value = read_json_object(path).get("eos_token_id") if path.exists() else None
-    tokens = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in tokens):
-        raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; mend it")
-    return tuple(tokens)
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        value = read_json_object(path).get("eos_token_id") if path.exists() else None
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int for token in tokens):
+            raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; mend it")
+        if tokens:
+            return tuple(tokens)
+    return ()
 
 
 def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
@@ -165,11 +187,13 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
     ``encode`` puts the special tokens before a text that the tokenizer would put there, and none behind it.
     """
     special_tokens = {"bos": fast.bos_token_id, "eos": fast.eos_token_id, "pad": fast.pad_token_id}
-    appended = _count_appended(fast)
+    appended, vocabulary = _count_appended(fast), fast.get_vocab()
 
     def save(folder: Path) -> None:
         """Writes the tokenizer's files and its end tokens."""
         fast.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(_legacy_tokenizer(read_json_object(path)), indent=2, ensure_ascii=False), "utf-8")
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(end_tokens)}))
 
     def render(messages: Sequence[Message]) -> str:
@@ -180,13 +204,23 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
         encode=lambda text: (ids := fast(text)["input_ids"])[: len(ids) - appended],
         encode_bare=lambda text: fast(text, add_special_tokens=False)["input_ids"],
         decode_all=lambda ids: fast.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False),
-        token_id=fast.get_vocab().get,
-        vocab_size=len(fast),
+        token_id=vocabulary.get,
+        vocab_size=max([*vocabulary.values(), *fast("")["input_ids"]]) + 1,  # ids may have gaps
         save=save,
         specials={f"{kind}_token_id": token for kind, token in special_tokens.items() if token is not None},
         end_tokens=end_tokens,
         render=render if fast.chat_template else None,
     )
+
+
+def _legacy_tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a tokenizer_config.json of transformers 5 in the words that transformers 4 knows too."""
+    legacy = dict(fields)
+    if legacy.get("tokenizer_class") == "TokenizersBackend":
+        legacy["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(legacy.get("extra_special_tokens"), list):  # a mapping in transformers 4, which refuses a list
+        legacy["additional_special_tokens"] = legacy.pop("extra_special_tokens")
+    return legacy
 
 
 def _count_appended(fast: Any) -> int:

@@ -8,7 +8,9 @@ adapter of rank 3 r with A concatenated and B block-diagonal, which is the same 
 from __future__ import annotations
 
 import json
+import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +21,9 @@ import numpy as np
 import safetensors.numpy
 
 from alignjax.checkpoints.families import FAMILIES
-from alignjax.checkpoints.folders import new_folder, open_tensors, read_json_object
+from alignjax.checkpoints.folders import check_present, new_folder, open_tensors, read_json_object
 from alignjax.checkpoints.layout import Entry, join_fused, split_fused
-from alignjax.checkpoints.weights import abstract_params
+from alignjax.checkpoints.weights import FLOATS, abstract_params
 from alignjax.distributed.sharding import path_name
 from alignjax.errors import UserError
 from alignjax.models.build import ModelConfig
@@ -144,7 +146,11 @@ class _Module(NamedTuple):
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Returns adapter_config.json. Raises UserError when it describes anything else than plain LoRA."""
+    """Returns adapter_config.json.
+
+    Raises UserError when it describes anything else than plain LoRA, and on a rank, an alpha or a pattern that cannot
+    be.
+    """
     path = folder / CONFIG_FILE
     description = read_json_object(path)
     if description.get("peft_type") != "LORA":
@@ -155,7 +161,38 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if str(description.get("init_lora_weights", True)).lower() not in _KEEPS_BASE:
         raise UserError(f"{path}: init_lora_weights={description['init_lora_weights']!r} changes the base too; "
                         "merge it with PEFT first")  # fmt: skip
+    _check_number(path, description, "r", int)
+    _check_number(path, description, "lora_alpha", int | float)
+    _check_patterns(path, description, "rank_pattern", int)
+    _check_patterns(path, description, "alpha_pattern", int | float)
     return description
+
+
+def _check_number(path: Path, values: Mapping[str, Any], name: str, kind: Any) -> None:
+    """Raises UserError unless the entry ``name`` is a positive number of the kind."""
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
+        what = f"{name}={value!r}" if name in values else f"it has no {name!r}, which"
+        raise UserError(f"{path}: {what} must be a positive {'integer' if kind is int else 'number'}; mend it")
+
+
+def _check_patterns(path: Path, description: Mapping[str, Any], name: str, kind: Any) -> None:
+    """Raises UserError unless the entry ``name`` is a mapping of regular expressions to positive numbers."""
+    patterns = description.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{path}: {name}={patterns!r} is no mapping of names to numbers; mend it")
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{path}: {name} has {key!r}, which is no regular expression ({error}); mend it") from None
+        _check_number(path, patterns, key, kind)
+
+
+def check_files(folder: Path) -> None:
+    """Raises UserError when a PEFT folder is damaged, misses a file, or does not hold plain LoRA; reads headers."""
+    read_adapter_config(folder)
+    _open_adapters(folder)
 
 
 def read_adapters(folder: Path, config: ModelConfig) -> tuple[Lora, Params]:
@@ -201,13 +238,27 @@ def read_adapters(folder: Path, config: ModelConfig) -> tuple[Lora, Params]:
 
 
 def _read_files(folder: Path) -> _AdapterFiles:
-    """Reads a PEFT folder. Raises UserError when a file is missing, damaged or empty, or does not hold plain LoRA."""
-    description = read_adapter_config(folder)
-    with open_tensors(folder / TENSORS_FILE) as file:
-        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if not tensors:
-        raise UserError(f"{folder / TENSORS_FILE} holds no tensors; fetch it again")
+    """Reads a PEFT folder. Raises UserError as ``check_files`` does. Warns of tensors that are not finite."""
+    description, file = read_adapter_config(folder), _open_adapters(folder)
+    tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name, values in tensors.items():
+        if not np.isfinite(values).all():
+            warnings.warn(f"{folder}: tensor {name} holds NaN or infinity", stacklevel=2)
     return _AdapterFiles(folder, description, tensors)
+
+
+def _open_adapters(folder: Path) -> Any:
+    """Returns the open safetensors file. Raises UserError when it is missing, damaged, empty, or not of floats."""
+    path = folder / TENSORS_FILE
+    check_present(path)
+    file = open_tensors(path)
+    names = list(file.keys())
+    if not names:
+        raise UserError(f"{path} holds no tensors; fetch it again")
+    for name in names:
+        if (dtype := file.get_slice(name).get_dtype()) not in FLOATS:
+            raise UserError(f"{path}: tensor {name} is of {dtype}, not of {', '.join(FLOATS)}; convert it to one")
+    return file
 
 
 def _read_module(files: _AdapterFiles, entry: Entry, layer: int, sizes: tuple[int, int]) -> _Module | None:
@@ -227,20 +278,26 @@ def _read_module(files: _AdapterFiles, entry: Entry, layer: int, sizes: tuple[in
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise UserError(f"{files.folder}: {name_a} and its lora_B have shapes {a.shape}, {b.shape}; "
                         f"it needs ({rank}, {inputs}), ({outputs}, {rank})")  # fmt: skip
+    if rank != (described := _pattern_value(files.description, "rank_pattern", "r", module)):
+        raise UserError(f"{files.folder}: {CONFIG_FILE} gives {module} the rank {described}, and its tensors have "
+                        f"{rank}; give the two files of one adapter")  # fmt: skip
     scale = _module_scale(files.description, module, rank)
     return _Module((name_a, name_b), a.T, np.asarray(b.T, np.float32), scale)
 
 
 def _module_scale(description: Mapping[str, Any], module: str, rank: int) -> float:
-    """Returns alpha / r of a module of rank r, or alpha / sqrt(r) with ``use_rslora`` (2312.03732).
-
-    A key of ``alpha_pattern`` is a regular expression that matches the module's full name or its last parts, as in
-    PEFT.
-    """
-    patterns = (description.get("alpha_pattern") or {}).items()
-    matches = [alpha for key, alpha in patterns if re.match(rf"(.*\.)?({key})$", module)]
-    alpha = float(matches[0] if matches else description["lora_alpha"])
+    """Returns alpha / r of a module of rank r, or alpha / sqrt(r) with ``use_rslora`` (2312.03732)."""
+    alpha = float(_pattern_value(description, "alpha_pattern", "lora_alpha", module))
     return alpha / (rank**0.5 if description.get("use_rslora") else rank)
+
+
+def _pattern_value(description: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
+    """Returns a module's value: the first of ``patterns`` that fits its name, else that of ``default``.
+
+    A key is a regular expression that matches the module's full name or its last parts, as in PEFT.
+    """
+    values = (description.get(patterns) or {}).items()
+    return next((value for key, value in values if re.match(rf"(.*\.)?({key})$", module)), description[default])
 
 
 # --- names ---

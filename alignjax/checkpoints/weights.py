@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import safetensors
 
-from alignjax.checkpoints.families import FAMILIES, Family, is_ignored_tensor, tensor_entries
+from alignjax.checkpoints.families import FAMILIES, Family, embedding_copies, is_ignored_tensor, tensor_entries
 from alignjax.checkpoints.folders import MEBIBYTE, open_tensors, tensor_files
 from alignjax.checkpoints.layout import Entry, layer_shape, read_block, stored_shape, stored_tensor, tensors_of
 from alignjax.distributed.sharding import path_name
@@ -22,7 +22,8 @@ from alignjax.types import Params
 
 REWARD_TENSOR = "score.weight"
 """The head of a sequence classification: a reward model's, where it has one label."""
-_FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors names them
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes that a parameter can have, as safetensors names them."""
 
 
 def read_params(folder: Path, config: ModelConfig, shardings: Any = None, dtype: Any = np.float32) -> Params:
@@ -32,8 +33,7 @@ def read_params(folder: Path, config: ModelConfig, shardings: Any = None, dtype:
     on the devices: each distinct shard is read once, by its own byte ranges, and freed when the devices have it. The
     host then holds one shard at a time, and of one tensor the part that goes into the shard.
 
-    Raises UserError, before any tensor is read, when one is missing, left over, misshapen or not of floats. Warns of
-    each tensor that holds NaN or infinity in ``dtype``.
+    Raises UserError as ``check_tensors`` does. Warns of each tensor that holds NaN or infinity in ``dtype``.
     """
     shapes, (entries, views) = abstract_params(config), check_tensors(folder, config)
     warned: set[str] = set()
@@ -119,13 +119,16 @@ def read_reward_head(folder: Path, width: int) -> Params:
 
 
 def check_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """Returns the entry of each of our parameters by path, and a view of each tensor by name; reads headers alone.
+    """Returns the entry of each of our parameters by path, and a view of each tensor by name.
 
-    Raises UserError when a tensor is missing, left over, misshapen or not of floats.
+    Reads headers, and the values of tensors that repeat the embedding. Raises UserError when a tensor is missing, left
+    over, misshapen or not of floats, and when one that repeats the embedding differs from it.
     """
     family = FAMILIES[config.family]
     leaves = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))}
     entries, views = tensor_entries(family, config, leaves), _tensor_views(folder, family, config)
+    embedding, names = embedding_copies(family, config)
+    copies = {name: views.pop(name) for name in names if name in views}
     used = set()
     for path, entry in entries.items():
         shape = leaves[path].shape
@@ -139,7 +142,22 @@ def check_tensors(folder: Path, config: ModelConfig) -> tuple[dict[str, Entry], 
     if unused := set(views) - used:
         raise UserError(f"{folder}: tensor {min(unused)} has no place in {family.architecture}; is config.json of this "
                         "checkpoint?")  # fmt: skip
+    if REWARD_TENSOR not in tensor_files(folder):  # a sequence classification has no output projection
+        for name, view in copies.items():
+            _check_tensor(folder, name, view, tuple(views[embedding].get_shape()))
+            _check_copy(folder, name, view, embedding, views[embedding])
     return entries, views
+
+
+def _check_copy(folder: Path, name: str, view: Any, embedding: str, embedding_view: Any) -> None:
+    """Raises UserError when a tensor that the model shares with the embedding has other values; reads row blocks."""
+    rows, width = view.get_shape()
+    block = max(MEBIBYTE // width, 1)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        if not np.array_equal(view[start:stop], embedding_view[start:stop], equal_nan=True):
+            raise UserError(f"{folder}: tensor {name} differs from {embedding}, and the model uses one for both; "
+                            "remove the wrong one, or set tie_word_embeddings to false if both are meant")  # fmt: skip
 
 
 def _check_tensor(folder: Path, name: str, view: Any, expected: tuple[int, ...]) -> None:
@@ -148,8 +166,8 @@ def _check_tensor(folder: Path, name: str, view: Any, expected: tuple[int, ...])
     if shape != expected:
         raise UserError(f"{folder}: tensor {name} has shape {shape}, config.json says {expected}; is it of this "
                         "checkpoint?")  # fmt: skip
-    if dtype not in _FLOATS:
-        raise UserError(f"{folder}: tensor {name} is of {dtype}, not of {', '.join(_FLOATS)}; convert it to one")
+    if dtype not in FLOATS:
+        raise UserError(f"{folder}: tensor {name} is of {dtype}, not of {', '.join(FLOATS)}; convert it to one")
 
 
 def abstract_params(config: ModelConfig) -> Any:
@@ -160,13 +178,13 @@ def abstract_params(config: ModelConfig) -> Any:
 def _tensor_views(folder: Path, family: Family, config: ModelConfig) -> dict[str, Any]:
     """Returns tensor name -> a safetensors slice. Names of a bare backbone get the family's prefix.
 
-    Leaves out tensors that hold no parameter, the head of a model that ties it to its embedding, and a reward head.
+    Leaves out tensors that hold no parameter, and a reward head.
     """
     opened = functools.cache(open_tensors)
     heads = {entry.tensor for entry in family.entries(config) if entry.path == "head/kernel"}
     views = {}
     for name, file in tensor_files(folder).items():
-        if is_ignored_tensor(family, name) or (config.tied and name in heads) or name == REWARD_TENSOR:
+        if is_ignored_tensor(family, name) or name == REWARD_TENSOR:
             continue
         full_name = name if name.startswith(family.prefix) or name in heads else family.prefix + name
         try:

@@ -66,11 +66,15 @@ def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
 def with_chat_template(tokenizer: Tokenizer, messages: Callable[[str], Sequence[Message]]) -> Tokenizer:
     """Returns the tokenizer with an ``encode`` that renders ``messages(prompt)`` by the chat template first.
 
-    Raises UserError when the tokenizer has no chat template; its ``encode`` raises UserError when the template fails.
+    Raises UserError when the tokenizer has no chat template, or one that leaves out what the user says; its ``encode``
+    raises UserError when the template fails, or leaves out the last message.
     """
     if tokenizer.render is None:
         raise UserError("chat=True, but the tokenizer has no chat template; use a chat model, or chat=False")
     render = tokenizer.render
+    if not _renders_text(render):
+        raise UserError("the chat template leaves out a message whose content is a text (it may want a list of parts); "
+                        "use a template that writes texts, or set chat=False")  # fmt: skip
 
     def encode(prompt: str) -> list[int]:
         chat = messages(prompt)
@@ -79,9 +83,29 @@ def with_chat_template(tokenizer: Tokenizer, messages: Callable[[str], Sequence[
         except Exception as error:  # a template can raise an error of any type
             raise UserError(f"the chat template refuses {[message['role'] for message in chat]} ({one_line(error)}); "
                             "change the task's messages, or set chat=False") from None  # fmt: skip
+        if chat[-1]["content"].strip() not in text:
+            raise UserError(f"the chat template leaves out the message {chat[-1]['content'][:40]!r} of the role "
+                            f"{chat[-1]['role']!r}; change the task's messages, or set chat=False")  # fmt: skip
         return tokenizer.encode_bare(text)
 
     return tokenizer._replace(encode=encode)
+
+
+def _renders_text(render: Callable[[Sequence[Message]], str]) -> bool:
+    """Whether a template writes what a user's message says. True too where it refuses a chat of this one message."""
+    try:
+        return "hello" in render([{"role": "user", "content": "hello"}])
+    except Exception:  # of any kind: it may ask for a system's message, which the task's messages have
+        return True
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Returns the ids of a prompt. Raises UserError when there are none: a model writes after at least one token."""
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError(f"the prompt {prompt[:40]!r} is no token, and this tokenizer puts nothing before a text; "
+                        "leave it out, or write some text into it")  # fmt: skip
+    return ids
 
 
 def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -14,7 +14,7 @@ import numpy as np
 from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models.model import Model
-from alignjax.models.tokenizer import Tokenizer, decode_reply, pad
+from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_prompt, pad
 from alignjax.sampling.process import Sampling, StopSequences, sample
 from alignjax.types import Array, Completion, Key, LogProb, Params, Prompt
 
@@ -58,8 +58,8 @@ class Generator:
     owner: str  # begins the message of an error
 
     def __call__(self, prompts: Sequence[str], numbers: Sequence[int], attempt: int) -> list[Reply | None]:
-        """Returns one Reply a prompt. Raises UserError where the network's log-probs are not finite."""
-        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        """Returns one Reply a prompt. Raises UserError where a prompt has no token or log-probs are not finite."""
+        ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         replies: dict[int, Reply] = {}
         for length, members in assign_buckets([len(row) for row in ids], self.buckets).items():
             for chosen, size in split_batches(members, self.batch, self.small_batch()):
@@ -84,6 +84,9 @@ class Generator:
         if self.score is not None:
             score, reference = self.score
             kl = np.asarray(score(reference, placed, drawn.completion, drawn.logp))
+            if not np.all(np.isfinite(kl)):
+                raise UserError(f"{self.owner} is scored by a reference whose log-probs are not finite; the "
+                                "reference's parameters are damaged")  # fmt: skip
         tokens, mask = np.asarray(drawn.replicated.tokens), np.asarray(drawn.replicated.mask)
         ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
         texts = [decode_reply(self.tokenizer, row, *self.reply_format) for row in ids]

@@ -1,7 +1,11 @@
-"""Text and JSON-lines files that a user gives, plain or gzip. Every line is checked; an error names the line."""
+"""Text and JSON-lines files that a user gives, plain or gzip. Every line is checked; an error names the line.
+
+Lines end at \\n alone: a JSON text, and a prompt, may hold other separators, such as U+2028.
+"""
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -15,6 +19,9 @@ from alignjax.errors import UserError
 Row = Mapping[str, Any]
 """The JSON object of a line."""
 T = TypeVar("T")
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+"""Byte order marks, and the codecs that read them as marks."""
+_COMPARISONS = ("prompt, first, second, p", "prompt, chosen, rejected")
 
 
 class Comparison(NamedTuple):
@@ -47,13 +54,15 @@ def file_digest(path: str) -> str:
 
 
 def read_text_file(path: str, kind: str) -> str:
-    """Returns a UTF-8 text file, decompressed when its name ends in .gz.
+    """Returns a text file without its byte order mark, decompressed when its name ends in .gz.
 
-    Raises UserError when it cannot be read; ``kind`` then says what to give: "a text file of stories".
+    It is in UTF-8, or in UTF-16 where a mark says so. Raises UserError when it cannot be read; ``kind`` then says what
+    to give: "a text file of stories".
     """
     try:
         raw = Path(path).read_bytes()
-        return (gzip.decompress(raw) if path.endswith(".gz") else raw).decode("utf-8")
+        raw = gzip.decompress(raw) if path.endswith(".gz") else raw
+        return raw.decode(next((codec for mark, codec in _MARKS.items() if raw.startswith(mark)), "utf-8"))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give {kind}") from None
 
@@ -67,8 +76,10 @@ def read_rows(path: str, kind: str, read: Callable[[Row], T]) -> list[T]:
     if not path:
         raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines")
     text = read_text_file(path, f"a JSON-lines file of {kind}")
+    if text.lstrip().startswith("["):
+        raise UserError(f"{path} is a JSON array; give a JSON-lines file of {kind}: one object a line")
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # lines end at \n alone: a JSON text may hold U+2028
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 rows.append(read(_parse_object(line)))
@@ -82,14 +93,34 @@ def read_rows(path: str, kind: str, read: Callable[[Row], T]) -> list[T]:
 
 
 def _parse_object(line: str) -> Row:
-    """Returns the JSON object of a line. Raises ValueError when it is none."""
+    """Returns the JSON object of a line. Raises ValueError when it is none, and when a text in it cannot be encoded."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ValueError("is no JSON object")
+    if "\\ud" in line.lower() and any("\ud800" <= c <= "\udfff" for c in json.dumps(value, ensure_ascii=False)):
+        raise ValueError("has half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return value
+
+
+def read_prompts(path: str) -> list[str]:
+    """Returns the prompts of a file: JSON lines {"prompt": text}, or of a name in .txt one prompt a line.
+
+    Blank lines are skipped. Raises UserError as ``read_rows`` does, and when the name ends in neither .txt nor .jsonl.
+    """
+    name = path.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        return read_rows(path, "prompts", lambda row: require_text(row, "prompt"))
+    if not name.endswith(".txt"):
+        raise UserError(
+            f'{path}: name it .jsonl, with {{"prompt": text}} on each line, or .txt, with one prompt a line'
+        )
+    lines = [line.removesuffix("\r") for line in read_text_file(path, "one prompt a line").split("\n")]
+    if not (prompts := [line for line in lines if line.strip()]):
+        raise UserError(f"{path} holds no prompts; write one a line")
+    return prompts
 
 
 def require_text(row: Row, name: str) -> str:
@@ -101,12 +132,53 @@ def require_text(row: Row, name: str) -> str:
 
 
 def read_comparison(row: Row) -> Comparison:
-    """Returns the comparison of a row {"prompt", "first", "second", "p"}.
+    """Returns the comparison of a row {"prompt", "first", "second", "p"} or {"prompt", "chosen", "rejected"}.
 
-    ``p`` = P(first is preferred) is a hard label, 0 or 1, or a soft one between. Raises KeyError and ValueError on
-    another form (``ReadComparison``).
+    ``p`` = P(first is preferred) is a hard label, 0 or 1, or a soft one between. ``chosen`` and ``rejected`` are texts,
+    or chats that end in the replies; the prompt is a text, or a chat of one message. Raises ValueError on another form
+    (``ReadComparison``).
     """
+    is_chosen = bool({"chosen", "rejected"} & row.keys()) and not {"first", "second", "p"} & row.keys()
+    names = _COMPARISONS[is_chosen].split(", ")
+    if missing := [name for name in reversed(names) if name not in row]:
+        forms = " or ".join(f"{{{form}}}" for form in _COMPARISONS)
+        raise ValueError(f"has no {missing[0]!r}; a comparison is {forms}")
+    if is_chosen:
+        return _read_chosen(row)
     p = row["p"]
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
         raise ValueError(f"has 'p' {p!r}, which is no number from 0 to 1")
     return Comparison(require_text(row, "prompt"), require_text(row, "first"), require_text(row, "second"), float(p))
+
+
+def _read_chosen(row: Row) -> Comparison:
+    """Returns the comparison of a row {"prompt", "chosen", "rejected"}. Raises ValueError on another form."""
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        (role, prompt), *others = _read_chat(row, "prompt")
+        if role != "user" or others:
+            raise ValueError("has a 'prompt' of other messages than one of the user; give LoadPairs a ``read``")
+    else:
+        require_text(row, "prompt")
+    return Comparison(prompt, _read_reply(row, "chosen", prompt), _read_reply(row, "rejected", prompt), 1.0)
+
+
+def _read_reply(row: Row, name: str, prompt: str) -> str:
+    """Returns a reply that is a text, or the last message of a chat, which may begin with the prompt's message."""
+    if not isinstance(row[name], list):
+        return require_text(row, name)
+    *earlier, (role, reply) = _read_chat(row, name)
+    if role != "assistant" or earlier not in ([], [("user", prompt)]):
+        raise ValueError(f"has {name!r} that is no message of the assistant, alone or after the prompt's")
+    return reply
+
+
+def _read_chat(row: Row, name: str) -> list[tuple[str, str]]:
+    """Returns (role, content) of messages. Raises ValueError when the field is no list of them, or one is blank."""
+    messages = row[name]
+    if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):
+        raise ValueError(f"has {name!r} that is no list of messages {{role, content}}")
+    try:
+        return [(message["role"], require_text(message, "content")) for message in messages]
+    except (KeyError, ValueError):
+        raise ValueError(f"has {name!r} with a message without a text") from None

@@ -104,9 +104,6 @@ class LoadCheckpoint:
         weights.check_tensors(folder, config)
         weights.read_reward_head(folder, config.width)
         tokenizer = self.tokenizer()
-        if tokenizer.vocab_size > config.vocab_size:
-            raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens and the model "
-                            f"{config.vocab_size}; give the model's own tokenizer")  # fmt: skip
         if self.chat:
             with_chat_template(tokenizer, context.task.messages)  # refuses a tokenizer without a template
         parameter_places(build(config), context.mesh)
@@ -167,8 +164,9 @@ class LoadAdapter:
         return context.exposure(self.start)
 
     def check(self, context: Context) -> None:
-        """Raises UserError when the folder is missing or damaged."""
-        peft.read_adapter_config(Path(self.path))
+        """Raises UserError when the folder is missing or damaged, or is known not to fit the start."""
+        peft.check_files(Path(self.path))
+        self.network(context)
 
     def programs(self, context: Context) -> tuple[Program, ...]:
         """Returns nothing: reading compiles nothing."""
@@ -191,8 +189,8 @@ class LoadAdapter:
 class LoadPairs:
     """Reads a JSON-lines file of comparisons into the dataset of pairs that a Label stage writes.
 
-    The whole file is read before anything runs. ``read`` says what a line is: {"prompt", "first", "second", "p"}, or
-    another form's.
+    The whole file is read before anything runs. ``read`` says what a line is; the default reads {"prompt", "first",
+    "second", "p"} and {"prompt", "chosen", "rejected"}.
     """
 
     path: str

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alignjax.errors import UserError
-from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
+from alignjax.models.tokenizer import Tokenizer, encode_continuation, encode_prompt, pad
 from alignjax.pipeline.experiment import Context, abstract_array, abstract_tokens
 from alignjax.pipeline.stages.load import PAIR_DATA
 from alignjax.tasks.task import Task, reply_text
@@ -63,7 +63,7 @@ def encode_pairs(
     """
     encoded, fitting = [], []
     for row in rows:
-        prompt = tokenizer.encode(row["prompt"])
+        prompt = encode_prompt(tokenizer, row["prompt"])
         first, second = (
             encode_continuation(tokenizer, reply_text(task.format, row[name])) for name in ("first", "second")
         )

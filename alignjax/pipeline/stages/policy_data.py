@@ -12,7 +12,7 @@ import jax
 from alignjax.distributed import sharding
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, no_effect, stage_input
-from alignjax.models.tokenizer import pad
+from alignjax.models.tokenizer import encode_prompt, pad
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_stage_pairs
@@ -172,7 +172,7 @@ class OnlineData:
     def batches(self, context: Context, setup: PolicySetup, programs: tuple[Program, ...]) -> Batches:
         """Returns batches of prompts, and how responses are drawn and compared."""
         prompts = context.task.source.prompts("train", self.prompts, context.seed(setup.seed))
-        ids = [setup.start.tokenizer.encode(text) for text in prompts]
+        ids = [encode_prompt(setup.start.tokenizer, text) for text in prompts]
         kept = [i for i, row in enumerate(ids) if len(row) <= max(setup.buckets)]
         if not kept:
             raise UserError(f"{context.name}: all {len(ids)} prompts are longer than {max(setup.buckets)} tokens; "

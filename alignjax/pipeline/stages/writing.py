@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -130,9 +131,15 @@ def check_stop(context: Context, source: str) -> None:
 
 
 def check_positions(context: Context, source: str, field: str, tokens: int) -> None:
-    """Raises UserError when the model of the stage ``source`` is known to have fewer positions than ``tokens``."""
+    """Raises UserError when the model of the stage ``source`` is known to have fewer positions than ``tokens``.
+
+    Warns when it has positions without end, but was trained on fewer.
+    """
     spec = context.spec(source)
     config = spec.record.config if spec else None
-    if isinstance(config, TransformerConfig) and config.positions == "learned" and config.context < tokens:
-        raise UserError(f"{context.name}.{field} needs room for {tokens} tokens and the model of {source!r} has "
-                        f"{config.context} positions; lower it")  # fmt: skip
+    if not isinstance(config, TransformerConfig) or config.context >= tokens:
+        return
+    needs = f"{context.name}.{field} needs room for {tokens} tokens and the model of {source!r}"
+    if config.positions == "learned":
+        raise UserError(f"{needs} has {config.context} positions; lower it")
+    warnings.warn(f"{needs} was trained on contexts of {config.context}; lower it, or expect worse text", stacklevel=2)
