@@ -1,8 +1,8 @@
 """Loss x batch -> objective: the only place where losses meet models.
 
 An objective is a loss with its hyperparameters and an adapter. The adapter scores the responses that the loss reads
-under the trained parameters and hands arrays to it. Offline and online data have one form (PreferenceBatch), so that
-every objective runs on both.
+under the trained parameters and hands arrays to it. Drawn responses and pairs on disk have one form, PreferenceBatch.
+A policy gradient needs responses that the policy itself has drawn; direct alignment runs on both.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class PreferenceGradient:
 
     loss: Callable[..., Array]  # ([B, T], [B, T], [B, T], [B]) -> [B], for example partial(losses.nash_md, tau=0.02)
     scored: ClassVar[tuple[int, ...]] = (0,)
+    on_policy: ClassVar[tuple[int, ...]] = (0,)
     compared: ClassVar[Pairs] = ((0, 1),)
     rewarded: ClassVar[bool] = False
     heads: ClassVar[Callable[[int], Params]] = staticmethod(no_heads)
@@ -87,6 +88,7 @@ class RewardGradient:
     loss: Callable[..., Array]  # ([B, T], [B, T], [B, T], [B]) -> [B]
     bound: float  # nats
     scored: ClassVar[tuple[int, ...]] = (0,)
+    on_policy: ClassVar[tuple[int, ...]] = (0,)
     compared: ClassVar[Pairs] = ((0, 1),)
     rewarded: ClassVar[bool] = True
     heads: ClassVar[Callable[[int], Params]] = staticmethod(no_heads)
@@ -120,6 +122,7 @@ class DirectAlignment:
 
     loss: Callable[..., Array]  # ([B], [B], [B]) -> [B], for example partial(losses.dpo, beta=0.1)
     scored: ClassVar[tuple[int, ...]] = (0, 1)
+    on_policy: ClassVar[tuple[int, ...]] = ()
     compared: ClassVar[Pairs] = ((0, 1),)
     rewarded: ClassVar[bool] = False
     heads: ClassVar[Callable[[int], Params]] = staticmethod(no_heads)

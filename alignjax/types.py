@@ -205,6 +205,7 @@ class Objective(Protocol):
     """Scores a PreferenceBatch under params and hands arrays to a loss (see ``alignjax.objectives``)."""
 
     scored: tuple[int, ...]  # the responses whose reference log-probs it reads
+    on_policy: tuple[int, ...]  # the responses that the policy itself must have written, for the gradient to be right
     compared: Pairs  # the pairs whose preference it reads
     rewarded: bool  # whether it reads rewards
     meanings: dict[str, str]  # metric -> what it shows

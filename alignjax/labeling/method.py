@@ -55,8 +55,8 @@ def draw_replies(
 ) -> tuple[list[str | None], int]:
     """Returns a clean reply to each prompt and how many were drawn.
 
-    A reply that the filter refuses is drawn again, at most ``attempts`` times in all; then it is None. So it is where a
-    prompt is too long. ``side`` (0 or 1) separates the randomness of the two replies to one prompt.
+    A reply that the filter refuses is drawn again, at most ``attempts`` times in all; then it is None. A
+    prompt that is too long gets None too. ``side`` (0 or 1) separates the randomness of the two replies to one prompt.
     """
     replies: list[str | None] = [None] * len(prompts)
     waiting, tries = list(range(len(prompts))), 0

@@ -38,8 +38,8 @@ def online_ipo(first: Array, second: Array, p: Array, *, tau: float) -> Array:
 
     With both responses drawn from pi, and no gradient through the drawing, its expected gradient is -4 times that of
     self-play: E[grad log pi(y) (P(y > y') - 1/2 - tau log[pi(y) / mu(y)])]. So it is stationary at the Nash policy at
-    temperature tau. With both drawn from the mixture pi^(1-beta) mu^beta it is IPO-MD: the mixture of the stationary
-    point is the Nash policy at temperature tau / (1 - beta).
+    temperature tau. With both drawn from the mixture pi^(1-beta) mu^beta it is IPO-MD, which is stationary
+    where Nash-MD-PG with that mixture is (``policy_gradient.nash_md``).
     """
     return tau * ipo(first, second, p, tau=tau)
 

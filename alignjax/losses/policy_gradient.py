@@ -28,7 +28,7 @@ def regularized_policy_gradient(logp: Array, reference_logp: Array, mask: Array,
 
         sum_n grad log pi(y_n) ( gain(y) - tau sum_{m >= n} log[pi(y_m) / mu(y_m)] ).
 
-    logp, reference_logp, mask: [B, T]; gain: [B]; tau: nats^-1 in units of the gain. The log-ratio is the sampled one,
+    logp, reference_logp, mask: [B, T]; gain: [B]; tau: units of the gain per nat. The log-ratio is the sampled one,
     and a token answers for the KL from its own place on (reward-to-go; 2312.00886 App. F.2): keeping only the term of
     the same token is a wrong gradient. Stationary at pi proportional to mu exp(gain / tau).
     """
@@ -45,6 +45,7 @@ def nash_md(logp: Array, reference_logp: Array, mask: Array, preference: Array, 
 
     logp, reference_logp, mask: [B, T] of y ~ pi; preference [B]: P(y > y') with y' from the mixture pi^(1-beta) mu^beta
     (Eq. 15). y' carries no gradient. 1/2 = P(y > y) is the baseline; there is no critic. Stationary where the mixture
-    is the Nash policy at temperature tau / (1 - beta).
+    of whole responses is the Nash policy at temperature tau / (1 - beta); with the token-wise mixture that is drawn from
+    (App. F.1) this is exact for responses of one token, and close otherwise.
     """
     return regularized_policy_gradient(logp, reference_logp, mask, preference - 0.5, tau=tau)

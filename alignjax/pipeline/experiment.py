@@ -58,9 +58,14 @@ class Program(NamedTuple):
     resident: Any = ()  # abstract arrays that live at the time and are no argument
 
 
+def programs_of(programs: Iterable[Program], purpose: str) -> tuple[Program, ...]:
+    """Returns the programs with this name: exactly, or followed by a prompt bucket."""
+    return tuple(program for program in programs if re.sub(r" \d+$", "", program.name) == purpose)
+
+
 def function_of(programs: Iterable[Program], purpose: str) -> Any:
-    """Returns the jitted function of the programs whose names begin with the word ``purpose``; buckets share it."""
-    return next(program.function for program in programs if program.name.split()[0] == purpose)
+    """Returns the jitted function of the programs with this name; buckets share it."""
+    return programs_of(programs, purpose)[0].function
 
 
 class Exposure(NamedTuple):
@@ -261,7 +266,7 @@ def _check_stage(name: Any, stage: Any) -> None:
     members = ("makes", "meanings", "check", "network", "exposure", "programs", "run")
     if not dataclasses.is_dataclass(stage) or (missing := [m for m in members if m not in dir(stage)]):
         lacks = f"lacks {missing[0]}" if dataclasses.is_dataclass(stage) else "is no dataclass"
-        raise UserError(f"stage {name!r} is a {type(stage).__name__}, which {lacks}; see alignjax.pipeline.Stage")
+        raise UserError(f"stage {name!r} is a {type(stage).__name__}, which {lacks}; see alignjax.pipeline.experiment.Stage")
 
 
 def _check_inputs(name: str, stage: Any, stages: Mapping[str, Any]) -> None:

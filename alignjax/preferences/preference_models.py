@@ -135,7 +135,7 @@ def token_logit(logits: Array, token: int) -> Array:
 
 
 def antisymmetric(margin: PreferenceLogit) -> PreferenceLogit:
-    """Returns the odd function ``margin`` made odd to the bit.
+    """Makes margin(y, y') = -margin(y', y) exact in floating point, for a margin that is odd up to rounding.
 
     Each pair is put in lexicographic order first, so that both orders run the same numbers and differ in the sign
     alone. Equal responses get 0.

@@ -96,8 +96,8 @@ class Collector(NamedTuple):
     ) -> PreferenceBatch:
         """Returns the batch: the responses, how they compare, and their reference log-probs, without gradient.
 
-        A response that the task's filter refuses loses to every other, and so does one that met no stop sequence where
-        ``unfinished_loses``. Two such tie.
+        A response that met no stop sequence loses to every other where ``unfinished_loses``. So does one that the view
+        says the task's filter refuses, which is asked where text lies between two tokenizers. Two such tie.
         """
         valid = [sample.finished | (not self.unfinished_loses) for sample in samples]
         if view.accepted is not None:

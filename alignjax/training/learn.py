@@ -1,4 +1,4 @@
-"""``learn(state, batch) -> state, metrics``, one of the two pure functions of training.
+"""``learn(state, frozen, batch) -> state, metrics``, one of the two pure functions of training.
 
 The other is ``collect`` (``alignjax.training.collect``). ``learn`` is given an objective; it knows no model.
 """

@@ -112,6 +112,9 @@ class OnlineData:
         if len(self.samplers) < wanted:
             raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective "
                             f"reads {wanted}; name more samplers")  # fmt: skip
+        if others := [k for k in objective.on_policy if self.samplers[k].weights() != {Role.POLICY: 1}]:
+            raise UserError(f"{context.name}.data.samplers[{others[0]}] is not the policy, and the objective's gradient "
+                            "is right for the policy's own responses alone; put aj.policy there")  # fmt: skip
         context.task.source.prompts("train", 1, context.seed())
 
     def exposure(self, context: Context) -> Exposure:
@@ -242,6 +245,9 @@ class OfflineData:
 
     def check(self, context: Context, objective: Objective) -> None:
         """Raises UserError when the objective reads more than a pair, or rewards."""
+        if objective.on_policy:
+            raise UserError(f"{context.name}: the objective learns from responses that the policy has just written, which "
+                            "pairs on disk are not; use OnlineData, or DirectAlignment")  # fmt: skip
         wanted = {*objective.scored, *(k for pair in objective.compared for k in pair)}
         if max(wanted, default=0) > 1 or objective.rewarded:
             raise UserError(f"{context.name}: the objective reads more than two responses, or rewards, which pairs on "

@@ -16,7 +16,7 @@ import numpy as np
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
-from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
+from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
 from alignjax.pipeline.judges import JudgeSizes, JudgeSpec, check_held_out
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.writing import Writing
@@ -102,7 +102,7 @@ class Tournament:
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
         tables = []
         for name, spec in self.judges.items():
-            own = tuple(program for program in programs if program.name.startswith(f"judge {name}"))
+            own = programs_of(programs, f"judge {name}")
             rates = tournament.win_rates(spec.open(context, own, self.sizes()), prompts, replies)
             context.release()  # one judge at a time
             tables.append(self.table(name, spec, rates, written, self.scores(task, prompts, replies)))
@@ -180,7 +180,7 @@ class Tournament:
         """Returns the columns of a policy's replies. Without plain sampling no KL is measured."""
         if reference.token_digest != policy.token_digest:
             raise UserError(f"{context.name}: {name!r} and the reference have different tokenizers; use one start")
-        write = next(program.function for program in programs if program.name.startswith(f"write {name} "))
+        write = function_of(programs, f"write {name}")
         key = jax.random.fold_in(context.key(self.seed), zlib.crc32(name.encode()) % 2**31)
         generate = self.writing.generator(context, policy, write, key)
         if self.writing.sampling == Sampling():  # filtered or tempered samples estimate no KL
