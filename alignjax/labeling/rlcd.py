@@ -17,9 +17,9 @@ from alignjax.tasks.task import Task
 class RLCD:
     """Labels the reply under the positive affix as preferred (2307.12950 section 3).
 
-    One affix pair a prompt is drawn uniformly; earlier turns carry the opposite polarity. A side that the filter refuses
-    is drawn again, at most ``attempts`` times in all; then the example is dropped. A coin decides which side is stored
-    first.
+    One affix pair a prompt is drawn uniformly; earlier turns carry the opposite polarity. A side that the filter
+    refuses is drawn again, at most ``attempts`` times in all; then the example is dropped. A coin decides which side is
+    stored first.
     """
 
     attempts: int = 5

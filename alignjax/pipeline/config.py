@@ -1,8 +1,8 @@
 """Experiments are Python files: how one is loaded, how its leaves are set, and how it is described as JSON.
 
 A tree is made of dataclasses, named tuples, dicts, tuples and ``functools.partial`` objects. Its leaves are numbers,
-strings, booleans, enum members, None and tuples of one of these kinds. A leaf's path joins field names, keys, indices and
-keyword names with dots: ``nash_md.objective.loss.tau``.
+strings, booleans, enum members, None and tuples of one of these kinds. A leaf's path joins field names, keys, indices
+and keyword names with dots: ``nash_md.objective.loss.tau``.
 """
 
 from __future__ import annotations

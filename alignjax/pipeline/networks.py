@@ -157,8 +157,10 @@ def abstract(shapes: Any, places: Any) -> Params:
 def assemble(
     network: Network, record: Record, below: Network | None, mesh: jax.sharding.Mesh, read: Callable[[Any, Any], Params]
 ) -> Network:
-    """Returns the network with its parameters. ``read(shapes, places)`` gets those that its stage owns; ``below`` is the
-    network whose base it lies over."""
+    """Returns the network with its parameters.
+
+    ``read(shapes, places)`` returns those that its stage owns; ``below`` is the network whose base it lies over.
+    """
     model = network.model
     heads = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(tuple(shape), "float32"), record.heads,

@@ -87,7 +87,7 @@ def run_stage(context: Context, redo: bool) -> None:
 
 
 def stage_state(context: Context, record: dict[str, Any], redo: bool) -> str:
-    """Returns what the stage's folder holds, and makes it ready to be worked in. Raises UserError when it cannot run."""
+    """Returns what the stage's folder holds, and makes it ready for work. Raises UserError when this is refused."""
     experiment, name, folder = context.experiment, context.name, context.folder
     assert context.workdir is not None
     if store.is_finished(experiment, context.workdir, name):
@@ -120,8 +120,10 @@ def say(context: Context, words: str) -> None:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Keeps compiled programs in the folder, for other stages and for a resumed run. A cache that the user has set up is
-    left alone."""
+    """Keeps compiled programs in the folder, for other stages and for a resumed run.
+
+    A cache that the user has set up is left alone.
+    """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(storage.absolute(folder)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -132,7 +134,10 @@ def keep_compiled(folder: Path) -> None:
 
 
 def show_report(experiment: Experiment, workdir: Path) -> None:
-    """Writes WORKDIR/report.md with its pictures and prints the tables. Raises UserError when a stage is not finished."""
+    """Writes WORKDIR/report.md with its pictures and prints the tables.
+
+    Raises UserError when a stage is not finished.
+    """
     for name, stage in experiment.stages.items():
         if not store.is_finished(experiment, workdir, name):
             found = store.read_record(workdir / name)

@@ -53,8 +53,8 @@ def has_work(folder: Path) -> bool:
 def prepare(folder: Path, record: dict[str, Any], stage: Any, redo: bool) -> bool:
     """Makes the stage's folder ready, to be resumed or empty; returns whether a finished stage was put back.
 
-    Work done with another configuration is refused with UserError. With ``redo`` a finished stage is set aside until the
-    new one is finished; a stage that was set aside with this very configuration is put back.
+    Raises UserError when work was done with another configuration. With ``redo`` a finished stage is set aside until
+    the new one is finished. A stage that was set aside with this very configuration is put back.
     """
     found = read_record(folder)
     if found.get("fingerprint") not in (None, record["fingerprint"]):
@@ -90,8 +90,8 @@ def finish(folder: Path, record: dict[str, Any], seconds: float) -> None:
 def withdraw(folder: Path, refused: bool = False) -> None:
     """Cleans up after a failure. A stage that left no work is removed, and what was set aside for it is put back.
 
-    So it is for a stage that began in this run and was ``refused``: it would be refused again. A resumed stage keeps its
-    work, because the mistake may lie elsewhere.
+    The same is done for a stage that began in this run and was ``refused``: it would be refused again. A resumed stage
+    keeps its work, because the mistake may lie elsewhere.
     """
     waiting = exists(set_aside(folder))
     if not has_work(folder) or (refused and waiting):
@@ -134,7 +134,7 @@ def exists(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def locked(workdir: Path, name: str) -> Iterator[None]:
-    """Lets one process at a time work on a stage. The lock of a killed process is gone with it; a bucket has no locks."""
+    """Lets one process at a time work on a stage. A killed process leaves no lock; a bucket has no locks."""
     if storage.is_bucket(workdir):
         yield
         return

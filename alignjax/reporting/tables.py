@@ -36,7 +36,8 @@ def win_rate_table(table: Mapping[str, Any]) -> str:
         rows.append([name, *cells, *map(two_digits, measures)])
     header = [f"{judge} (n={table['n']})", *names, "tokens", "KL, nats", "score"]
     note = (
-        f"The judge is {table['judge_description']}. In brackets: the 95% Clopper-Pearson interval over the n prompts;\n"
+        f"The judge is {table['judge_description']}. In brackets: the 95% Clopper-Pearson interval over "
+        "the n prompts;\n"
         "ties count 1/2; a judge's own errors are not in it. Of the row's replies: mean tokens; mean log-ratio to\n"
         f"{table['reference']}, which estimates the KL; the task's own score, higher is better.\n"
     )

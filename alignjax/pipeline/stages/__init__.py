@@ -1,4 +1,5 @@
-"""The stages that an experiment is made of. Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says how."""
+"""The stages that an experiment is made of. Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says
+how."""
 
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
 from alignjax.pipeline.stages.label import Label

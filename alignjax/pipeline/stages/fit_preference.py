@@ -124,7 +124,8 @@ class FitPreference:
         frozen, batch = SharedTree(Frozen(base=parts.base)), self.loop.batch
         learn = tuple(
             Program(
-                f"learn {length}", learner.learn, (learner.state, frozen, abstract_pair_batch(batch, length, self.response)),
+                f"learn {length}", learner.learn,
+                (learner.state, frozen, abstract_pair_batch(batch, length, self.response)),
                 batch * 2 * (length + 2 * self.response),
             )
             for length in self.buckets
@@ -175,9 +176,9 @@ class FitPreference:
         return {**judges.calibration(p, np.array([row["p"] for row in rows])), "too_long": too_long}
 
     def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[Row], int]:
-        """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is compiled.
+        """Returns the pairs of ``truth`` that fit, and how many are too long.
 
-        Raises UserError when none is left.
+        One that is too long would need a compilation of its own. Raises UserError when none is left.
         """
         assert self.truth is not None
         rows = read_stage_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")

@@ -101,8 +101,8 @@ class OnlineData:
         """Raises UserError when the objective reads responses that no sampler writes, or the task has no prompts."""
         wanted = 1 + max((*objective.scored, *(k for pair in objective.compared for k in pair)), default=0)
         if len(self.samplers) < wanted:
-            raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective reads "
-                            f"{wanted}; name more samplers")  # fmt: skip
+            raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective "
+                            f"reads {wanted}; name more samplers")  # fmt: skip
         context.task.source.prompts("train", 1, context.seed())
 
     def exposure(self, context: Context) -> Exposure:
@@ -138,10 +138,13 @@ class OnlineData:
         functions = collect_functions(collector, setup.parts)
         shared = shares_tokens(context.task, setup.start, network)
         names = ["collect"] if shared else ["draw", "compare"]
+        by_rows = {"collect": 1, "draw": 1, "compare": 3}  # arguments that are sharded by rows
         jitted = {
-            name: jax.jit(functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows, keep_unused=True)
-            for name, count in (("collect", 1), ("draw", 1), ("compare", 3))
-        }  # fmt: skip
+            name: jax.jit(
+                functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows, keep_unused=True
+            )
+            for name, count in by_rows.items()
+        }
         programs: dict[str, list[Program]] = {name: [] for name in names}
         for length in setup.buckets:
             prompt, tokens = abstract_tokens(size, length), size * (length + len(self.samplers) * setup.max_new_tokens)
@@ -186,7 +189,8 @@ class OnlineData:
         draw, compare = (function_of(programs, name) for name in ("draw", "compare"))
         policy, preference = setup.start.tokenizer, network.tokenizer
         bridge = TextBridge(
-            context.task, policy, preference, stop_tokens(context.task, policy), self.response or 2 * setup.max_new_tokens,
+            context.task, policy, preference, stop_tokens(context.task, policy),
+            self.response or 2 * setup.max_new_tokens,
             {tuple(policy.encode(prompt)): preference.encode(prompt) for prompt in prompts}, context.mesh,
         )  # fmt: skip
 
@@ -258,7 +262,8 @@ class OfflineData:
         )
         return tuple(
             Program(
-                f"collect {length}", jitted, (setup.state, frozen, abstract_pair_batch(size, length, setup.max_new_tokens)),
+                f"collect {length}", jitted,
+                (setup.state, frozen, abstract_pair_batch(size, length, setup.max_new_tokens)),
                 2 * size * (length + setup.max_new_tokens),
             )
             for length in setup.buckets

@@ -132,7 +132,7 @@ def becomes_preference(context: Context) -> bool:
 
 
 def pretraining_loss(model: Model) -> Callable[[Params, Any, Key], tuple[Array, Metrics]]:
-    """Returns the loss of a corpus: every token of packed documents, or of an encoder-decoder the tail of a document."""
+    """Returns the loss of a corpus: of all tokens of packed documents; of an encoder-decoder, of documents' tails."""
     forward = model.forward
     if forward is None:
         return functools.partial(next_token_loss, log_prob=log_prob(model))
@@ -186,7 +186,7 @@ def split_corpus(documents: list[list[int]], row: int, batch: int, seed: int) ->
 
 
 def pack_documents(documents: list[list[int]], length: int) -> PackedTokens:
-    """Returns documents side by side in rows of ``length`` tokens, [R, length]. A document longer than a row is left out."""
+    """Returns documents side by side in rows, [R, length]. A document longer than a row is left out."""
     rows: list[list[list[int]]] = [[]]
     for document in documents:
         if len(document) <= length:

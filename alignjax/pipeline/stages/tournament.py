@@ -33,8 +33,8 @@ _SAMPLES = 8  # prompts whose replies the report shows
 class Tournament:
     """Compares policies with each other on held-out prompts, by oracles and held-out preference models.
 
-    Each policy draws with its own keys: P(pi > pi') is an expectation over independent y and y', which shared keys would
-    change where two policies are alike. The prompts are the same for all.
+    Each policy draws with its own keys: P(pi > pi') is an expectation over independent y and y', which shared keys
+    would change where two policies are alike. The prompts are the same for all.
     """
 
     judges: dict[str, JudgeSpec]  # name in the table -> Oracle("oracle"), ModelJudge("judge"), ...

@@ -94,8 +94,9 @@ class Writing:
             raise UserError(f"{context.name}: the policy and the reference have different tokenizers; use one start")
         reply_format = ReplyFormat(stop_tokens(context.task, network.tokenizer), context.task.format.end)
         return generator(
-            write, network.params, network.tokenizer, reply_format, buckets=tuple(sorted(self.buckets)), batch=self.batch,
-            key=key, mesh=context.mesh, score=(score, reference.params) if score is not None and reference else None,
+            write, network.params, network.tokenizer, reply_format,
+            buckets=tuple(sorted(self.buckets)), batch=self.batch, key=key, mesh=context.mesh,
+            score=(score, reference.params) if score is not None and reference else None,
             owner=f"{context.name}: the network of {network.stage!r}",
         )  # fmt: skip
 
