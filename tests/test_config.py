@@ -1,4 +1,4 @@
-"""Experiments as files: every leaf can be set, every mistake is one line, and a fingerprint names what makes a result."""
+"""Experiments as files: every leaf can be set, every mistake is one line, a fingerprint names a result."""
 
 import contextlib
 import dataclasses
@@ -128,7 +128,8 @@ def test_nodes_keep_their_kind_and_neighbours():
 
 @pytest.mark.parametrize(("path", "nearest"), [
     ("nash_md.objectiv.loss.tau", "nash_md.objective.loss.tau"),
-    ("nash.objective.loss.tau", "nash_md.objective.loss.tau"), ("tau", "nash_md.objective.loss.tau"), ("sed", "seed"), ("nash_md.loop.step", "nash_md.loop.steps"),
+    ("nash.objective.loss.tau", "nash_md.objective.loss.tau"), ("tau", "nash_md.objective.loss.tau"),
+    ("sed", "seed"), ("nash_md.loop.step", "nash_md.loop.steps"),
 ])  # fmt: skip
 def test_a_wrong_name_is_told_with_the_nearest_ones(quickstart, path, nearest):
     with refused(path, "did you mean", nearest):
@@ -272,7 +273,8 @@ def test_functions_are_described_by_what_they_do():
 
 
 @pytest.mark.parametrize(("path", "stages"), [
-    ("nash_md.objective.loss.tau", {"nash_md"}), ("nash_md.data.samplers.1.beta", {"nash_md"}), ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
+    ("nash_md.objective.loss.tau", {"nash_md"}), ("nash_md.data.samplers.1.beta", {"nash_md"}),
+    ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),
     ("base.model.width", {"base"}), ("table.prompts", {"table"}), ("judge.loop.steps", {"judge"}),
     ("nash_md.loop.log_every", set()), ("base.loop.save_every", set()), ("base.loop.keep", set()),
     ("pairs.writing.gather", set()), ("nash_md.data.gather", set()), ("base.model.remat", set()),

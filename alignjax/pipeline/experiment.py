@@ -142,8 +142,8 @@ class Context:
     def seed(self, own: int = 0) -> int:
         """Returns the seed of the stage.
 
-        Stages of one type share it, so that the arms of a table share their prompts and keys. ``own``, the field ``seed``
-        of the stage, makes it another.
+        Stages of one type share it, so that the arms of a table share their prompts and keys. ``own``, which is the
+        stage's field ``seed``, makes it another.
         """
         kind = type(self.experiment.stages[self.name]).__name__
         return zlib.crc32(f"{self.experiment.seed}/{kind}/{own}".encode()) % 2**31
