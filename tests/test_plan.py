@@ -22,7 +22,7 @@ from alignjax.pipeline.stages.writing import writing_model
 from alignjax.planning import cost, counting, hlo, loops, plan, topology
 from alignjax.sampling.generate import reply_writer
 from alignjax.sampling.process import Sampling
-from tests.conftest import ROOT, TINY, compilations, ragged
+from tests.conftest import ROOT, TINY, ragged
 
 FILE = str(ROOT / "experiments" / "quickstart.py")
 SMALL = {"small": "True", "nash_md.max_new_tokens": "8", "nash_md.loop.steps": "2"}
@@ -169,14 +169,14 @@ def test_resident_arrays_are_counted_once():
     assert resident.needed == repeated.needed
 
 
-def test_one_text_is_compiled_once_and_what_does_not_fit_is_not_compiled():
-    mesh, cache = mesh_of(1, 8, 1), {}
+def test_one_text_is_compiled_once_and_what_does_not_fit_is_not_compiled(monkeypatch):
+    mesh, cache, analysed, analyse_compiled = mesh_of(1, 8, 1), {}, [], cost.analyse
+    monkeypatch.setattr(cost, "analyse", lambda *words: analysed.append(words) or analyse_compiled(*words))
     program = Program("add", jax.jit(lambda x: x + 1), (abstract_array("float32", 8),), 1)
-    with compilations() as count:
-        analyses = [plan.compile_program(program._replace(name=name), mesh, CHIP, cache) for name in ("a", "b")]
-        huge = program._replace(arguments=(abstract_array("float32", CHIP.hbm),))
-        analysis, refused = plan.compile_program(huge, mesh, CHIP, cache)
-    assert len(cache) == len(count) == 1 and analyses[0] == analyses[1]
+    analyses = [plan.compile_program(program._replace(name=name), mesh, CHIP, cache) for name in ("a", "b")]
+    huge = program._replace(arguments=(abstract_array("float32", CHIP.hbm),))
+    analysis, refused = plan.compile_program(huge, mesh, CHIP, cache)
+    assert len(cache) == len(analysed) == 1 and analyses[0] == analyses[1]
     assert analysis is None and refused == "its arguments alone are 63.00 of 15.75 GiB a device"
 
 

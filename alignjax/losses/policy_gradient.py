@@ -45,7 +45,7 @@ def nash_md(logp: Array, reference_logp: Array, mask: Array, preference: Array, 
 
     logp, reference_logp, mask: [B, T] of y ~ pi; preference [B]: P(y > y') with y' from the mixture pi^(1-beta) mu^beta
     (Eq. 15). y' carries no gradient. 1/2 = P(y > y) is the baseline; there is no critic. Stationary where the mixture
-    of whole responses is the Nash policy at temperature tau / (1 - beta); with the token-wise mixture that is drawn from
-    (App. F.1) this is exact for responses of one token, and close otherwise.
+    of whole responses is the Nash policy at temperature tau / (1 - beta). Responses are drawn from the token-wise
+    mixture (App. F.1), for which this is exact for responses of one token, and close otherwise.
     """
     return regularized_policy_gradient(logp, reference_logp, mask, preference - 0.5, tau=tau)

@@ -266,7 +266,9 @@ def _check_stage(name: Any, stage: Any) -> None:
     members = ("makes", "meanings", "check", "network", "exposure", "programs", "run")
     if not dataclasses.is_dataclass(stage) or (missing := [m for m in members if m not in dir(stage)]):
         lacks = f"lacks {missing[0]}" if dataclasses.is_dataclass(stage) else "is no dataclass"
-        raise UserError(f"stage {name!r} is a {type(stage).__name__}, which {lacks}; see alignjax.pipeline.experiment.Stage")
+        raise UserError(
+            f"stage {name!r} is a {type(stage).__name__}, which {lacks}; see alignjax.pipeline.experiment.Stage"
+        )
 
 
 def _check_inputs(name: str, stage: Any, stages: Mapping[str, Any]) -> None:

@@ -38,7 +38,8 @@ class Sampling:
 def geometric_mean(logits: Sequence[Array], weights: Sequence[float | Array]) -> Array:
     """Returns sum_i w_i log_softmax(logits_i), [..., V]: the logits of prod_i pi_i^{w_i} at one prefix.
 
-    With weights (1 - beta, beta) it is a step of the token-wise mixture of 2312.00886, Eq. 15 and App. F.1. Logits are normalised first, so that -inf on one side never meets a zero weight (0 * inf).
+    With weights (1 - beta, beta) it is one step of the token-wise mixture of 2312.00886, Eq. 15 and App. F.1. Logits
+    are normalised first, so that -inf on one side never meets a zero weight (0 * inf).
     """
 
     def weighted(x: Array, weight: float | Array) -> Array:

@@ -175,7 +175,7 @@ class FitPreference:
         """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is
         compiled.
 
-        Raises UserError when none is left.
+        One that is too long would need a compilation of its own. Raises UserError when none is left.
         """
         assert self.truth is not None
         rows = read_stage_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")

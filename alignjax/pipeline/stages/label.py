@@ -47,7 +47,10 @@ class Label:
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the pairs, whatever their number, and the models that labelled them."""
-        content = context.fingerprint(context.name, dataclasses.replace(self, prompts=1, held_out=0.0))
+        content = context.fingerprint(
+            context.name,
+            dataclasses.replace(self, prompts=1, held_out=0.0, writing=dataclasses.replace(self.writing, batch=1)),
+        )
         judged = self.method.judge.exposure(context) if self.method.judge else Exposure()
         return Exposure(trained_against=judged.identity, fitted=frozenset({content}), measured=judged.fitted)
 

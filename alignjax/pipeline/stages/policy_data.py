@@ -113,8 +113,8 @@ class OnlineData:
             raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective "
                             f"reads {wanted}; name more samplers")  # fmt: skip
         if others := [k for k in objective.on_policy if self.samplers[k].weights() != {Role.POLICY: 1}]:
-            raise UserError(f"{context.name}.data.samplers[{others[0]}] is not the policy, and the objective's gradient "
-                            "is right for the policy's own responses alone; put aj.policy there")  # fmt: skip
+            raise UserError(f"{context.name}.data.samplers[{others[0]}] is not the policy, and the objective's "
+                            "gradient is right for the policy's own responses alone; put aj.policy there")  # fmt: skip
         context.task.source.prompts("train", 1, context.seed())
 
     def exposure(self, context: Context) -> Exposure:
@@ -150,10 +150,13 @@ class OnlineData:
         functions = collect_functions(collector, setup.parts)
         shared = shares_tokens(context.task, setup.start, network)
         names = ["collect"] if shared else ["draw", "compare"]
+        by_rows = {"collect": 1, "draw": 1, "compare": 3}  # arguments that are sharded by rows
         jitted = {
-            name: jax.jit(functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows,
-            keep_unused=True) for name, count in (("collect", 1), ("draw", 1), ("compare", 3))
-        }  # fmt: skip
+            name: jax.jit(
+                functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows, keep_unused=True
+            )
+            for name, count in by_rows.items()
+        }
         programs: dict[str, list[Program]] = {name: [] for name in names}
         for length in setup.buckets:
             prompt, tokens = abstract_tokens(size, length), size * (length + len(self.samplers) * setup.max_new_tokens)
@@ -198,9 +201,9 @@ class OnlineData:
         draw, compare = (function_of(programs, name) for name in ("draw", "compare"))
         policy, preference = setup.start.tokenizer, network.tokenizer
         bridge = TextBridge(
-            context.task, policy, preference, stop_tokens(context.task, policy), self.response or 2 *
-            setup.max_new_tokens, {tuple(policy.encode(prompt)): preference.encode(prompt) for prompt in prompts},
-            context.mesh,
+            context.task, policy, preference, stop_tokens(context.task, policy),
+            self.response or 2 * setup.max_new_tokens,
+            {tuple(policy.encode(prompt)): preference.encode(prompt) for prompt in prompts}, context.mesh,
         )  # fmt: skip
 
         def through_text(state: TrainState, frozen: SharedTree, prompt: Tokens) -> PreferenceBatch:
@@ -246,8 +249,8 @@ class OfflineData:
     def check(self, context: Context, objective: Objective) -> None:
         """Raises UserError when the objective reads more than a pair, or rewards."""
         if objective.on_policy:
-            raise UserError(f"{context.name}: the objective learns from responses that the policy has just written, which "
-                            "pairs on disk are not; use OnlineData, or DirectAlignment")  # fmt: skip
+            raise UserError(f"{context.name}: the objective learns from responses that the policy has just written; "
+                            "pairs on disk are not such; use OnlineData, or DirectAlignment")  # fmt: skip
         wanted = {*objective.scored, *(k for pair in objective.compared for k in pair)}
         if max(wanted, default=0) > 1 or objective.rewarded:
             raise UserError(f"{context.name}: the objective reads more than two responses, or rewards, which pairs on "
