@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 
 
-def main() -> int:
+def entry_point() -> int:
     """Returns the command's exit status. SIGINT ends the process with status 130 and SIGTERM with 75, at any moment;
     a stage that trains handles SIGTERM itself and saves first, see ``Hosts.preemption``."""
     signal.signal(signal.SIGINT, _exit_on_signal)
@@ -28,4 +28,4 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry_point())

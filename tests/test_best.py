@@ -13,7 +13,7 @@ from alignjax.distributed import sharding
 from alignjax.distributed.hosts import Hosts
 from alignjax.errors import RunAgain, UserError
 from alignjax.training import data, loop
-from alignjax.training.loop import Best, Learning, Loop, Run
+from alignjax.training.loop import Best, LearnerSpec, Loop, TrainingRun
 from alignjax.training.metrics import MetricsWriter, read_metrics
 from alignjax.training.optimizer import Adam
 
@@ -33,10 +33,10 @@ def train(folder, best, steps=STEPS, params=None, frozen=None):
     """(parameters, figures), at a constant rate: a step does not depend on how many follow."""
     mesh, params = sharding.make_mesh(sharding.Mesh()), params or {"w": jnp.zeros(3)}
     settings = Loop(steps=steps, batch=8, log_every=3, best=best)
-    learning = Learning(settings, Adam(lr=0.2, warmup=0, schedule="constant"), loss, (("w$", PartitionSpec()),))
+    learning = LearnerSpec(settings, Adam(lr=0.2, warmup=0, schedule="constant"), loss, (("w$", PartitionSpec()),))
     plan = data.plan_batches([1] * 8, [1], 8, 0)
     make_batch = lambda chosen: np.ones(len(chosen.indices), np.float32)  # noqa: E731
-    run = Run("walk", folder / "walk", mesh, Hosts(), jax.random.key(0))
+    run = TrainingRun("walk", folder / "walk", mesh, Hosts(), jax.random.key(0))
     trained = loop.train(run, learning.compile(params, mesh), lambda: (params, frozen), plan, make_batch)
     return trained.params, trained.figures
 
@@ -110,8 +110,8 @@ def test_the_learning_rate_s_schedule_counts_updates_and_not_batches(tmp_path):
     mesh, params = sharding.make_mesh(sharding.Mesh()), {"w": jnp.zeros(())}
     settings, adam = Loop(steps=3, batch=8, epochs=2, minibatches=2), Adam(lr=0.1, warmup=0, schedule="linear")
     constant = lambda params, batch, key: (params["w"] + 0 * batch.sum(), {})  # noqa: E731
-    learner = Learning(settings, adam, constant, (("w$", PartitionSpec()),)).compile(params, mesh)
-    run = Run("walk", tmp_path / "walk", mesh, Hosts(), jax.random.key(0))
+    learner = LearnerSpec(settings, adam, constant, (("w$", PartitionSpec()),)).compile(params, mesh)
+    run = TrainingRun("walk", tmp_path / "walk", mesh, Hosts(), jax.random.key(0))
     make_batch = lambda chosen: np.ones(len(chosen.indices), np.float32)  # noqa: E731
     trained = loop.train(run, learner, lambda: (params, None), data.plan_batches([1] * 8, [1], 8, 0), make_batch)
     np.testing.assert_allclose(trained.params["w"], -0.1 * sum(1 - k / 12 for k in range(12)), rtol=1e-4)
@@ -121,8 +121,8 @@ def test_collect_makes_the_batch_that_is_learned_from_out_of_the_state_and_the_f
     mesh, params = sharding.make_mesh(sharding.Mesh()), {"w": jnp.ones(())}
     to_batch = lambda params, batch, key: (batch.mean() * params["w"], {"batch": batch.mean()})  # noqa: E731
     adam = Adam(lr=1.0, warmup=0, schedule="constant")
-    learner = Learning(Loop(steps=2, batch=8), adam, to_batch, (("w$", PartitionSpec()),)).compile(params, mesh)
-    run = Run("walk", tmp_path / "walk", mesh, Hosts(), jax.random.key(0))
+    learner = LearnerSpec(Loop(steps=2, batch=8), adam, to_batch, (("w$", PartitionSpec()),)).compile(params, mesh)
+    run = TrainingRun("walk", tmp_path / "walk", mesh, Hosts(), jax.random.key(0))
 
     def collect(state, frozen, raw):
         return raw + 10 * state.step + 100 * state.params["w"] + frozen.tree()["offset"]

@@ -15,7 +15,7 @@ from alignjax.pipeline.stages.policy_data import collect_functions
 from alignjax.preferences.preference_models import PreferenceModel
 from alignjax.sampling.samplers import mixture, moving_average, policy, reference
 from alignjax.training.collect import Collector, Frozen, PreferenceView, complete_batch, hide_tokens, roles_of
-from alignjax.training.learn import COLLECT, init_state, step_key, trained_alone
+from alignjax.training.learn import COLLECT, all_trained, init_state, step_key
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Completion, PreferenceBatch, Process, Response, Role, Roles, Sample
 from tests.conftest import ragged
@@ -218,7 +218,7 @@ NOISY = {name: {"logits": logits_toward(token, 1.5, 4)} for name, token in WRITT
 
 
 def functions(samplers, **options):
-    parts = types.SimpleNamespace(assemble=trained_alone)
+    parts = types.SimpleNamespace(assemble=all_trained)
     return {name: jax.jit(f) for name, f in collect_functions(collector(samplers, **options), parts).items()}
 
 
@@ -247,7 +247,7 @@ def test_every_role_of_a_step_has_its_own_parameters():
     assert roles[Role.POLICY] == {"assembled": state.params, "over": {"b": 1}}
     assert roles[Role.AVERAGE] == {"assembled": state.average, "over": {"b": 1}}
     assert roles[Role.REFERENCE] is SURE.reference and roles.preference is TABLE
-    assert roles_of(dataclasses.replace(state, average={}), Frozen(), trained_alone)[1:] == ({}, {}, {})
+    assert roles_of(dataclasses.replace(state, average={}), Frozen(), all_trained)[1:] == ({}, {}, {})
 
 
 def test_batches_of_two_steps_rows_of_one_prompt_and_samplers_of_one_network_draw_differently():

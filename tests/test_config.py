@@ -318,7 +318,7 @@ def test_a_finished_stage_is_put_aside_until_its_new_one_is_finished(quickstart,
     store.write_record(folder, {**record, "finished": True})
     assert not prepare(folder, other, redo=True) and not (folder / "params").exists()
     if back == "a failure":
-        store.withdraw(folder)
+        store.clean_up_failed(folder)
     elif back == "the old configuration":
         assert prepare(folder, record, redo=False)
     elif back == "the old one after work":
@@ -339,12 +339,12 @@ def test_a_failure_takes_nothing_that_was_done(quickstart, tmp_path):
     prepare(folder, record, redo=False)
     (folder / "metrics.jsonl").write_text("{}")
     (folder / "checkpoints").mkdir()
-    store.withdraw(folder)
+    store.clean_up_failed(folder)
     assert not folder.exists()
     prepare(folder, record, redo=False)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "4").write_text("saved")
-    store.withdraw(folder)
+    store.clean_up_failed(folder)
     assert (folder / "checkpoints" / "4").exists()
 
 

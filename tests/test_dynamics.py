@@ -44,7 +44,7 @@ def slack_of_one_step(game, nash, key):
     policy_key, step_key = jax.random.split(key)
     policy = jax.nn.log_softmax(2 * jax.random.normal(policy_key, game.log_mu.shape))
     h = jax.random.uniform(step_key) / game.tau
-    after = simulation.update_state(dynamics.nash_md(h), dynamics.State(0, policy, (), 0), game).policy
+    after = simulation.update_state(dynamics.exact_nash_md(h), dynamics.State(0, policy, (), 0), game).policy
     return (1 - h * game.tau) * games.kl(game, nash, policy) + 2 * h**2 - games.kl(game, nash, after)
 
 
@@ -55,7 +55,7 @@ def test_theorem_1_in_over_a_thousand_games(contexts, actions, count):
     The smallest slack: 4.8e-3 along the theorem's steps, 1.3e-3 from anywhere, .195 of the bound."""
     batch, nash = theorem_games(contexts, actions, count)
     tau = np.asarray(batch.tau)[:, None]
-    md = dynamics.nash_md(dynamics.theorem_1_step_size)
+    md = dynamics.exact_nash_md(dynamics.theorem_1_step_size)
     kl = np.asarray(simulation.simulate(md, batch, nash, tuple(range(1, STEPS + 1))).kl)[:, 0]
     h = 2 / (tau * (np.arange(1, STEPS) + 2))
     one_step = (1 - h * tau) * kl[:, :-1] + 2 * h**2 - kl[:, 1:]
@@ -72,7 +72,7 @@ def test_theorem_1_in_over_a_thousand_games(contexts, actions, count):
 @pytest.mark.parametrize(("h", "tau"), [(0.5, 0.3), (2.0, 0.3), (0.2, 0.05)])
 def test_a_constant_step_of_nash_md_ends_at_another_temperature(h, tau):
     game = random_game(1, 2, 4, tau)
-    policy, _ = run_alone(dynamics.nash_md(h), game, 6000)
+    policy, _ = run_alone(dynamics.exact_nash_md(h), game, 6000)
     want = solve.regularised_nash(game, tau / (1 - h * tau)).policy
     np.testing.assert_allclose(np.exp(games.mixture_policy(policy, game.log_mu, h * tau)), want, atol=1e-8)
     assert abs(np.exp(policy) - solve.regularised_nash(game).policy).max() > 1e-3
@@ -95,8 +95,8 @@ REGULARISED = {
     "egpo": dynamics.egpo(1 / 3.2),
     "nash_mp": dynamics.nash_mp(0.4),
     "nash_ema": dynamics.nash_ema(0.2, 0.5),
-    "online_ipo": dynamics.online_ipo(1.0),
-    "nash_md": dynamics.nash_md(dynamics.theorem_1_step_size),
+    "online_ipo": dynamics.exact_online_ipo(1.0),
+    "nash_md": dynamics.exact_nash_md(dynamics.theorem_1_step_size),
     "inpo": dynamics.inpo(),
     "fictitious_play": dynamics.fictitious_play(),
 }
@@ -158,7 +158,7 @@ def written_out(p, pi, mu, last):
     best = norm(mu * np.exp(p(pi) / TAU))
     magnetic = norm((pi * last ** (H * TAU) * np.exp(H * p(pi))) ** (1 / (1 + H * TAU)))
     return {
-        "nash_md": (dynamics.nash_md(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(mixed)))),
+        "nash_md": (dynamics.exact_nash_md(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(mixed)))),
         "omd": (dynamics.omd(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(pi)))),
         "inpo": (dynamics.inpo(), (), norm(np.exp(h * p(pi)) * mu ** (TAU * h) * pi ** (1 - TAU * h))),
         "mmd": (dynamics.mmd(H), np.log(last), magnetic),
@@ -242,7 +242,7 @@ def test_the_first_optimistic_step_has_no_forecast():
         (dynamics.omd(0.5), 0.53, 0.1),
         (dynamics.mmd(0.5), 0.52, 0.1),
         (dynamics.mmd(0.04), 3.3e-2, 0.1),
-        (dynamics.nash_md(dynamics.theorem_1_step_size), 2.2e-2, 0.1),
+        (dynamics.exact_nash_md(dynamics.theorem_1_step_size), 2.2e-2, 0.1),
         (dynamics.egpo(1 / 3.01), 0.0, 1e-16),
         (dynamics.nash_mp(0.02), 0.0, 1e-16),
     ],
@@ -258,7 +258,7 @@ def test_rock_paper_scissors_separates_the_dynamics(dynamic, want, within):
 def test_nash_md_on_the_cycle_to_the_digits_given():
     game = zoo.cycle(reference=MU, tau=0.1)
     nash = solve.regularised_nash(game).log_policy
-    md = dynamics.nash_md(dynamics.theorem_1_step_size)
+    md = dynamics.exact_nash_md(dynamics.theorem_1_step_size)
     kl = simulation.simulate(md, simulation.stack_games([game]), nash[None], (10, 100, 1000, 10_000)).kl[0, 0]
     np.testing.assert_allclose(kl, [3.4e-3, 9.1e-5, 7.7e-7, 7.8e-9], rtol=0.02)
 

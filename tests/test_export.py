@@ -19,8 +19,8 @@ from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Experiment
-from alignjax.pipeline.networks import Network, Over
-from alignjax.pipeline.trainable import trainable
+from alignjax.pipeline.networks import Network, SharedBase
+from alignjax.pipeline.trained_parts import split_trained
 from alignjax.preferences import preference_models
 from alignjax.training.collect import Frozen
 from tests.conftest import TINY, ragged
@@ -63,9 +63,9 @@ def workdir(tmp_path_factory, tokenizer):
         adapters = randomized(lora.init_adapters(spec, base, jax.random.key(1)))
         head = {"kernel": np.linspace(-1, 1, config.width, dtype=np.float32)}
         save(folder / name, config, tokenizer, base=base)
-        save(folder / f"{name}_lora", config, tokenizer, adapters=adapters, over=Over(name, spec))
+        save(folder / f"{name}_lora", config, tokenizer, adapters=adapters, shared_base=SharedBase(name, spec))
         save(folder / f"{name}_reward", config, tokenizer, base=base, heads={"reward": head})
-        save(folder / f"{name}_asked", config, tokenizer, over=Over(name, None))
+        save(folder / f"{name}_asked", config, tokenizer, shared_base=SharedBase(name, None))
         for kind, form in (("reward", "bradley_terry"), ("asked", "choice")):
             (folder / f"{name}_{kind}" / "preference.json").write_text(json.dumps({"form": form, "template": {}}))
     return folder
@@ -80,7 +80,7 @@ def load(workdir, *names):
 
 def train_from(start, spec, heads=None):
     """Returns what is trained of a network."""
-    return trainable(start, spec, heads or {}, jax.random.key(3))
+    return split_trained(start, spec, heads or {}, jax.random.key(3))
 
 
 def equal(a, b):
@@ -102,14 +102,14 @@ def test_adapters_are_exported_as_a_peft_folder(workdir, tmp_path, name):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [peft.CONFIG_FILE, peft.TENSORS_FILE]
     network = load(workdir, f"{name}_lora")[0]
     spec, adapters = peft.read_adapters(tmp_path / "out", network.model.config)
-    assert set(network.over.lora.targets) <= set(spec.targets)
+    assert set(network.shared_base.lora.targets) <= set(spec.targets)
     expected, found = (
         lora.merge(lora.overlay(network.base, tree, scale))
-        for tree, scale in ((network.adapters, network.over.lora.scale), (adapters, spec.scale))
+        for tree, scale in ((network.adapters, network.shared_base.lora.scale), (adapters, spec.scale))
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
     if name in ("llama", "t5"):
-        assert dataclasses.replace(spec, targets=network.over.lora.targets) == network.over.lora
+        assert dataclasses.replace(spec, targets=network.shared_base.lora.targets) == network.shared_base.lora
         equal(adapters, network.adapters)
 
 
@@ -161,14 +161,16 @@ def test_networks_over_one_base_share_its_arrays(workdir):
 
 def test_training_continues_adapters_or_starts_from_the_merged_parameters(workdir):
     (start,) = load(workdir, "llama_lora")
-    spec = start.over.lora
+    spec = start.shared_base.lora
     adapted = train_from(start, spec)
     equal(adapted.params, start.adapters)
-    assert (adapted.over.base, adapted.over.lora) == ("llama", spec) and adapted.base["embed"] is start.base["embed"]
+    assert (adapted.shared_base.stage, adapted.shared_base.lora) == ("llama", spec) and adapted.base[
+        "embed"
+    ] is start.base["embed"]
     equal(adapted.assemble(adapted.params, Frozen(base=adapted.base)), start.params)
     full = train_from(start, None)
     equal(full.params, lora.merge(start.params))
-    assert full.over is None and full.base is None
+    assert full.shared_base is None and full.base is None
     with pytest.raises(UserError, match=r"llama_lora.*has adapters"):
         train_from(start, Lora(4, 8.0))
 
@@ -194,7 +196,7 @@ def test_adapters_over_another_base_than_theirs_are_refused(workdir, tmp_path, t
     save(tmp_path / "base", LLAMA, tokenizer, base=base)
     spec = Lora(2, 4.0)
     adapters = lora.init_adapters(spec, base, jax.random.key(0))
-    save(tmp_path / "policy", LLAMA, tokenizer, adapters=adapters, over=Over("base", spec))
+    save(tmp_path / "policy", LLAMA, tokenizer, adapters=adapters, shared_base=SharedBase("base", spec))
     load(tmp_path, "policy")
     (tmp_path / "base" / "stage.json").write_text('{"fingerprint": "b"}')
     with pytest.raises(UserError, match="another 'base'"):
@@ -202,13 +204,13 @@ def test_adapters_over_another_base_than_theirs_are_refused(workdir, tmp_path, t
 
 
 def test_a_zero_shot_preference_model_of_an_adapted_policy_keeps_its_adapters(workdir, tokenizer):
-    save(workdir / "asked_lora", LLAMA, tokenizer, over=Over("llama_lora", None))
+    save(workdir / "asked_lora", LLAMA, tokenizer, shared_base=SharedBase("llama_lora", None))
     policy, asked = load(workdir, "llama_lora", "asked_lora")
     equal(asked.params, policy.params)
     form = preference_models.choice(asked.model, CHOICE)
-    adapted = train_from(asked, policy.over.lora, form.init_heads())
+    adapted = train_from(asked, policy.shared_base.lora, form.init_heads())
     equal(adapted.params, policy.adapters)
-    assert adapted.over.base == "llama"
+    assert adapted.shared_base.stage == "llama"
 
 
 def test_a_chat_template_is_part_of_the_token_digest(tmp_path, tokenizer):
@@ -225,7 +227,7 @@ def test_a_chat_template_is_part_of_the_token_digest(tmp_path, tokenizer):
 def test_a_head_is_trained_beside_adapters_and_continues_the_starts_own(workdir):
     (start,) = load(workdir, "llama_reward")
     form = preference_models.bradley_terry(start.model, TEMPLATE)
-    parts = trainable(start, Lora(2, 4.0), form.init_heads(), jax.random.key(0))
+    parts = split_trained(start, Lora(2, 4.0), form.init_heads(), jax.random.key(0))
     np.testing.assert_array_equal(parts.params["reward"]["kernel"], start.heads["reward"]["kernel"])
     assert set(parts.params) == {"blocks", "reward"} and "reward" not in parts.base
     specs = sharding.shardings(
@@ -249,8 +251,8 @@ def test_a_stage_that_cannot_be_exported_is_refused(workdir, tmp_path, tokenizer
         (start,) = load(workdir, "llama")
         adapters = lora.init_adapters(Lora(2, 4.0), start.params, jax.random.key(0))
         heads = {"reward": {"kernel": np.zeros(16, np.float32)}}
-        over = Over("llama", Lora(2, 4.0))
-        save(workdir / "llama_both", LLAMA, tokenizer, adapters=adapters, heads=heads, over=over)
+        shared = SharedBase("llama", Lora(2, 4.0))
+        save(workdir / "llama_both", LLAMA, tokenizer, adapters=adapters, heads=heads, shared_base=shared)
     target = workdir / argv[1] if argv[1] == "llama" else tmp_path / argv[1]
     assert main(["export", str(workdir / argv[0]), str(target)]) == 2
     answer = capfd.readouterr().err
@@ -269,7 +271,7 @@ def test_a_stage_that_cannot_be_exported_is_refused(workdir, tmp_path, tokenizer
 )
 def test_adapters_that_are_not_plain_are_refused(workdir, tmp_path, change, message):
     network = load(workdir, "llama_lora")[0]
-    peft.write_adapters(tmp_path / "a", LLAMA, network.adapters, network.over.lora, "base")
+    peft.write_adapters(tmp_path / "a", LLAMA, network.adapters, network.shared_base.lora, "base")
     path = tmp_path / "a" / peft.CONFIG_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UserError, match=message):
@@ -278,7 +280,7 @@ def test_adapters_that_are_not_plain_are_refused(workdir, tmp_path, change, mess
 
 def test_adapters_of_another_model_are_refused(workdir, tmp_path):
     network = load(workdir, "llama_lora")[0]
-    peft.write_adapters(tmp_path / "a", LLAMA, network.adapters, network.over.lora, "base")
+    peft.write_adapters(tmp_path / "a", LLAMA, network.adapters, network.shared_base.lora, "base")
     with pytest.raises(UserError, match="shapes"):
         peft.read_adapters(tmp_path / "a", dataclasses.replace(LLAMA, hidden=32))
     with pytest.raises(UserError, match="no place"):

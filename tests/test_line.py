@@ -205,7 +205,7 @@ def test_adapters_are_all_that_such_a_stage_writes(workdir):
     }
     assert sizes["adapted"] < sizes["full"]
     for name, base in (("adapted", "base"), ("other", "reader"), ("asked", "base")):
-        assert json.loads((workdir / name / "model.json").read_text())["over"]["base"] == base
+        assert json.loads((workdir / name / "model.json").read_text())["shared_base"]["stage"] == base
     assert not (workdir / "asked" / "params").exists()  # nothing trained, nothing copied
 
 

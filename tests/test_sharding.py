@@ -22,7 +22,7 @@ from alignjax.sampling.process import Sampling
 from alignjax.sampling.samplers import mixture, policy
 from alignjax.training import data
 from alignjax.training.collect import Collector, Frozen, roles_of
-from alignjax.training.learn import COLLECT, UpdateSchedule, init_state, make_learn, step_key, trained_alone
+from alignjax.training.learn import COLLECT, UpdateSchedule, all_trained, init_state, make_learn, step_key
 from tests.conftest import TINY, compilations, ragged
 from tests.enumerated import as_policy
 
@@ -100,7 +100,7 @@ def nash_md_update(params, other_params):
         )
 
         def collect_and_learn(state, frozen, prompt):
-            roles = roles_of(state, frozen, trained_alone)
+            roles = roles_of(state, frozen, all_trained)
             return learn(state, frozen, collector.collect(roles, prompt, step_key(state, COLLECT)))
 
         update = jax.jit(

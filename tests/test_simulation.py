@@ -95,7 +95,7 @@ def test_a_batch_of_games_and_seeds_equals_single_runs():
 
 
 def test_a_simulation_equals_single_updates():
-    game, md = random_game(1), dynamics.nash_md(dynamics.theorem_1_step_size)
+    game, md = random_game(1), dynamics.exact_nash_md(dynamics.theorem_1_step_size)
     nash = solve.regularised_nash(game).log_policy
     state = simulation.initial_state(md, game)
     for _ in range(7):

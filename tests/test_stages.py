@@ -138,10 +138,10 @@ def test_stop_tokens_outside_the_reply_format_are_not_shown_to_the_preference_mo
 
 def test_unfinished_replies_lose_to_finished_ones_and_tie():
     p, done, not_done = np.full(1, 0.3, np.float32), np.array([True]), np.array([False])
-    valid_first = partial(collect.valid_first, p)
+    override_invalid = partial(collect.override_invalid, p)
     sides = ((done, not_done), (not_done, done), (not_done, not_done))
-    assert [float(valid_first(*side)[0]) for side in sides] == [1, 0, 0.5]
-    assert valid_first(done, done)[0] == p[0]
+    assert [float(override_invalid(*side)[0]) for side in sides] == [1, 0, 0.5]
+    assert override_invalid(done, done)[0] == p[0]
 
 
 def test_packing_keeps_every_document_whole():

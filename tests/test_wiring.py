@@ -31,7 +31,7 @@ from alignjax.sampling.generate import Generator, ReplyFormat, reply_scorer, rep
 from alignjax.sampling.process import Sampling
 from alignjax.tasks.task import Format, Task, Template
 from alignjax.training import data
-from alignjax.training.loop import Learning, Run, train
+from alignjax.training.loop import LearnerSpec, TrainingRun, train
 from alignjax.training.metrics import read_metrics
 
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven", "yes", "no"]
@@ -250,14 +250,14 @@ def test_an_objective_has_a_head_that_is_trained_saved_and_read_back(line):
     rows = read_metrics(line[1] / "critic" / "metrics.jsonl")
     assert len(rows) == 2 and all(row["moved"] > 0 for row in rows)
     network = context_of(line, "table").load("critic")
-    assert np.any(np.asarray(network.heads["value"]["kernel"])) and network.over.base == "base"
+    assert np.any(np.asarray(network.heads["value"]["kernel"])) and network.shared_base.stage == "base"
     assert storage.read_json(line[1] / "critic" / "model.json")["heads"] == {"value": {"kernel": [16]}}
     assert network.params.keys() == network.base.keys()  # the backbone is asked without the head
 
 
 def test_adapters_over_adapters_lie_over_the_first_base(line):
     record = storage.read_json(line[1] / "adapted_further" / "model.json")
-    assert record["over"]["base"] == "base"
+    assert record["shared_base"]["stage"] == "base"
     first, _ = read_metrics(line[1] / "adapted_further" / "metrics.jsonl")
     assert first["kl"] != 0  # it starts where ``adapted`` ended
 
@@ -373,11 +373,13 @@ def test_a_resumed_loop_sees_the_batches_that_were_left(tmp_path):
         return batch
 
     plan = data.plan_batches([1] * 48, [1], 8, seed=0)
-    learning = Learning(
+    learning = LearnerSpec(
         aj.Loop(steps=6, batch=8, save_every=2), aj.Adam(1e-2), loss, ((r".*", jax.sharding.PartitionSpec()),)
     )
     learner = learning.compile({"w": jax.ShapeDtypeStruct((2,), "float32")}, place)
-    context = Run("loop", tmp_path, place, Context(experiment(), tmp_path, "base", place).hosts, jax.random.key(0))
+    context = TrainingRun(
+        "loop", tmp_path, place, Context(experiment(), tmp_path, "base", place).hosts, jax.random.key(0)
+    )
 
     def go():
         with jax.set_mesh(place):

@@ -90,7 +90,7 @@ def mirror_step(centre: Array, h: Array | float, p: Array) -> Array:
 # --- regularised: the last iterate converges to pi*_tau ---
 
 
-def nash_md(h: float | Schedule) -> Dynamic:
+def exact_nash_md(h: float | Schedule) -> Dynamic:
     """Returns Nash-MD (2312.00886, Eq. 4-5), with the mixture pi^mu = pi^(1-h tau) mu^(h tau):
 
         pi' = argmax over pi of h P(pi > pi^mu) - KL(pi, pi^mu).
@@ -302,7 +302,7 @@ def ipo_gradient(game: Game, policy: Array, sampler: Array, p: Array, tau: Array
     return 4 * m * (tau * (r - jnp.sum(m * r, -1, keepdims=True)) - (p - 0.5))
 
 
-def online_ipo(lr: float) -> Dynamic:
+def exact_online_ipo(lr: float) -> Dynamic:
     """Returns online IPO (2403.08635): both responses from the policy. The stationary point is pi*_tau."""
     return ipo_md(lr, beta=0.0)
 

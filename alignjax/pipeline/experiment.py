@@ -21,7 +21,7 @@ from alignjax.pipeline import networks
 from alignjax.pipeline.fingerprint import fingerprint, input_names
 from alignjax.pipeline.networks import Network, NetworkRecord
 from alignjax.tasks.task import Task
-from alignjax.training.loop import Run
+from alignjax.training.loop import TrainingRun
 from alignjax.types import Tokens
 
 
@@ -154,13 +154,13 @@ class Context:
         """Returns the root key of the stage."""
         return jax.random.key(self.seed(own))
 
-    def at(self, name: str) -> Context:
+    def for_stage(self, name: str) -> Context:
         """Returns the context of another stage, which shares this one's networks."""
         return dataclasses.replace(self, name=name)
 
-    def training_run(self, own_seed: int) -> Run:
+    def training_run(self, own_seed: int) -> TrainingRun:
         """Returns where the training loop of this stage works."""
-        return Run(self.name, self.folder, self.mesh, self.hosts, self.key(own_seed), self.experiment.wandb)
+        return TrainingRun(self.name, self.folder, self.mesh, self.hosts, self.key(own_seed), self.experiment.wandb)
 
     def stop_if_preempted(self) -> None:
         """Raises RunAgain where several processes have been told to end. (One process ends at once: ``__main__``.)"""
@@ -169,11 +169,11 @@ class Context:
 
     def spec(self, name: str) -> NetworkSpec | None:
         """Returns what is known of the network of the stage ``name`` before it runs."""
-        return self.experiment.stages[name].network(self.at(name))
+        return self.experiment.stages[name].network(self.for_stage(name))
 
     def exposure(self, *names: str) -> Exposure:
         """Returns what the results of these stages depend on, together."""
-        exposures = (self.experiment.stages[name].exposure(self.at(name)) for name in names)
+        exposures = (self.experiment.stages[name].exposure(self.for_stage(name)) for name in names)
         return Exposure(*(frozenset().union(*parts) for parts in zip(Exposure(), *exposures, strict=True)))
 
     def fingerprint(self, name: str, stage: Any = None) -> str:
@@ -219,13 +219,13 @@ class Context:
         return spec.tokenizer or placeholder_tokenizer(record.config.vocab_size), spec.token_digest
 
     def _assemble(self, name: str, record: NetworkRecord, read: Any, below: Any) -> Network:
-        base = below(record.over.base) if record.over else None
-        if record.over and self._is_written(name):
+        base = below(record.shared_base.stage) if record.shared_base else None
+        if record.shared_base and self._is_written(name):
             assert self.workdir is not None
-            networks.check_base(self.workdir, name, record.over)
+            networks.check_base(self.workdir, name, record.shared_base)
         tokenizer, digest = self._tokenizer(name, record)
         network = Network(name, build(record.config), tokenizer, digest, base={}, chat=record.chat)
-        return networks.assemble(network, record, base, self.mesh, read)
+        return networks.fill_network(network, record, base, self.mesh, read)
 
 
 def load_network(folder: Path, mesh: jax.sharding.Mesh) -> Network:

@@ -46,7 +46,7 @@ def export(stage: Path, folder: Path, merge: bool) -> str:
     if folder.exists():
         raise UserError(f"{folder} exists; choose another folder")
     network = load_network(stage, sharding.make_mesh(sharding.Mesh(data=1, fsdp=-1)))
-    if network.over and network.over.lora and not merge:
+    if network.shared_base and network.shared_base.lora and not merge:
         return _export_adapters(network, stage, folder)
     params, config = network.merged(), network.model.config
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +65,13 @@ def export(stage: Path, folder: Path, merge: bool) -> str:
 
 def _export_adapters(network: Network, stage: Path, folder: Path) -> str:
     """Writes a PEFT folder. Raises UserError when the network has a head, for which PEFT has no place."""
-    assert network.over is not None and network.over.lora is not None
+    assert network.shared_base is not None and network.shared_base.lora is not None
     if network.heads:
         raise UserError(f"{stage} has a head beside its adapters, for which a PEFT folder has no place; add --merge")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    base = str(stage.parent / network.over.base)
-    peft.write_adapters(folder, network.model.config, network.adapters, network.over.lora, base)
-    return f"{folder}: adapters over {network.over.base}, in PEFT's format"
+    base = str(stage.parent / network.shared_base.stage)
+    peft.write_adapters(folder, network.model.config, network.adapters, network.shared_base.lora, base)
+    return f"{folder}: adapters over {network.shared_base.stage}, in PEFT's format"
 
 
 def read_preference_description(stage: Path) -> dict[str, Any] | None:

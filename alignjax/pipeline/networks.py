@@ -34,12 +34,12 @@ Read = Callable[[Any, Any], Params]
 
 
 @dataclasses.dataclass(frozen=True)
-class Over:
-    """Says that a network lies over the base of another stage."""
+class SharedBase:
+    """The stage whose base parameters a network shares, and what the network adds to them."""
 
-    base: str  # the stage that owns the base
+    stage: str
     lora: Lora | None  # None: the network adds at most heads
-    fingerprint: str = ""  # of the base's stage when this network was made
+    fingerprint: str = ""  # of that stage when this network was made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class NetworkRecord:
     dtype: str  # of the base's parameters
     heads: dict[str, Any]  # name -> nested shapes
     chat: bool
-    over: Over | None
+    shared_base: SharedBase | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Network:
     base: Params  # the backbone's own parameters; networks over one base share these arrays
     adapters: Params = dataclasses.field(default_factory=dict)
     heads: Params = dataclasses.field(default_factory=dict)  # what a preference model has beside its backbone
-    over: Over | None = None
+    shared_base: SharedBase | None = None
     chat: bool = False
 
     @property
     def params(self) -> Params:
         """The backbone's parameters with the adapters beside their kernels, and without heads."""
-        if self.over is None or self.over.lora is None:
+        if self.shared_base is None or self.shared_base.lora is None:
             return self.base
-        return lora.overlay(self.base, self.adapters, self.over.lora.scale)
+        return lora.overlay(self.base, self.adapters, self.shared_base.lora.scale)
 
     @property
     def all_params(self) -> Params:
@@ -88,32 +88,28 @@ def read_network_record(folder: Path) -> NetworkRecord:
     """Reads model.json. Raises UserError when it is missing or damaged."""
     try:
         found = json.loads((folder / "model.json").read_text())
-        over = found["over"]
-        if over is not None:
-            spec = over["lora"] and Lora(**{**over["lora"], "targets": tuple(over["lora"]["targets"])})
-            over = Over(over["base"], spec, over["fingerprint"])
-        return NetworkRecord(from_json(found["config"]), found["dtype"], found["heads"], bool(found["chat"]), over)
+        shared, config = found["shared_base"], from_json(found["config"])
+        if shared is not None:
+            spec = shared["lora"] and Lora(**{**shared["lora"], "targets": tuple(shared["lora"]["targets"])})
+            shared = SharedBase(shared["stage"], spec, shared["fingerprint"])
+        return NetworkRecord(config, found["dtype"], found["heads"], bool(found["chat"]), shared)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no model ({one_line(error)}); run its stage first") from None
 
 
 def save(folder: Path, network: Network) -> None:
     """Writes what the stage owns of a network: without ``over`` the base and heads, else adapters and heads."""
-    owned = {**(network.adapters if network.over else network.base), **network.heads}
+    owned = {**(network.adapters if network.shared_base else network.base), **network.heads}
     if jax.tree.leaves(owned):
         save_tree(folder / "params", owned)
     if jax.process_index() == 0:
         with storage.write_through(folder / "tokenizer") as local:
             network.tokenizer.save(local)
-    backbone = [] if network.over else jax.tree.leaves(network.base)
-    record = NetworkRecord(
-        network.model.config,
-        str(backbone[0].dtype) if backbone else "float32",
-        head_shapes(network.heads),
-        network.chat,
-        network.over
-        and dataclasses.replace(network.over, fingerprint=stage_fingerprint(folder.parent / network.over.base)),
-    )
+    shared, backbone = network.shared_base, jax.tree.leaves(network.base)
+    if shared:
+        shared = dataclasses.replace(shared, fingerprint=stage_fingerprint(folder.parent / shared.stage))
+    dtype = str(backbone[0].dtype) if backbone and not shared else "float32"
+    record = NetworkRecord(network.model.config, dtype, head_shapes(network.heads), network.chat, shared)
     storage.write_json(folder / "model.json", {**dataclasses.asdict(record), "config": to_json(record.config)})
 
 
@@ -140,10 +136,11 @@ def read_stage_tokenizer(folder: Path, chat: bool, task: Task | None) -> tuple[T
     return tokenizer, digest
 
 
-def check_base(workdir: Path, name: str, over: Over) -> None:
-    """Raises UserError when the base of the stage ``name`` is not the one that it was made over."""
-    if over.fingerprint != stage_fingerprint(workdir / over.base):
-        raise UserError(f"{workdir / name} was made over another {over.base!r} than {workdir} holds now; make it again")
+def check_base(workdir: Path, name: str, shared: SharedBase) -> None:
+    """Raises UserError when the base that the stage ``name`` shares has been made again since."""
+    if shared.fingerprint != stage_fingerprint(workdir / shared.stage):
+        raise UserError(f"{workdir / name} was made over another {shared.stage!r} than {workdir} holds now; "
+                        "make it again")  # fmt: skip
 
 
 def restore(folder: Path) -> Read:
@@ -156,7 +153,7 @@ def abstract(shapes: Any, places: Any) -> Params:
     return jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), shapes, places)
 
 
-def assemble(
+def fill_network(
     network: Network, record: NetworkRecord, below: Network | None, mesh: jax.sharding.Mesh, read: Read
 ) -> Network:
     """Returns the network with its parameters; ``below`` is the network whose base it lies over."""
@@ -165,11 +162,11 @@ def assemble(
     rules = (*((rf"^{name}/", _REPLICATED) for name in heads), *lora.ADAPTER_RULES, *network.model.rules)
     params = read(shapes, sharding.shardings(shapes, sharding.matching_rules(rules, shapes), mesh)) if shapes else {}
     own, heads = {name: params[name] for name in owned}, {name: params[name] for name in heads}
-    if record.over is None or below is None:
+    if record.shared_base is None or below is None:
         return dataclasses.replace(network, base=own, heads=heads)
-    if record.over.lora is None:  # the network below, with other heads
+    if record.shared_base.lora is None:  # the network below, with other heads
         return dataclasses.replace(below, heads=heads)
-    return dataclasses.replace(network, base=below.base, adapters=own, heads=heads, over=record.over)
+    return dataclasses.replace(network, base=below.base, adapters=own, heads=heads, shared_base=record.shared_base)
 
 
 def owned_shapes(model: Model, record: NetworkRecord, below: Network | None) -> tuple[Params, Params]:
@@ -179,9 +176,9 @@ def owned_shapes(model: Model, record: NetworkRecord, below: Network | None) -> 
         is_leaf=lambda node: isinstance(node, list),
     )  # fmt: skip
     backbone = jax.eval_shape(model.init, jax.random.key(0))
-    if record.over is None or below is None:
+    if record.shared_base is None or below is None:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, record.dtype), backbone), heads
-    if (spec := record.over.lora) is None:
+    if (spec := record.shared_base.lora) is None:
         return {}, heads
     return jax.eval_shape(lambda base, key: lora.init_adapters(spec, base, key), backbone, jax.random.key(0)), heads
 

@@ -82,7 +82,7 @@ def run_stage(context: Context, redo: bool) -> None:
         hosts.barrier(f"the end of {name}")
     except BaseException as error:
         if hosts.is_first:
-            store.withdraw(folder, refused=isinstance(error, UserError) and state == "new")
+            store.clean_up_failed(folder, refused=isinstance(error, UserError) and state == "new")
         raise
     hosts.broadcast(lambda: store.finish(folder, {**record, "figures": figures, "meanings": stage.meanings}, seconds))
     values = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in flatten(figures) if v is not None]

@@ -87,7 +87,7 @@ def finish(folder: Path, record: dict[str, Any], seconds: float) -> None:
     remove(set_aside(folder))
 
 
-def withdraw(folder: Path, refused: bool = False) -> None:
+def clean_up_failed(folder: Path, refused: bool = False) -> None:
     """Cleans up after a failure. A stage that left no work is removed, and what was set aside for it is put back.
 
     So it is for a stage that began in this run and was ``refused``: it would be refused again. A resumed stage keeps

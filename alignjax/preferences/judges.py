@@ -12,13 +12,13 @@ from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
 from alignjax.preferences.preference_models import probability
-from alignjax.tasks.task import Format, Oracle, reply_text
+from alignjax.tasks.task import ExactPreference, Format, reply_text
 from alignjax.types import Judge, Params, PreferenceLogit
 
 LENGTH_MULTIPLE = 32  # lengths are rounded up to it, for fewer compilations
 
 
-def oracle_judge(oracle: Oracle) -> Judge:
+def oracle_judge(oracle: ExactPreference) -> Judge:
     """Returns the judge of a task's exact oracle."""
     return lambda prompts, replies, others: np.array(list(map(oracle, prompts, replies, others)))
 

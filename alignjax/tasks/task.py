@@ -65,7 +65,7 @@ class Score(Protocol):
         ...
 
 
-class Oracle(Protocol):
+class ExactPreference(Protocol):
     """An exact preference that depends on no model."""
 
     def __call__(self, prompt: str, reply: str, other: str, /) -> float:
@@ -117,7 +117,7 @@ class Task:
     affixes: Affixes = ()
     contrast: Contrast | None = None  # applies an affix
     template: Template | None = None  # how a language model is asked which of two replies is better
-    oracles: dict[str, Oracle] = dataclasses.field(default_factory=dict)
+    oracles: dict[str, ExactPreference] = dataclasses.field(default_factory=dict)
     score: Score | None = None
     messages: Messages = one_message
     corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
@@ -140,7 +140,7 @@ class Task:
         return None if self.corpus_of_source is None else functools.partial(self.corpus_of_source, self.source)
 
 
-def oracle_from_score(score: Score) -> Oracle:
+def oracle_from_score(score: Score) -> ExactPreference:
     """Returns the oracle that prefers the reply with the higher score; equal scores are a tie."""
 
     def oracle(prompt: str, reply: str, other: str) -> float:

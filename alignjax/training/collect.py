@@ -104,7 +104,7 @@ class Collector(NamedTuple):
             valid = [a & b for a, b in zip(valid, view.accepted, strict=True)]
         reward = rewards(self.preference, roles.preference, view) if self.preference.reward else None
         p = {
-            (i, j): valid_first(probability(self.logit(roles.preference, view, reward, i, j)), valid[i], valid[j])
+            (i, j): override_invalid(probability(self.logit(roles.preference, view, reward, i, j)), valid[i], valid[j])
             for i, j in self.objective.compared
         }
         if reward is not None:
@@ -152,6 +152,6 @@ def hide_tokens(completion: Completion, tokens: tuple[int, ...]) -> Completion:
     return Completion(completion.tokens, completion.mask & shown)
 
 
-def valid_first(p: Array, first: Array, second: Array) -> Array:
+def override_invalid(p: Array, first: Array, second: Array) -> Array:
     """Returns p [B] where both responses are valid [B] bool; 1 or 0 where one is; 1/2 where neither is."""
     return jnp.where(first & second, p, 0.5 + 0.5 * (first.astype(p.dtype) - second.astype(p.dtype)))

@@ -56,7 +56,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation, key: Key
     return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key)
 
 
-def trained_alone(params: Params, frozen: Any) -> Params:
+def all_trained(params: Params, frozen: Any) -> Params:
     """The Assemble of a model whose parameters are all trained."""
     return params
 
@@ -65,7 +65,7 @@ def make_learn(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     schedule: UpdateSchedule = UpdateSchedule(),
-    assemble: Assemble = trained_alone,
+    assemble: Assemble = all_trained,
     average_decay: float | None = None,
 ) -> Learn:
     """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once:

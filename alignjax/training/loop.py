@@ -19,7 +19,7 @@ from alignjax.errors import RunAgain, UserError, check_range
 from alignjax.fields import no_effect
 from alignjax.training import data, metrics
 from alignjax.training.checkpointing import Checkpointer
-from alignjax.training.learn import Assemble, UpdateSchedule, init_state, make_learn, trained_alone
+from alignjax.training.learn import Assemble, UpdateSchedule, all_trained, init_state, make_learn
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Key, Loss, Metrics, Params, Rules, TrainState
@@ -89,7 +89,7 @@ class Loop:
         return self.best.every if self.best else self.save_every
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     """Where a stage trains."""
 
     name: str  # the stage's
@@ -100,14 +100,14 @@ class Run(NamedTuple):
     wandb: str | None = None  # a Weights & Biases project
 
 
-class Learning(NamedTuple):
+class LearnerSpec(NamedTuple):
     """What a stage trains and how: everything that its compiled functions depend on, beside the arrays."""
 
     loop: Loop
     adam: Adam
     loss: Loss
     rules: Rules  # of the trained parameters
-    assemble: Assemble = trained_alone
+    assemble: Assemble = all_trained
     average_decay: float | None = None  # of the moving average of the parameters; None: none is kept
 
     def compile(self, params: Params, mesh: jax.sharding.Mesh) -> Learner:
@@ -162,7 +162,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    run: Run,
+    run: TrainingRun,
     learner: Learner,
     parameters: Callable[[], tuple[Params, Any]],
     plan: Callable[[int], data.BatchPlan],
@@ -201,7 +201,7 @@ def _unaliased(params: Params, frozen: Any) -> Params:
 
 
 @contextlib.contextmanager
-def _owned_saver(run: Run, loop: Loop) -> Iterator[Checkpointer]:
+def _owned_saver(run: TrainingRun, loop: Loop) -> Iterator[Checkpointer]:
     """Opens the stage's saves. After an error that all processes raise alike, a save under way is not waited for where
     there are several processes: the others may never come to it."""
     saver = Checkpointer(run.folder / "checkpoints", loop.keep)
@@ -215,7 +215,9 @@ def _owned_saver(run: Run, loop: Loop) -> Iterator[Checkpointer]:
     saver.close()
 
 
-def _result(run: Run, best: Best | None, saver: Checkpointer, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+def _result(
+    run: TrainingRun, best: Best | None, saver: Checkpointer, state: TrainState
+) -> tuple[TrainState, dict[str, Any]]:
     """Returns the last state or, with ``best``, the best save, and figures that name its step."""
     if best is None:
         return state, {}
@@ -231,7 +233,7 @@ class _Hooks:
     Metrics wait on the device until a step that logs, so that the loop does not wait for the device at every step.
     """
 
-    def __init__(self, run: Run, learner: Learner, saver: Checkpointer, start: int):
+    def __init__(self, run: TrainingRun, learner: Learner, saver: Checkpointer, start: int):
         self.run, self.loop, self.adam, self.saver = run, learner.loop, learner.adam, saver
         self.writer = metrics.MetricsWriter(run.folder, resume_step=start, project=run.wandb)
         self.bar = metrics.progress_bar(self.loop.steps, start, run.name, "step")

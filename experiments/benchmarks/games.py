@@ -51,9 +51,9 @@ def seconds(function, *arguments) -> tuple[float, np.ndarray]:
 def compile_nash_md(batch: game.Game, steps: int):
     """Returns one call of ``simulate``, compiled ahead of time, so that compilation is not measured."""
     run = jax.jit(
-        lambda g: simulation.simulate(dynamics.nash_md(dynamics.theorem_1_step_size), g, g.log_mu, (steps,)).policy[
-            :, 0, 0, 0
-        ]
+        lambda g: simulation.simulate(
+            dynamics.exact_nash_md(dynamics.theorem_1_step_size), g, g.log_mu, (steps,)
+        ).policy[:, 0, 0, 0]
     )
     return run.lower(batch).compile()
 

@@ -41,8 +41,8 @@ def arms(tau: float) -> dict[str, tuple[Dynamic, Claim | None]]:
     """Returns every dynamic with the step sizes of its theorem; where the theorem leaves them open, h = tau."""
     h = 1 / (tau + 3)
     return {
-        "Nash-MD": (dynamics.nash_md(dynamics.theorem_1_step_size), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
-        "Nash-MD, constant": (dynamics.nash_md(tau), None),
+        "Nash-MD": (dynamics.exact_nash_md(dynamics.theorem_1_step_size), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
+        "Nash-MD, constant": (dynamics.exact_nash_md(tau), None),
         "OMD, h=.5": (dynamics.omd(0.5), None),
         "INPO": (dynamics.inpo(), lambda t, tau, start: 32 / (tau**2 * (t + 1))),
         "MMD, h=tau": (dynamics.mmd(tau), lambda t, tau, start: start * (1 + tau**2) ** -t),
@@ -52,7 +52,7 @@ def arms(tau: float) -> dict[str, tuple[Dynamic, Claim | None]]:
         "fictitious play": (dynamics.fictitious_play(), None),
         "Nash-MD-PG, b=.125": (dynamics.nash_md_pg(1.0, 0.125), None),
         "IPO-MD, b=.125": (dynamics.ipo_md(0.25, 0.125), None),
-        "online IPO": (dynamics.online_ipo(0.25), None),
+        "online IPO": (dynamics.exact_online_ipo(0.25), None),
     }
 
 

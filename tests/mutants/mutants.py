@@ -197,7 +197,7 @@ MUTANTS = (
         "(-1 if self.lowest else 1)", "(1 if self.lowest else -1)", ("tests/test_best.py",),
     ),
     Mutant(
-        "adapters are not scaled", "alignjax/pipeline/trainable.py", "params, spec.scale)", "params, 1.0)", WIRING,
+        "adapters are not scaled", "alignjax/pipeline/trained_parts.py", "params, spec.scale)", "params, 1.0)", WIRING,
     ),
     Mutant(
         "text between tokenizers is not filtered", "alignjax/training/text_bridge.py",
@@ -225,7 +225,7 @@ MUTANTS = (
         "if not bool(drawn.finite):", "if False:", WIRING,
     ),
     Mutant(
-        "a trained network is saved without its adapters' base", "alignjax/pipeline/trainable.py",
-        "Over(start.over.base if start.over else start.stage, spec)", "Over(start.stage, spec)", WIRING + STAGES,
+        "a trained network is saved without its adapters' base", "alignjax/pipeline/trained_parts.py",
+        "start.shared_base.stage if start.shared_base else start.stage", "start.stage", WIRING + STAGES,
     ),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from alignjax.objectives import PREFERENCE_MEANINGS, preference_loss
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
 from alignjax.pipeline.judges import JudgeSizes, judging_program
-from alignjax.pipeline.networks import Network, Over
+from alignjax.pipeline.networks import Network, SharedBase
 from alignjax.pipeline.stages.pair_batches import (
     PairLimits,
     PairRow,
@@ -32,12 +32,12 @@ from alignjax.pipeline.stages.pair_batches import (
     read_stage_pairs,
 )
 from alignjax.pipeline.stages.writing import check_positions
-from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
+from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
 from alignjax.preferences import judges
 from alignjax.preferences.preference_models import PreferenceForm, PreferenceModel, choice, pairwise, template_tokens
 from alignjax.tasks.task import Task, Template
 from alignjax.training.collect import Frozen
-from alignjax.training.loop import Learner, Learning, Loop, Trained, train
+from alignjax.training.loop import Learner, LearnerSpec, Loop, Trained, train
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Array
@@ -105,17 +105,17 @@ class FitPreference:
             raise UserError(f"{context.name}: truth and pairs are both {self.pairs!r}, which holds nothing out; "
                             f"set {self.pairs}.held_out, or name another stage")  # fmt: skip
 
-    def trainable(self, context: Context, start: Network, form: PreferenceModel) -> Trainable:
+    def trained_parts(self, context: Context, start: Network, form: PreferenceModel) -> TrainedParts:
         """Returns what is trained of the start's network."""
-        return trainable(start, self.lora, form.init_heads(), context.key(self.seed))
+        return split_trained(start, self.lora, form.init_heads(), context.key(self.seed))
 
-    def learner(self, context: Context) -> tuple[Learner, Trainable]:
+    def learner(self, context: Context) -> tuple[Learner, TrainedParts]:
         """Returns the compiled training and the abstract parameters it is for."""
         start = context.abstract(self.start)
         form = self.preference_model(context.task, start)
-        parts = self.trainable(context, start, form)
+        parts = self.trained_parts(context, start, form)
         loss = functools.partial(preference_loss, loss=self.loss, logit=form.logit)
-        learning = Learning(self.loop, self.adam, loss, parts.rules, parts.assemble)
+        learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble)
         return learning.compile(parts.params, context.mesh), parts
 
     def programs(self, context: Context) -> tuple[Program, ...]:
@@ -128,11 +128,11 @@ class FitPreference:
             learn.append(Program(f"learn {length}", learner.learn, arguments, size * 2 * (length + 2 * self.response)))
         return (*learn, *((self.measuring_program(context, learner, parts),) if self.truth else ()))
 
-    def measuring_program(self, context: Context, learner: Learner, parts: Trainable) -> Program:
+    def measuring_program(self, context: Context, learner: Learner, parts: TrainedParts) -> Program:
         """Returns the program that measures the trained model."""
         start = context.abstract(self.start)
         params = parts.assemble(learner.state.params, Frozen(base=parts.base))
-        network = dataclasses.replace(start, base=params, adapters={}, heads={}, over=None)
+        network = dataclasses.replace(start, base=params, adapters={}, heads={}, shared_base=None)
         sizes = JudgeSizes(self.loop.batch, max(self.buckets), self.response)
         return judging_program(context, "measure", self.preference_model(context.task, start), network, sizes)
 
@@ -148,7 +148,7 @@ class FitPreference:
 
         def parameters() -> tuple[Any, Frozen]:
             network = context.load(self.start)
-            loaded = self.trainable(context, network, self.preference_model(task, network))
+            loaded = self.trained_parts(context, network, self.preference_model(task, network))
             context.release()
             return loaded.params, Frozen(base=loaded.base)
 
@@ -160,7 +160,7 @@ class FitPreference:
             figures["held_out"] = self.measure(context, programs[-1], parts, trained)
         return figures
 
-    def measure(self, context: Context, program: Program, parts: Trainable, trained: Trained) -> dict[str, float]:
+    def measure(self, context: Context, program: Program, parts: TrainedParts, trained: Trained) -> dict[str, float]:
         """Returns accuracy and calibration on the pairs of ``truth``."""
         tokenizer = context.abstract(self.start).tokenizer
         rows, too_long = self.measured_pairs(context, tokenizer)
@@ -210,7 +210,7 @@ class ZeroShotPreference:
         """Returns the start's network; only its heads are this stage's own."""
         if (start := context.spec(self.start)) is None:
             return None
-        return start._replace(record=dataclasses.replace(start.record, over=Over(self.start, None)))
+        return start._replace(record=dataclasses.replace(start.record, shared_base=SharedBase(self.start, None)))
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the identity of the start: whatever the form, it is one model."""
@@ -233,7 +233,9 @@ class ZeroShotPreference:
             raise UserError(f"{context.name}: {form_name(self.form)} needs the head {min(missing)!r}, which "
                             f"{self.start!r} does not have; use FitPreference")  # fmt: skip
         heads = {name: start.heads[name] for name in names}
-        network = dataclasses.replace(start, base={}, adapters={}, heads=heads, over=Over(self.start, None))
+        network = dataclasses.replace(
+            start, base={}, adapters={}, heads=heads, shared_base=SharedBase(self.start, None)
+        )
         networks.save(context.folder, network)
         describe_form(context, self.form)
         return {}

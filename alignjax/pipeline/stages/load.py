@@ -22,8 +22,8 @@ from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer, with_chat_template
 from alignjax.pipeline import config, networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program
-from alignjax.pipeline.networks import Network, NetworkRecord, Over
-from alignjax.pipeline.trainable import trained_spec
+from alignjax.pipeline.networks import Network, NetworkRecord, SharedBase
+from alignjax.pipeline.trained_parts import trained_spec
 from alignjax.tasks import json_lines
 from alignjax.training import data
 
@@ -178,7 +178,9 @@ class LoadAdapter:
         if start.adapters:
             raise UserError(f"{context.name}: {self.start!r} has adapters already; name the stage they lie over")
         lora, adapters = peft.read_adapters(Path(self.path), start.model.config)
-        network = dataclasses.replace(start, base={}, adapters=adapters, heads={}, over=Over(self.start, lora))
+        network = dataclasses.replace(
+            start, base={}, adapters=adapters, heads={}, shared_base=SharedBase(self.start, lora)
+        )
         networks.save(context.folder, network)
         return {"parameters": parameter_count(adapters), "rank": lora.rank}
 

@@ -17,7 +17,7 @@ from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_ar
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_stage_pairs
 from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops, writing_model
-from alignjax.pipeline.trainable import Trainable
+from alignjax.pipeline.trained_parts import TrainedParts
 from alignjax.preferences.judges import judged_length
 from alignjax.sampling.samplers import Sampler
 from alignjax.tasks.task import EOS, Task
@@ -40,7 +40,7 @@ class PolicySetup(NamedTuple):
     seed: int
     start: Network
     reference: Network
-    parts: Trainable
+    parts: TrainedParts
     policy: PolicyFunctions
     state: TrainState
 
@@ -213,7 +213,7 @@ class OnlineData:
         return through_text
 
 
-def collect_functions(collector: Collector, parts: Trainable) -> dict[str, Callable[..., Any]]:
+def collect_functions(collector: Collector, parts: TrainedParts) -> dict[str, Callable[..., Any]]:
     """Returns collect, draw and compare as functions of (state, frozen trees, prompt, ...)."""
 
     def collect(state: TrainState, frozen: SharedTree, prompt: Tokens) -> PreferenceBatch:

@@ -27,7 +27,7 @@ from alignjax.pipeline.stages.load import parameter_count, parameter_places
 from alignjax.preferences.preference_models import template_tokens
 from alignjax.tasks.task import EOS
 from alignjax.training import data
-from alignjax.training.loop import Learner, Learning, Loop, train
+from alignjax.training.loop import Learner, LearnerSpec, Loop, train
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Array, Key, Metrics, PackedTokens, Params, Tokens
@@ -76,7 +76,7 @@ class Pretrain:
         """Returns the compiled training of the model."""
         model = build(self.model)
         params = jax.eval_shape(model.init, context.key(self.seed))
-        return Learning(self.loop, self.adam, pretraining_loss(model), model.rules).compile(params, context.mesh)
+        return LearnerSpec(self.loop, self.adam, pretraining_loss(model), model.rules).compile(params, context.mesh)
 
     def programs(self, context: Context) -> tuple[Program, ...]:
         """Returns the program that learns from one batch."""

@@ -20,9 +20,9 @@ from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
 from alignjax.pipeline.stages.policy_data import PolicyData, PolicySetup, reads_average
 from alignjax.pipeline.stages.writing import check_positions, check_stop
-from alignjax.pipeline.trainable import Trainable, trainable, trained_spec
+from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
 from alignjax.training.collect import Frozen
-from alignjax.training.loop import Learner, Learning, Loop, train
+from alignjax.training.loop import Learner, LearnerSpec, Loop, train
 from alignjax.training.optimizer import Adam
 from alignjax.types import Completion, Objective, PolicyFunctions, Prompt, Response, pair_batch
 
@@ -79,10 +79,10 @@ class TrainPolicy:
         if reads_average(self.data) and self.average_decay is None:
             raise UserError(f"{context.name}: the sampler moving_average needs average_decay; set it, e.g. 0.999")
 
-    def trainable(self, context: Context, start: Network) -> Trainable:
+    def trained_parts(self, context: Context, start: Network) -> TrainedParts:
         """Returns what is trained of the start's network: it, and the objective's heads."""
         heads = self.objective.heads(start.model.config.width)
-        return trainable(start, self.lora, heads, context.key(self.seed))
+        return split_trained(start, self.lora, heads, context.key(self.seed))
 
     def setup(self, context: Context) -> tuple[PolicySetup, Learner]:
         """Returns what the programs are made from, and the compiled training."""
@@ -92,9 +92,9 @@ class TrainPolicy:
                 f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
             )
         policy = policy_functions(start.model)
-        parts = self.trainable(context, start)
+        parts = self.trained_parts(context, start)
         loss = functools.partial(self.objective, policy=policy)
-        learning = Learning(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay)
+        learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay)
         learner = learning.compile(parts.params, context.mesh)
         setup = PolicySetup(
             self.objective, self.loop, self.buckets, self.max_new_tokens, self.seed, start, reference, parts, policy,
@@ -124,7 +124,7 @@ class TrainPolicy:
         def parameters() -> tuple[Any, Frozen]:
             start, reference = context.load(self.start), context.load(self.reference)
             preference = self.data.preference_network(context, context.load)
-            parts = self.trainable(context, start)
+            parts = self.trained_parts(context, start)
             context.release()
             judged = preference.all_params if preference else None
             return parts.params, Frozen(parts.base, reference.params, judged)

@@ -12,31 +12,31 @@ from alignjax.errors import UserError
 from alignjax.models import lora
 from alignjax.models.lora import Lora
 from alignjax.pipeline.experiment import NetworkSpec
-from alignjax.pipeline.networks import Network, Over, apply_or_abstract
-from alignjax.training.learn import Assemble, trained_alone
+from alignjax.pipeline.networks import Network, SharedBase, apply_or_abstract
+from alignjax.training.learn import Assemble, all_trained
 from alignjax.types import Key, Params, Rules
 
 
 @dataclasses.dataclass(frozen=True)
-class Trainable:
+class TrainedParts:
     """A network's parameters in two parts, each of which may be abstract."""
 
     params: Params  # trained; arrays of its own, in float32
     base: Params | None  # frozen under adapters; None where everything is trained
     assemble: Assemble  # (params, a tree with ``base``) -> the parameters that an objective takes
     rules: Rules  # sharding rules of the trained parameters
-    over: Over | None
+    shared_base: SharedBase | None
 
     def network(self, start: Network, params: Params) -> Network:
         """Returns the network with these trained parameters, ready to be saved."""
         heads = {name: params[name] for name in params.keys() - start.base.keys()}
         own = {name: part for name, part in params.items() if name not in heads}
-        if self.over is None:
-            return dataclasses.replace(start, base=own, adapters={}, heads=heads, over=None)
-        return dataclasses.replace(start, base={}, adapters=own, heads=heads, over=self.over)
+        if self.shared_base is None:
+            return dataclasses.replace(start, base=own, adapters={}, heads=heads, shared_base=None)
+        return dataclasses.replace(start, base={}, adapters=own, heads=heads, shared_base=self.shared_base)
 
 
-def trainable(start: Network, spec: Lora | None, heads: Params, key: Key) -> Trainable:
+def split_trained(start: Network, spec: Lora | None, heads: Params, key: Key) -> TrainedParts:
     """Returns what training starts from, of a network with arrays or an abstract one.
 
     Without ``spec`` all of the start's parameters are trained; with it adapters over its base, which continue the
@@ -47,27 +47,27 @@ def trainable(start: Network, spec: Lora | None, heads: Params, key: Key) -> Tra
     heads = {**heads, **to_float32({name: start.heads[name] for name in heads.keys() & start.heads.keys()})}
     if spec is None:
         params = to_float32(start.merged())
-        return Trainable({**params, **heads}, None, trained_alone, rules, None)
+        return TrainedParts({**params, **heads}, None, all_trained, rules, None)
     adapters = apply_or_abstract(lambda base: lora.init_adapters(spec, base, key), start.base)
     if start.adapters:
-        if start.over is None or start.over.lora != spec:
-            raise UserError(f"stage {start.stage!r} has adapters {start.over and start.over.lora}, not {spec}; "
-                            "use the same, or None")  # fmt: skip
+        if start.shared_base is None or start.shared_base.lora != spec:
+            present = start.shared_base and start.shared_base.lora
+            raise UserError(f"stage {start.stage!r} has adapters {present}, not {spec}; use the same, or None")
         adapters = to_float32(start.adapters)
 
     def assemble(params: Params, frozen: Any) -> Params:
         return lora.overlay(frozen.base, params, spec.scale)
 
-    over = Over(start.over.base if start.over else start.stage, spec)
-    return Trainable({**adapters, **heads}, start.base, assemble, (*lora.ADAPTER_RULES, *rules), over)
+    shared_base = SharedBase(start.shared_base.stage if start.shared_base else start.stage, spec)
+    return TrainedParts({**adapters, **heads}, start.base, assemble, (*lora.ADAPTER_RULES, *rules), shared_base)
 
 
 def trained_spec(start: NetworkSpec, stage: str, spec: Lora | None, heads: dict[str, Any]) -> NetworkSpec:
-    """Returns the NetworkSpec of what ``trainable`` makes of the stage ``stage``, whose own is ``start``."""
+    """Returns the NetworkSpec of what ``split_trained`` makes of the stage ``stage``, whose own is ``start``."""
     if spec is None:
-        return start._replace(record=dataclasses.replace(start.record, dtype="float32", heads=heads, over=None))
-    base = start.record.over.base if start.record.over else stage
-    return start._replace(record=dataclasses.replace(start.record, heads=heads, over=Over(base, spec)))
+        return start._replace(record=dataclasses.replace(start.record, dtype="float32", heads=heads, shared_base=None))
+    base = start.record.shared_base.stage if start.record.shared_base else stage
+    return start._replace(record=dataclasses.replace(start.record, heads=heads, shared_base=SharedBase(base, spec)))
 
 
 def to_float32(params: Params) -> Params:
