@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,12 @@ _STAGE_OR_FOLDER = "a Hugging Face folder, or the folder WORKDIR/NAME of a finis
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 after an error that the user can correct, 75 where the same command
     continues the work."""
-    arguments = build_parser().parse_args(argv)
+    _prepare_terminal()
     try:
-        return arguments.command(arguments)
+        arguments = build_parser().parse_args(_encodable(sys.argv[1:] if argv is None else argv))
+        status = arguments.command(arguments)
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is answered
+        return status
     except (UserError, RunAgain) as error:
         print(f"alignjax: {one_line(error)}", file=sys.stderr)
         return _exit_status(error)
@@ -37,6 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = f"{error.filename}: " if error.filename else ""
         print(f"alignjax: {file}{error.strerror or one_line(error)}; correct that and run again", file=sys.stderr)
         return 2
+
+
+def _prepare_terminal() -> None:
+    """Makes output that the terminal cannot show readable, and a warning one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    warnings.formatwarning = lambda message, *_, **__: f"alignjax: warning: {one_line(str(message))}\n"
+
+
+def _encodable(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments. Raises UserError on one that is not valid text in the terminal's encoding."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            shown = argument.encode("ascii", "replace").decode()
+            raise UserError(f"the argument {shown!r} is not valid UTF-8; write it in UTF-8")
+    return list(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -265,11 +287,12 @@ def sample_command(arguments: argparse.Namespace) -> int:
 def compare_command(arguments: argparse.Namespace) -> int:
     """Prints the replies of two checkpoints side by side."""
     from alignjax.pipeline import preview
+    from alignjax.tasks.json_lines import read_prompts
 
     options = _preview_options(arguments)
     if arguments.count < 1:
         raise UserError(f"--count={arguments.count} must be at least 1")
-    prompts = preview.read_prompts(Path(arguments.prompts).expanduser())[: arguments.count]
+    prompts = read_prompts(str(Path(arguments.prompts).expanduser()))[: arguments.count]
     networks = [_open_network(folder, arguments.chat) for folder in arguments.folders]
     preview.compare(networks, prompts, options)
     return 0
@@ -290,8 +313,10 @@ def _preview_options(arguments: argparse.Namespace) -> Any:
     from alignjax.pipeline.preview import PreviewOptions
     from alignjax.sampling.process import Sampling
 
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens={arguments.max_new_tokens} must be at least 1")
+    for name, low, high in (("max_new_tokens", 1, 10**6), ("seed", 0, 2**32 - 1), ("top_k", 0, 10**6)):
+        value = vars(arguments)[name]
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {low} and at most {high}")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     return PreviewOptions(arguments.stop, arguments.max_new_tokens, sampling, arguments.seed)
 

@@ -142,7 +142,7 @@ class DirectAlignment:
         logps = score_responses(policy.log_prob, params, batch, self.scored)
         ratios = [
             losses.sequence_sum(logp - require_reference(response), response.completion.mask)
-            for logp, response in zip(logps, batch.responses, strict=True)
+            for logp, response in zip(logps, batch.responses[:2], strict=True)
         ]
         p = batch.probability(0, 1)
         loss, sign = jnp.mean(self.loss(*ratios, p)), jnp.sign(p - 0.5)

@@ -75,7 +75,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         stages={
             "base": base,
             "pairs": labels,
-            "annotated": replace(labels, method=replace(oracle, error=0.1)),
+            "annotated": replace(labels, method=replace(oracle, error=0.1), seed=1),  # other prompts than ``pairs``
             "truth": replace(labels, method=oracle, split="validation", prompts=truth_prompts),
             "preference": fit,
             "judge": replace(fit, pairs="annotated", form=aj.bradley_terry),

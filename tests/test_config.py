@@ -14,6 +14,7 @@ import pytest
 import alignjax as aj
 from alignjax.errors import UserError
 from alignjax.pipeline import config, fingerprint, store
+from alignjax.pipeline.description import describe
 from alignjax.pipeline.fingerprint import difference, input_names, resolve
 from alignjax.tasks.sandbox_grammar import harmless_score, helpful_score
 from alignjax.tasks.task import oracle_from_score
@@ -109,7 +110,7 @@ def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
 def test_the_word_stages_may_be_left_out(quickstart):
     for path in ("nash_md.objective.loss.tau", "table.prompts", "base.adam.lr"):
         short, full = (config.override(quickstart, {name: "7"}) for name in (path, f"stages.{path}"))
-        assert config.describe(short) == config.describe(full) != config.describe(quickstart)
+        assert describe(short) == describe(full) != describe(quickstart)
 
 
 class Point(NamedTuple):
@@ -246,7 +247,7 @@ def get_config():
 def test_describe_notices_an_edited_function_and_what_it_closes_over_or_mentions(file):
     def described(folder, **changes):
         words = dict(body="x", k=1, rate=2, scale=3, unused=4)
-        return config.describe(config.load(file(OWN.format(**{**words, **changes}), folder), {}))
+        return describe(config.load(file(OWN.format(**{**words, **changes}), folder), {}))
 
     base = described("a")
     assert base == described("b") and base["name"] == "n" and base["objective"]["tau"] == 0.1
@@ -256,7 +257,7 @@ def test_describe_notices_an_edited_function_and_what_it_closes_over_or_mentions
 
 
 def test_describe_names_the_package_s_functions_and_is_json(quickstart):
-    described = config.describe(quickstart)
+    described = describe(quickstart)
     assert json.loads(json.dumps(described)) == described
     assert described["stages"]["nash_md"]["objective"]["loss"]["function"] == "alignjax.losses.policy_gradient.nash_md"
     assert described["stages"]["nash_md"]["data"]["samplers"]["1"] == {"role": "POLICY", "beta": 0.25}
@@ -267,9 +268,9 @@ def test_functions_are_described_by_what_they_do():
         def __call__(self):
             return 0
 
-    assert config.describe(Constant()) == config.describe(Constant())  # not by their addresses
+    assert describe(Constant()) == describe(Constant())  # not by their addresses
     one, two = map(oracle_from_score, (harmless_score, helpful_score))  # nor by the package's names alone
-    assert config.describe(one) == config.describe(oracle_from_score(harmless_score)) != config.describe(two)
+    assert describe(one) == describe(oracle_from_score(harmless_score)) != describe(two)
 
 
 @pytest.mark.parametrize(("path", "stages"), [

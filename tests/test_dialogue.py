@@ -14,7 +14,7 @@ from alignjax.errors import UserError
 from alignjax.labeling.judged import Judged
 from alignjax.labeling.method import Labeler
 from alignjax.labeling.rlcd import RLCD
-from alignjax.pipeline.config import describe
+from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Experiment
 from alignjax.pipeline.judges import Oracle
 from alignjax.pipeline.stages import Label, Tournament, Writing

@@ -13,7 +13,8 @@ from alignjax.checkpoints import huggingface, weights
 from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from alignjax.models.tokenizer import decode_continuation, encode_continuation, pad, single_token
-from alignjax.pipeline.config import describe, leaves
+from alignjax.pipeline.config import leaves
+from alignjax.pipeline.description import describe
 from alignjax.pipeline.stages import LoadCheckpoint
 from tests.conftest import TINY
 

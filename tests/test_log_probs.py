@@ -10,16 +10,18 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax import objectives
 from alignjax.distributed import sharding
+from alignjax.losses import nash_md
 from alignjax.models import log_probs, lora
 from alignjax.models.build import build
-from alignjax.models.log_probs import log_prob, token_log_probs
+from alignjax.models.log_probs import log_prob, policy_functions, token_log_probs
 from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
-from alignjax.preferences import models as preference
-from alignjax.sampling import samplers as rollout
-from alignjax.training import learn as train
+from alignjax.objectives import PreferenceGradient
+from alignjax.preferences.preference_models import TemplateTokens, pairwise
+from alignjax.sampling import samplers as samplers_of
+from alignjax.training.collect import Collector, Frozen, roles_of
+from alignjax.training.learn import COLLECT, all_trained, init_state, make_learn, step_key
 from tests.conftest import TINY, ragged
 
 T5 = T5Config(vocab_size=24, width=16, layers=1, decoder_layers=1, heads=4, head_dim=4, hidden=24)
@@ -237,18 +239,19 @@ def test_an_update_captures_no_array():
 
     def text(width):
         model = build(dataclasses.replace(TINY, width=width, layers=1))
-        score = log_prob(model)
-        asked = preference.pairwise(model, preference.TemplateTokens((14,), (15,), (16,), 9)).logit
-        draw = rollout.responder(model, functools.partial(rollout.mixture, beta=0.3), 4, ((2,),))
-        optimizer = optax.adam(1e-2)
-        update = train.make_update(
-            functools.partial(objectives.nash_md, log_prob=score, tau=0.1), optimizer,
-            rollout.collector(draw, score, asked, True, ()),
-        )  # fmt: skip
+        form, policy = pairwise(model, TemplateTokens((14,), (15,), (16,), 9)), policy_functions(model)
+        objective = PreferenceGradient(functools.partial(nash_md, tau=0.1))
+        samplers, optimizer = (samplers_of.policy, samplers_of.mixture(0.3)), optax.adam(1e-2)
+        collector = Collector(model, samplers, 4, ((2,),), (), objective, policy, form, True)
+        learn = make_learn(functools.partial(objective, policy=policy), optimizer)
+
+        def step(state, frozen, prompt):
+            roles = roles_of(state, frozen, all_trained)
+            return learn(state, frozen, collector.collect(roles, prompt, step_key(state, COLLECT)))
+
         params = abstract_params(model)
-        state = jax.eval_shape(lambda p: train.init(p, optimizer, jax.random.key(7), False), params)
-        frozen = {"reference": params, "preference": params}
-        return jax.jit(update).lower(state, frozen, ragged([[3, 4, 5]] * 2)).as_text()
+        state = jax.eval_shape(lambda p: init_state(p, optimizer, jax.random.key(7), False), params)
+        return jax.jit(step).lower(state, Frozen(None, params, params), ragged([[3, 4, 5]] * 2)).as_text()
 
     narrow, wide = text(32), text(64)
     assert len(wide) == len(narrow)

@@ -8,7 +8,8 @@ import nbclient
 import nbformat
 import pytest
 
-from alignjax.pipeline.config import describe, load, load_module
+from alignjax.pipeline.config import load, load_module
+from alignjax.pipeline.description import describe
 
 ROOT = Path(__file__).parents[1]
 GAMES = ROOT / "notebooks" / "games.ipynb"

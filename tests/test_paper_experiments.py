@@ -11,6 +11,7 @@ from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
 from alignjax.models.build import build
 from alignjax.pipeline import config, run
+from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, order
 from alignjax.pipeline.judges import check_held_out
 from alignjax.pipeline.stages import Label
@@ -38,7 +39,7 @@ def test_it_loads_without_a_checkpoint_or_data_and_its_stages_stand_in_order(fil
     context, table = Context(experiment, None, "table", make_mesh(Mesh())), experiment.stages["table"]
     for name, judge in table.judges.items():
         check_held_out(context, name, judge, table.policies.values())
-    assert json.dumps(config.describe(experiment))
+    assert json.dumps(describe(experiment))
 
 
 @each
@@ -47,7 +48,7 @@ def test_every_leaf_can_be_set(file, settings, first):
     leaves = {path: value for path, value in config.leaves(experiment) if not path.endswith(".lora")}
     texts = {Role: lambda role: role.name, str: str}
     same = {path: texts.get(type(value), repr)(value) for path, value in leaves.items()}
-    assert config.describe(config.override(experiment, same)) == config.describe(experiment)
+    assert describe(config.override(experiment, same)) == describe(experiment)
     assert {"mesh.tensor", "stages.pairs.path" if file != RLCD else "stages.pairs.prompts"} <= leaves.keys()
 
 
@@ -96,7 +97,7 @@ def test_the_larger_labeller_changes_who_writes_the_pairs_alone():
     small, large = (config.load(RLCD, {"labeller": size}).stages for size in ("7b", "30b"))
     assert large.pop("labeller").model.layers == 60
     assert large["pairs"] == dataclasses.replace(small["pairs"], generator="labeller")
-    assert {name for name in small if config.describe(small[name]) != config.describe(large[name])} == {"pairs"}
+    assert {name for name in small if describe(small[name]) != describe(large[name])} == {"pairs"}
 
 
 def test_a_preference_model_shares_the_adapters_base_or_is_of_the_small_model():

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from alignjax.models.tokenizer import decode_continuation, pad
 from alignjax.pipeline import preview
 from alignjax.pipeline.preview import PreviewOptions
 from alignjax.sampling.process import Sampling, sample
+from alignjax.tasks.json_lines import read_prompts
 from tests.test_export import LLAMA, T5, TEXTS, build
 
 
@@ -88,9 +90,9 @@ def test_compare_shows_both_sides_of_every_prompt(folders, tmp_path, capfd):
     ],
 )
 def test_wrong_input_is_refused(folders, tmp_path, capfd, argv, message):
-    (tmp_path / "empty").write_text("\n")
-    (tmp_path / "bad").write_text('{"text": 3}\n')
-    paths = {name: str(tmp_path / name) for name in ("nowhere", "empty", "bad")}
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": 3}\n')
+    paths = {Path(name).stem: str(tmp_path / name) for name in ("nowhere.txt", "empty.txt", "bad.jsonl")}
     paths |= {name: str(folders / name) for name in ("llama", "t5")}
     assert main([part.format(**paths) for part in argv]) == 2
     answer = capfd.readouterr().err
@@ -98,9 +100,9 @@ def test_wrong_input_is_refused(folders, tmp_path, capfd, argv, message):
 
 
 def test_prompts_come_as_lines_or_as_json(tmp_path):
-    (tmp_path / "plain").write_text("one\n\ntwo\n")
-    (tmp_path / "json").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
-    assert preview.read_prompts(tmp_path / "plain") == preview.read_prompts(tmp_path / "json") == ["one", "two"]
-    (tmp_path / "json").write_text('{"prompt": "one"}\n{"story": 3}\n')
+    (tmp_path / "plain.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    assert read_prompts(str(tmp_path / "plain.txt")) == read_prompts(str(tmp_path / "rows.jsonl")) == ["one", "two"]
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n{"story": 3}\n')
     with pytest.raises(UserError, match="line 2"):
-        preview.read_prompts(tmp_path / "json")
+        read_prompts(str(tmp_path / "rows.jsonl"))

@@ -105,7 +105,7 @@ def test_openings_are_distinct_shuffled_by_the_seed_and_never_shared_between_spl
 
 
 def test_a_changed_file_is_another_experiment(tmp_path):
-    from alignjax.pipeline.config import describe
+    from alignjax.pipeline.description import describe
 
     path = write_openings(tmp_path, [{"prompt": "One.", "story": 3}])
     first = describe(stories.stories_task(path))

@@ -13,7 +13,8 @@ from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
 from alignjax.labeling.method import Labeler
 from alignjax.labeling.rlcd import RLCD
-from alignjax.pipeline.config import describe, override
+from alignjax.pipeline.config import override
+from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Experiment
 from alignjax.pipeline.stages import LoadPairs
 from alignjax.tasks import dialogue, summary

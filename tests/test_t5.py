@@ -14,7 +14,7 @@ from alignjax.models.build import build, from_json, to_json
 from alignjax.models.log_probs import log_prob
 from alignjax.models.t5 import T5Config, _append_end_token
 from alignjax.models.t5_modules import relative_buckets
-from alignjax.preferences import models as preference
+from alignjax.preferences import preference_models as preference
 from alignjax.types import Tokens
 from tests.conftest import ragged
 

@@ -232,7 +232,7 @@ def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
         "judge_description": Oracle("exact").describe(), "reference": "mu",
     }  # fmt: skip
     text = tables.win_rate_table(table)
-    assert "the task's exact oracle" in text and "log-ratio to\nmu," in text
+    assert "the task's exact oracle" in text and "log-ratio to mu," in text
     assert "the preference model of stage judge" in tables.win_rate_table(
         {**table, "judge_description": ModelJudge("judge").describe()}
     )

@@ -132,6 +132,7 @@ class Critic:
     """A value head that learns P(y > y') from the state before each token of response 0."""
 
     scored: ClassVar = (0,)
+    on_policy: ClassVar = (0,)
     compared: ClassVar = ((0, 1),)
     rewarded: ClassVar = False
     meanings: ClassVar = {"critic": "squared error", "moved": "the head now minus the head when collected"}

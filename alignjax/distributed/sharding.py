@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from alignjax.errors import UserError
+from alignjax.errors import UserError, one_line
 from alignjax.types import Array, Params, Rules
 
 AXES = ("data", "fsdp", "tensor")
@@ -33,9 +34,19 @@ def make_mesh(sizes: Mesh, devices: list[jax.Device] | None = None) -> jax.shard
 
     Raises UserError when the sizes do not multiply to the number of devices.
     """
-    devices = devices or jax.devices()
+    devices = devices or available_devices()
     shape = mesh_shape(sizes, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def available_devices() -> list[jax.Device]:
+    """Returns JAX's devices. Raises UserError where those that JAX_PLATFORMS asks for are not here."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        wanted = os.environ.get("JAX_PLATFORMS") or "JAX's choice"
+        raise UserError(f"JAX finds no device for JAX_PLATFORMS={wanted} ({one_line(error)[:160]}); use cpu, or "
+                        "install alignjax[tpu] or alignjax[gpu]") from None  # fmt: skip
 
 
 def mesh_shape(sizes: Mesh, device_count: int) -> tuple[int, ...]:

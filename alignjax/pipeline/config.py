@@ -1,4 +1,4 @@
-"""Experiments are Python files. This module loads one, sets any leaf of it, and describes what it resolved to.
+"""Experiments are Python files. This module loads one and sets any leaf of it.
 
 A tree is made of dataclasses, named tuples, dicts, tuples and ``functools.partial`` objects. Its leaves are numbers,
 strings, booleans, enum members, None, and tuples of values of one of these types. The path of a leaf joins field names,
@@ -12,19 +12,16 @@ import dataclasses
 import difflib
 import enum
 import functools
-import hashlib
 import importlib.util
 import inspect
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from alignjax.errors import UserError, one_line
-from alignjax.fields import has_no_effect, is_stage_input
 
 
 def load(path: str | Path, settings: Mapping[str, str]) -> Any:
@@ -36,7 +33,7 @@ def load(path: str | Path, settings: Mapping[str, str]) -> Any:
     get_config = load_get_config(path)
     parameters = inspect.signature(get_config).parameters
     arguments = {
-        name: _parse_literal(text)
+        name: _parse_argument(text, parameters[name])
         if parameters[name].default is inspect.Parameter.empty
         else _convert(name, text, parameters[name].default)
         for name, text in settings.items()
@@ -50,6 +47,16 @@ def load(path: str | Path, settings: Mapping[str, str]) -> Any:
         raise UserError(f"{_file_and_line(path, error)}: {_error_text(error)}") from error
     leaf_settings = {name: text for name, text in settings.items() if name not in parameters}
     return override(experiment, leaf_settings, tuple(parameters))
+
+
+def _parse_argument(text: str, parameter: inspect.Parameter) -> Any:
+    """Returns the value of a parameter without a default: a text where it is annotated ``str``, else a literal."""
+    return _expand_home(text) if parameter.annotation in (str, "str") else _parse_literal(text)
+
+
+def _expand_home(text: str) -> str:
+    """Returns the text; a path that begins with ``~/`` becomes one in the home folder."""
+    return str(Path(text).expanduser()) if text.startswith("~/") else text
 
 
 def load_get_config(path: str | Path) -> Callable[..., Any]:
@@ -120,72 +127,6 @@ def override(tree: Any, settings: Mapping[str, str], parameters: tuple[str, ...]
 def display(value: Any) -> str:
     """Returns a leaf as ``--help`` shows it and ``--set`` takes it: an enum member by its name."""
     return value.name if isinstance(value, enum.Enum) else repr(value)
-
-
-def describe(node: Any, name_input: Callable[[str], str] | None = None) -> Any:
-    """Returns the tree as JSON: what a run resolved to.
-
-    A function becomes its name. A function from outside this package also has a digest of its code, so that an edited
-    objective changes the description. With ``name_input`` the result is what a fingerprint is made of: fields that
-    cannot change a result are left out, and names of stages become what ``name_input`` returns for them.
-    """
-    if isinstance(node, functools.partial):
-        keywords = {name: describe(value, name_input) for name, value in (_named_parts(node) or {}).items()}
-        return {"function": describe(node.func, name_input), **keywords}
-    if dataclasses.is_dataclass(node) and not isinstance(node, type):
-        fields = [f for f in dataclasses.fields(node) if name_input is None or not has_no_effect(f)]
-        described = {f.name: _describe_field(f, getattr(node, f.name), name_input) for f in fields}
-        return described if name_input is None else {"type": type(node).__qualname__, **described}
-    if isinstance(node, enum.Enum):
-        return node.name
-    if (parts := _named_parts(node)) is not None:
-        return {name: describe(part, name_input) for name, part in parts.items()}
-    if callable(node):
-        return _describe_function(node)
-    return node if _is_scalar(node) else str(node)
-
-
-def _describe_field(field: dataclasses.Field, value: Any, name_input: Callable[[str], str] | None) -> Any:
-    """Returns the description of a field's value, with the names of stages replaced by ``name_input``."""
-    if name_input is None or value is None or not is_stage_input(field):
-        return describe(value, name_input)
-    if isinstance(value, Mapping):
-        return {str(key): name_input(name) for key, name in value.items()}
-    return name_input(value)
-
-
-def _describe_function(function: Callable[..., Any], callers: tuple[Any, ...] = ()) -> str:
-    """Returns module.name of a function of this package, and name#digest of any other.
-
-    The digest covers the source, the closure, and the constants and functions of the same file that the function uses.
-    ``callers`` are the functions that use it; they are not described again.
-    """
-    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)
-    parts: list[Any] = [describe(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
-    if (module or "").split(".")[0] == __name__.split(".")[0]:
-        return f"{module}.{name}" + (f"#{_digest(repr(parts))}" if parts else "")
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        return f"{module}.{name}"
-    if isinstance(function, FunctionType):
-        for used in sorted(_used_names(function.__code__) & set(function.__globals__)):
-            value = function.__globals__[used]
-            if isinstance(value, FunctionType) and value.__module__ == module and value not in (function, *callers):
-                parts.append(_describe_function(value, (function, *callers)))
-            elif _is_scalar(value) or (isinstance(value, tuple | list) and all(map(_is_scalar, value))):
-                parts.append((used, value))
-    return f"{name}#{_digest(source + repr(parts))}"
-
-
-def _used_names(code: CodeType) -> set[str]:
-    """Returns the global names and attributes that a function, and the functions inside it, look up."""
-    return set(code.co_names).union(*(_used_names(part) for part in code.co_consts if isinstance(part, CodeType)))
-
-
-def _digest(text: str) -> str:
-    """Returns the first 12 hexadecimal digits of the SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _file_and_line(path: str | Path, error: BaseException) -> str:
@@ -272,8 +213,8 @@ def _convert(path: str, text: str, old: Any, types: Sequence[str] = ()) -> Any:
         return tuple(_convert(path, str(part), old[0]) for part in parts)
     if "float" in types and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if "str" in types and not isinstance(value, str) and not (value is None and "None" in types):
-        value = text
+    if "str" in types and not (value is None and "None" in types):
+        value = _expand_home(text if not isinstance(value, str) else value)
     if types and ("None" if value is None else type(value).__name__) not in types:
         raise UserError(f"{path}={value!r} is not a {' or '.join(types)}; its value now is {old!r}")
     return value

@@ -69,10 +69,11 @@ def function_of(programs: Iterable[Program], purpose: str) -> Any:
 
 
 class Exposure(NamedTuple):
-    """What a result depends on, as far as the held-out law asks. Models are fingerprints, pairs digests of content."""
+    """What a result depends on, as far as the held-out law asks. Models and pairs are digests of their content."""
 
-    identity: frozenset[str] = frozenset()  # the preference models that it is, or is made from
-    trained_against: frozenset[str] = frozenset()  # preference models that rewarded, ranked or labelled its data
+    identity: frozenset[str] = frozenset()  # the network that it is, whatever it is asked
+    made_from: frozenset[str] = frozenset()  # the networks that its training began with
+    trained_against: frozenset[str] = frozenset()  # the networks that rewarded, ranked or labelled what it learned from
     fitted: frozenset[str] = frozenset()  # pairs that it, or such a model, was trained on
     measured: frozenset[str] = frozenset()  # pairs that such a model was measured on, and may have been chosen by
 
@@ -175,6 +176,12 @@ class Context:
         """Returns what the results of these stages depend on, together."""
         exposures = (self.experiment.stages[name].exposure(self.for_stage(name)) for name in names)
         return Exposure(*(frozenset().union(*parts) for parts in zip(Exposure(), *exposures, strict=True)))
+
+    def derived_exposure(self, *sources: str) -> Exposure:
+        """Returns the exposure of a network that this stage trains from the networks of ``sources``."""
+        start = self.exposure(*sources)
+        own = frozenset({self.fingerprint(self.name)})
+        return start._replace(identity=own, made_from=start.identity | start.made_from)
 
     def fingerprint(self, name: str, stage: Any = None) -> str:
         """Returns the fingerprint of a stage; ``stage`` stands for it where it is given."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import alignjax
 from alignjax.fields import no_effect_paths, stage_inputs
-from alignjax.pipeline import config
+from alignjax.pipeline.description import describe
 from alignjax.reporting.tables import flatten
 
 
@@ -20,11 +20,11 @@ def fingerprint(experiment: Any, name: str, stage: Any = None) -> str:
     """Returns the digest of everything that can change the result of a stage: its configuration, the task's, the
     experiment's seed, and the fingerprints of its inputs. ``stage`` stands for the named one where it is given."""
     content = {
-        "config": config.describe(experiment.stages[name] if stage is None else stage, _input_digests(experiment)),
-        "task": config.describe(experiment.task, str),
+        "config": describe(experiment.stages[name] if stage is None else stage, _input_digests(experiment)),
+        "task": describe(experiment.task, str),
         "seed": experiment.seed,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _input_digests(experiment: Any) -> Any:
@@ -37,8 +37,8 @@ def resolve(experiment: Any, name: str) -> dict[str, Any]:
     return {
         "fingerprint": fingerprint(experiment, name),
         "stage": name,
-        "config": {"kind": type(stage).__name__, **config.describe(stage)},
-        "task": config.describe(experiment.task),
+        "config": {"kind": type(stage).__name__, **describe(stage)},
+        "task": describe(experiment.task),
         "seed": experiment.seed,
         "inputs": {source: fingerprint(experiment, source) for source in sorted(input_names(stage))},
         "code": code_version(),

@@ -128,7 +128,7 @@ class LanguageModelJudge:
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the language model's own identity, and what it was trained on."""
-        return context.exposure(self.stage) | Exposure(identity=frozenset({context.fingerprint(self.stage)}))
+        return context.exposure(self.stage)
 
     def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
         """Returns the program that asks the question."""
@@ -172,14 +172,19 @@ def open_judge(context: Context, program: Program, network: Network, sizes: Judg
 
 
 def check_held_out(context: Context, judge: str, spec: Any, policies: Iterable[str]) -> None:
-    """Raises UserError when the judge is a preference model that a policy was trained against, or made from one, or
-    fitted to pairs that a policy, or a preference model that it was trained against, was fitted to or measured on."""
+    """Raises UserError when the judge is not independent of a policy's training.
+
+    It is not where the judge is a network that the policy was trained against, is made from one, or learned from its
+    labels; nor where it was fitted to pairs that the policy, or a preference model that it was trained against, was
+    fitted to or measured on.
+    """
     judged = spec.exposure(context)
+    models = judged.identity | judged.made_from | judged.trained_against
     for policy in policies:
         trained = context.exposure(policy)
-        if judged.identity & trained.trained_against:
-            raise UserError(f"{context.name}: judge {judge!r} is, or is made from, a model that {policy!r} was trained "
-                            "against; name a held-out judge")  # fmt: skip
+        if models & trained.trained_against:
+            raise UserError(f"{context.name}: judge {judge!r} is, is made from, or was taught by a model that "
+                            f"{policy!r} was trained against; name a held-out judge")  # fmt: skip
         if judged.fitted & (trained.fitted | trained.measured):
             raise UserError(f"{context.name}: judge {judge!r} was fitted to pairs that {policy!r}, or the preference "
                             "model that it was trained against, has seen; name a held-out judge")  # fmt: skip

@@ -8,6 +8,7 @@ tokenizer/   a Hugging Face tokenizer folder
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable
@@ -67,7 +68,7 @@ class Network:
     shared_base: SharedBase | None = None
     chat: bool = False
 
-    @property
+    @functools.cached_property  # one overlay, so that every user of the network shares its arrays
     def params(self) -> Params:
         """The backbone's parameters with the adapters beside their kernels, and without heads."""
         if self.shared_base is None or self.shared_base.lora is None:

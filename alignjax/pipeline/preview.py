@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -21,7 +21,14 @@ from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 from alignjax.models.build import build
 from alignjax.models.config import TransformerConfig
-from alignjax.models.tokenizer import Tokenizer, decode_continuation, pad, stop_sequences, with_chat_template
+from alignjax.models.tokenizer import (
+    Tokenizer,
+    decode_continuation,
+    encode_prompt,
+    pad,
+    stop_sequences,
+    with_chat_template,
+)
 from alignjax.pipeline.experiment import load_network
 from alignjax.pipeline.networks import Network
 from alignjax.sampling.generate import Generate, Generator, ReplyFormat, reply_writer
@@ -67,27 +74,37 @@ def open_preview_network(folder: Path, chat: bool) -> Network:
 def stream(network: Network, prompt: str, options: PreviewOptions, out: TextIO | None = None) -> None:
     """Writes what the model says after the prompt, token by token, as it is drawn.
 
-    Raises UserError when the prompt is empty or does not fit, and where log-probs are not finite.
+    Raises UserError when the prompt is empty or does not fit, and where log-probs are not finite; and what writing
+    raises, such as BrokenPipeError.
     """
     tokenizer, out, new_tokens = network.tokenizer, out or sys.stdout, options.max_new_tokens
-    ids = tokenizer.encode(prompt)
-    stops = preview_stops(tokenizer, options.stop)
+    ids, stops = encode_prompt(tokenizer, prompt), preview_stops(tokenizer, options.stop)
+    failures: list[OSError] = []
     write_token = token_writer(tokenizer, {sequence[0] for sequence in stops if len(sequence) == 1}, out)
+
+    def write_finite(token: np.ndarray, finite: np.ndarray) -> None:
+        if finite and not failures:
+            try:
+                write_token(token)
+            except OSError as error:  # raised later: an exception here would end in JAX's own thread
+                failures.append(error)
 
     def run(params: Any, prompt: Any, key: jax.Array) -> jax.Array:
         process = network.model.prefill(params, prompt, new_tokens)
+        finite = jnp.all(jnp.isfinite(process.logits))
 
         def step(carry: Any, token: Any) -> Any:
-            jax.debug.callback(write_token, token[0], ordered=True)
+            jax.debug.callback(write_finite, token[0], finite, ordered=True)
             return process.step(carry, token)
 
         drawn = sample(process._replace(step=step), key[None], new_tokens, stops, options.sampling)
         return jnp.all(jnp.isfinite(drawn.logp))
 
     padded = pad([ids], preview_length(network, len(ids), new_tokens))
-    finite = jax.jit(run)(network.params, padded, jax.random.key(options.seed))
-    jax.block_until_ready(finite)
+    finite = jax.block_until_ready(jax.jit(run)(network.params, padded, jax.random.key(options.seed)))
     jax.effects_barrier()
+    if failures:
+        raise failures[0]
     out.write("\n")
     if not finite:
         raise UserError(f"{network.stage} gives log-probs that are not finite; its parameters are damaged")
@@ -95,12 +112,13 @@ def stream(network: Network, prompt: str, options: PreviewOptions, out: TextIO |
 
 def preview_length(network: Network, tokens: int, new_tokens: int) -> int:
     """Returns the length that a prompt of ``tokens`` tokens is padded to. Raises UserError when none fits."""
-    if not tokens:
-        raise UserError("the prompt is empty, and this tokenizer puts nothing before it; give some text")
     fitting = [bucket for bucket in BUCKETS if bucket >= tokens]
     if not fitting:
         raise UserError(f"the prompt has {tokens} tokens, and the longest is {BUCKETS[-1]}; shorten it")
     config, length = network.model.config, min(fitting)
+    if isinstance(config, TransformerConfig) and config.context < tokens + new_tokens:
+        warnings.warn(f"{tokens} tokens and {new_tokens} new ones exceed the {config.context} tokens of context that "
+                      f"{network.stage} was trained on; expect worse text", stacklevel=2)  # fmt: skip
     if isinstance(config, TransformerConfig) and config.positions == "learned":  # a bucket may exceed the positions
         return max(min(length, config.context - new_tokens), tokens)
     return length
@@ -109,6 +127,8 @@ def preview_length(network: Network, tokens: int, new_tokens: int) -> int:
 def preview_stops(tokenizer: Tokenizer, stop: str | None) -> StopSequences:
     """Returns the tokenizer's end tokens, and the sequences of a text that ends a reply too."""
     ends = tuple((end,) for end in tokenizer.end_tokens)
+    if not ends and stop is None:
+        warnings.warn("the tokenizer has no end token, so a reply ends at the limit; give --stop", stacklevel=2)
     return (*ends, *(stop_sequences(tokenizer, stop) if stop is not None else ()))
 
 
@@ -133,27 +153,6 @@ def token_writer(tokenizer: Tokenizer, end_tokens: set[int], out: TextIO) -> Cal
             written[0] = len(text)
 
     return write_token
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Reads JSON lines {"prompt": text}, or one prompt a line. Raises UserError when there is none."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give a file with one prompt a line") from None
-    if not lines:
-        raise UserError(f"{path} holds no prompts; write one a line")
-    if not lines[0].lstrip().startswith("{"):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-            if not isinstance(prompts[-1], str):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}, line {number} is not {{"prompt": text}}; mend it') from None
-    return prompts
 
 
 def preview_generator(network: Network, options: PreviewOptions) -> Generate:

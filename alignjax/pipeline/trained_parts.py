@@ -46,7 +46,7 @@ def split_trained(start: Network, spec: Lora | None, heads: Params, key: Key) ->
     rules = (*((rf"^{name}/", PartitionSpec()) for name in heads), *start.model.rules)
     heads = {**heads, **to_float32({name: start.heads[name] for name in heads.keys() & start.heads.keys()})}
     if spec is None:
-        params = to_float32(start.merged())
+        params = apply_or_abstract(lambda p: lora.merge(jax.tree.map(_float32, p)), start.params)
         return TrainedParts({**params, **heads}, None, all_trained, rules, None)
     adapters = apply_or_abstract(lambda base: lora.init_adapters(spec, base, key), start.base)
     if start.adapters:
@@ -72,4 +72,8 @@ def trained_spec(start: NetworkSpec, stage: str, spec: Lora | None, heads: dict[
 
 def to_float32(params: Params) -> Params:
     """Returns a copy in float32: in bfloat16 most steps of Adam would round to nothing."""
-    return apply_or_abstract(lambda p: jax.tree.map(lambda x: x.astype("float32"), p), params)
+    return apply_or_abstract(lambda p: jax.tree.map(_float32, p), params)
+
+
+def _float32(x: Any) -> Any:
+    return x.astype("float32")

@@ -72,7 +72,8 @@ def make_learn(
 
         average <- average_decay * average + (1 - average_decay) * params.
 
-    Where only adapters are trained, ``assemble`` lays them over a frozen base. Metrics are means over the updates.
+    Where only adapters are trained, ``assemble`` lays them over a frozen base. Metrics are means over the
+    first epoch, which meets every row once.
     """
     gradient = accumulated_gradient(loss, assemble, schedule.accumulate)
 
@@ -118,7 +119,7 @@ def over_minibatches(
         return update(state, frozen, minibatch, jax.random.fold_in(key, schedule.epochs + number))
 
     state, metrics = jax.lax.scan(update_number, state, jnp.arange(schedule.updates))
-    return state, jax.tree.map(jnp.mean, metrics)
+    return state, jax.tree.map(lambda x: jnp.mean(x[: schedule.minibatches]), metrics)
 
 
 def accumulated_gradient(

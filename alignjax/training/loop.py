@@ -32,6 +32,7 @@ class Best:
     """Makes a stage's result the save with the best mean of a metric over the ``every`` steps before it.
 
     A step measures before it learns: on responses drawn for it, or, in the first epoch, on examples that are new to it.
+    With several minibatches it measures each before that one is learned from.
     After the first epoch the metric rewards memorising.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,12 +11,11 @@ import numpy as np
 
 from alignjax.distributed import sharding
 from alignjax.models.tokenizer import Tokenizer, decode_reply, encode_continuation, pad
+from alignjax.preferences.judges import judged_length
 from alignjax.sampling.process import StopSequences
 from alignjax.tasks.task import Task, reply_text
 from alignjax.training.collect import PreferenceView
 from alignjax.types import Sample, Tokens
-
-MULTIPLE = 32  # lengths are rounded up to it, for fewer compilations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class TextBridge:
         ids = [self.prompts[tuple(row)] for row in token_rows(gathered[0])]
         encoded = [self.encode(token_rows(completion)) for completion in gathered[1]]
         responses, accepted = (tuple(part) for part in zip(*encoded, strict=True))
-        return sharding.place_rows(self.mesh, PreferenceView(pad(ids, self.prompt_length()), responses, accepted))
+        length = max(judged_length(prompt.tokens.shape[1]), self.longest_prompt)  # the bucket's, as planned, if it fits
+        return sharding.place_rows(self.mesh, PreferenceView(pad(ids, length), responses, accepted))
 
     def encode(self, rows: list[list[int]]) -> tuple[Tokens, np.ndarray]:
         """Returns responses in the preference model's tokens, and whether the filter accepts each, [B] bool."""
@@ -49,17 +50,13 @@ class TextBridge:
         ids = [encode_continuation(self.preference, reply_text(self.task.format, reply)) for reply in replies]
         return pad([row[: self.longest] for row in ids], self.longest), np.array([bool(reply) for reply in replies])
 
-    def prompt_length(self) -> int:
-        """Returns the tokens that the longest prompt takes, rounded up."""
-        return round_up(max(map(len, self.prompts.values())), MULTIPLE)
+    @functools.cached_property
+    def longest_prompt(self) -> int:
+        """The tokens that the longest prompt takes in the preference model's tokenizer, rounded up."""
+        return judged_length(max(map(len, self.prompts.values())))
 
 
 def token_rows(tokens: Tokens) -> list[list[int]]:
     """Returns the real tokens of every row, from replicated arrays [B, T]."""
     rows = zip(np.asarray(tokens.tokens), np.asarray(tokens.mask), strict=True)
     return [row[mask].tolist() for row, mask in rows]
-
-
-def round_up(length: int, multiple: int) -> int:
-    """Returns the smallest multiple that is not below the length."""
-    return -(-length // multiple) * multiple

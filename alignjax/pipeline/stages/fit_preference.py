@@ -85,8 +85,7 @@ class FitPreference:
         """Returns the model itself, what it starts from, the pairs that it is fitted to and measured on."""
         pairs = context.exposure(self.pairs)
         measured = context.exposure(self.truth).fitted if self.truth and self.truth != self.pairs else frozenset()
-        own = Exposure(identity=frozenset({context.fingerprint(context.name)}), measured=measured)
-        return context.exposure(self.start) | pairs | own
+        return context.derived_exposure(self.start) | pairs | Exposure(measured=measured)
 
     def check(self, context: Context) -> None:
         """Raises UserError for what is known to fail."""
@@ -214,8 +213,7 @@ class ZeroShotPreference:
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the identity of the start: whatever the form, it is one model."""
-        own = Exposure(identity=frozenset({context.fingerprint(self.start)}))
-        return context.exposure(self.start) | own
+        return context.exposure(self.start)
 
     def check(self, context: Context) -> None:
         """Raises UserError when the task's template is known not to suit."""

@@ -14,8 +14,8 @@ from alignjax.distributed import storage
 from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.fields import Kind, stage_input
 from alignjax.labeling.method import LabeledPair, Labeler, LabelingMethod
-from alignjax.pipeline import config
-from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
+from alignjax.pipeline.description import describe
+from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
 from alignjax.pipeline.judges import JudgeSizes
 from alignjax.pipeline.stages.load import PAIR_DATA
 from alignjax.pipeline.stages.writing import Writing
@@ -46,13 +46,20 @@ class Label:
         """Returns None: pairs are no network."""
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the pairs, whatever their number, and the models that labelled them."""
-        content = context.fingerprint(
-            context.name,
-            dataclasses.replace(self, prompts=1, held_out=0.0, writing=dataclasses.replace(self.writing, batch=1)),
-        )
+        """Returns the texts, whoever labels them, and what the generator and the method's judge depend on.
+
+        Stages with one generator, split and seed draw alike, so their pairs count as the same.
+        """
+        writing = dataclasses.replace(self.writing, batch=1, buckets=(1,))
+        same: dict[str, Any] = {"method": None, "prompts": 1, "held_out": 0.0, "writing": writing}
+        drawn = dataclasses.replace(self, **same)
         judged = self.method.judge.exposure(context) if self.method.judge else Exposure()
-        return Exposure(trained_against=judged.identity, fitted=frozenset({content}), measured=judged.fitted)
+        generator = context.exposure(self.generator)
+        return Exposure(
+            trained_against=generator.trained_against | judged.identity | judged.trained_against,
+            fitted=generator.fitted | {context.fingerprint(context.name, drawn)},
+            measured=generator.measured | judged.fitted | judged.measured,
+        )
 
     def check(self, context: Context) -> None:
         """Raises UserError when the writing, the method or its judge is known to fail."""
@@ -70,15 +77,18 @@ class Label:
 
     def programs(self, context: Context) -> tuple[Program, ...]:
         """Returns the programs that write, then those of the method's judge."""
-        write = self.writing.programs(context, "write", context.abstract(self.generator))
-        return write + (self.method.judge.programs(context, "judge", self.sizes()) if self.method.judge else ())
+        network = context.abstract(self.generator)
+        judge = self.method.judge.programs(context, "judge", self.sizes()) if self.method.judge else ()
+        resident = [program.arguments[0] for program in judge]  # generator and judge live beside each other
+        write = self.writing.programs(context, "write", network, resident)
+        return (*write, *(program._replace(resident=network.params) for program in judge))
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Labels the prompts chunk by chunk; each chunk is kept in a file of its own."""
         prompts = context.task.source.prompts(self.split, self.prompts, context.seed(self.seed))
         network, judge = context.load(self.generator), None
         if self.method.judge:
-            judge = self.method.judge.open(context, programs[len(self.writing.buckets) :], self.sizes())
+            judge = self.method.judge.open(context, programs_of(programs, "judge"), self.sizes())
         generate = self.writing.generator(context, network, function_of(programs, "write"), context.key(self.seed))
         labeler = Labeler(generate, context.task, judge, context.seed(self.seed))
         folder, size = context.folder / _CHUNKS, 4 * self.writing.batch  # few retries a chunk, and they fill batches
@@ -111,7 +121,7 @@ class Label:
             "tries_per_prompt": sum(chunk["tries"] for chunk in chunks) / asked,
             **oracle_agreement(context.task, pairs),
         }
-        source = {"method": config.describe(self.method), "generator": self.generator, "seed": context.seed(self.seed)}
+        source = {"method": describe(self.method), "generator": self.generator, "seed": context.seed(self.seed)}
         data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
 

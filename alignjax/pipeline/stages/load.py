@@ -20,7 +20,8 @@ from alignjax.models.heads import init_head
 from alignjax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES, check_choice
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer, with_chat_template
-from alignjax.pipeline import config, networks
+from alignjax.pipeline import networks
+from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program
 from alignjax.pipeline.networks import Network, NetworkRecord, SharedBase
 from alignjax.pipeline.trained_parts import trained_spec
@@ -91,9 +92,8 @@ class LoadCheckpoint:
         return NetworkSpec(NetworkRecord(config, self.dtype, heads, self.chat, None), self.tokenizer(), digest)
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the reward model's own identity; of a policy nothing."""
-        is_reward = self.makes == Kind.REWARD
-        return Exposure(identity=frozenset({context.fingerprint(context.name)} if is_reward else ()))
+        """Returns the content of the folder, whatever its path and dtype."""
+        return Exposure(identity=frozenset({f"folder {self.digest or self.path}"}))
 
     def check(self, context: Context) -> None:
         """Raises UserError when the folder is missing, damaged, or does not fit the mesh."""
@@ -161,7 +161,7 @@ class LoadAdapter:
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the start's exposure."""
-        return context.exposure(self.start)
+        return context.derived_exposure(self.start)
 
     def check(self, context: Context) -> None:
         """Raises UserError when the folder is missing or damaged, or is known not to fit the start."""
@@ -240,7 +240,7 @@ class LoadPairs:
         if last:
             splits["held_out"] = [row for row in rows if row["prompt"] in last]
         figures = {"pairs": len(rows), "skipped": len(found) - len(rows), "different_prompts": len(prompts)}
-        source = {"file": self.path, "digest": self.digest, "read": config.describe(self.read)}
+        source = {"file": self.path, "digest": self.digest, "read": describe(self.read)}
         data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
 

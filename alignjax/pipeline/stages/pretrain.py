@@ -56,8 +56,8 @@ class Pretrain:
         )
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns nothing: a corpus holds no pairs."""
-        return Exposure()
+        """Returns the network itself: a corpus holds no pairs."""
+        return context.derived_exposure()
 
     def check(self, context: Context) -> None:
         """Raises UserError when the batch, the model's sizes or the corpus do not work."""

@@ -65,7 +65,7 @@ class TrainPolicy:
 
     def exposure(self, context: Context) -> Exposure:
         """Returns what the data, the start and the reference depend on."""
-        return context.exposure(self.start, self.reference) | self.data.exposure(context)
+        return context.derived_exposure(self.start, self.reference) | self.data.exposure(context)
 
     def check(self, context: Context) -> None:
         """Raises UserError for what is known to fail."""
