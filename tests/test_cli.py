@@ -446,7 +446,7 @@ def test_an_interrupt_at_any_moment_ends_the_process(environment, interruption):
     code = (
         "import gc, os, signal, sys, alignjax; from alignjax import __main__, cli\n"
         "signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
-        f"{interruption}\n__main__.main(); signal.pause() if 'ITIMER' in {interruption!r} else None\n"
+        f"{interruption}\n__main__.entry_point(); signal.pause() if 'ITIMER' in {interruption!r} else None\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "run", "nowhere.py"],
@@ -506,6 +506,7 @@ def test_what_a_known_tokenizer_lacks_is_reported_before_anything_runs(capfd, tm
         "".join(json.dumps({"prompt": "Once.", "story": i}) + "\n" for i in range(9))
     )
     edit(checkpoint / "generation_config.json", eos_token_id=None)
+    edit(checkpoint / "config.json", eos_token_id=None)
     edit(checkpoint / "tokenizer_config.json", eos_token=None)
     argv = ["run", str(EXPERIMENTS / "stories.py"), "--workdir", str(tmp_path / "w")]
     argv += settings(f"checkpoint={checkpoint}", f"openings={tmp_path / 'openings.jsonl'}", *changes)

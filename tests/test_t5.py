@@ -118,8 +118,7 @@ def test_a_later_token_changes_no_earlier_log_prob(params, score):
                                   preference.bradley_terry])  # fmt: skip
 def test_preference_forms_are_antisymmetric_over_an_encoder_decoder(model, params, form):
     built = form(model, preference.TemplateTokens((14,), (15,), (16,), 9, 8))
-    full = built.extend(params, jax.random.key(2))
-    full = {n: jax.tree.map(lambda x: x + 0.3, p) if n in ("pairwise", "reward") else p for n, p in full.items()}
+    full = {**params, **jax.tree.map(lambda x: x + 0.3, built.init_heads())}
     y, z = ragged(REPLIES, 4), ragged(REPLIES[::-1], 4)
     p, q = (preference.probability(x) for x in jax.jit(
         lambda w: (built.logit(w, ragged(ROWS), y, z), built.logit(w, ragged(ROWS), z, y)))(full))  # fmt: skip

@@ -107,11 +107,23 @@ def describe_code(node: Any, users: tuple[Any, ...] = ()) -> str:
     parts = list(_code_parts(node, (*users, node)))
     if _is_ours(node):
         return f"{node.__module__}.{node.__qualname__}" + (f"#{_digest(repr(parts).encode())}" if parts else "")
+    return f"{node.__qualname__}#{_digest((_source(node) + repr(parts)).encode())}"
+
+
+def _source(node: Any) -> str:
+    """Returns the source of a function or class; where it is not at hand, as in a notebook, the compiled code."""
     try:
-        source = textwrap.dedent(inspect.getsource(node))
-    except (OSError, TypeError):
-        source = ""
-    return f"{node.__qualname__}#{_digest((source + repr(parts)).encode())}"
+        return textwrap.dedent(inspect.getsource(node))
+    except (OSError, TypeError, SyntaxError):
+        members = vars(node).values() if isinstance(node, type) else (node,)
+        functions = [getattr(member, "__func__", member) for member in members]
+        return "".join(_compiled(f.__code__) for f in functions if isinstance(f, FunctionType))
+
+
+def _compiled(code: CodeType) -> str:
+    """Returns the bytecode with its names and constants."""
+    constants = (_compiled(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts)
+    return f"{code.co_code.hex()}{code.co_names}{code.co_varnames}{list(constants)}"
 
 
 def _code_parts(node: Any, users: tuple[Any, ...]) -> Iterator[Any]:
