@@ -8,7 +8,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line that names the thing and the mend."""
+    """An error that the user can correct. Its message is one line: what is wrong, and what to do."""
 
 
 RUN_AGAIN = 75  # exit status: "try again" (sysexits.h)

@@ -34,7 +34,7 @@ def test_adapters_that_are_not_finite_are_warned_of(adapter):
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"lora_alpha": None}, "it has no 'lora_alpha', which must be a positive number; mend it"),
+    ({"lora_alpha": None}, "it has no 'lora_alpha', which must be a positive number; correct it"),
     ({"lora_alpha": "null"}, "lora_alpha='null' must be a positive number"),
     ({"lora_alpha": 0}, "lora_alpha=0 must be a positive number"),
     ({"lora_alpha": -8}, "lora_alpha=-8 must be"),

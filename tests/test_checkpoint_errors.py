@@ -217,7 +217,7 @@ def test_a_family_or_option_that_is_not_supported(folder, capfd, changes, messag
         ({"num_hidden_layers": "2"}, "num_hidden_layers.* expected int, got str"),
         ({"num_hidden_layers": True}, "num_hidden_layers.* expected int, got bool"),
         ({"hidden_size": 16.0}, "hidden_size.* expected int, got float"),
-        ({"num_attention_heads": 0}, "holds a value that cannot be"),
+        ({"num_attention_heads": 0}, "has an invalid value"),
         ({"num_attention_heads": 3}, r"hidden size \(16\) is not a multiple of the number of attention heads"),
         ({"num_key_value_heads": 3}, "heads=4 is not a multiple of kv_heads=3"),
         ({"head_dim": 5}, "even"),

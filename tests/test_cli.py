@@ -516,5 +516,5 @@ def test_what_a_known_tokenizer_lacks_is_reported_before_anything_runs(capfd, tm
 
 def test_a_tokenizer_that_is_not_read_for_its_config_names_that(checkpoint):
     edit(checkpoint / "config.json", tie_word_embeddings="no")
-    with pytest.raises(UserError, match=r"config\.json holds a value that cannot be .*tie_word_embeddings.*; mend it"):
+    with pytest.raises(UserError, match=r"config\.json has an invalid value .*tie_word_embeddings.*; correct it"):
         huggingface.read_tokenizer(checkpoint)

@@ -273,6 +273,55 @@ def test_functions_are_described_by_what_they_do():
     assert describe(one) == describe(oracle_from_score(harmless_score)) != describe(two)
 
 
+USER_CODE = """
+import dataclasses
+import numpy as np
+from functools import partial
+TABLE = {{"a": {entry}}}
+@dataclasses.dataclass(frozen=True)
+class Part:
+    x: int = 1
+    def value(self):
+        return self.x * {body}
+PART = Part({part})
+class Rule:
+    def __init__(self, state):
+        self.state = state
+    def __call__(self):
+        return self.state
+def f(x, tau={default}, *, k={keyword}):
+    return x * tau * k * TABLE["a"] * PART.value()
+def get_config():
+    return {{
+        "default": f, "object": Rule({state}), "method": Part({held}).value, "part": Part(),
+        "array": partial(f, np.arange(5000) * {array}), "set": partial(f, frozenset({{"b", "a", {member}}})),
+        "keyword": partial(f, function={named}),
+        "bound": lambda tau={bound}: f(1, tau),
+    }}
+"""
+F_USERS = {"default", "array", "set", "keyword", "bound"}  # what calls f
+USER_VALUES = dict(entry=1, body=1, part=1, default=1, keyword=1, state=1, held=1, array=1, member=1, named=1, bound=1)
+
+
+@pytest.mark.parametrize(("change", "moved"), [
+    ("entry", F_USERS), ("part", F_USERS),
+    ("body", F_USERS | {"method", "part"}), ("state", {"object"}),
+    ("default", F_USERS), ("keyword", F_USERS),
+    ("held", {"method"}), ("array", {"array"}), ("member", {"set"}), ("named", {"keyword"}), ("bound", {"bound"}),
+])  # fmt: skip
+def test_everything_that_user_code_depends_on_moves_its_description(file, change, moved):
+    """Defaults, dicts, objects, methods, arrays, sets, classes; and nothing else moves."""
+    before = config.load(file(USER_CODE.format(**USER_VALUES), "a"), {})
+    after = config.load(file(USER_CODE.format(**{**USER_VALUES, change: 7}), "b"), {})
+    assert {name for name in before if describe(before[name]) != describe(after[name])} == moved
+    assert json.loads(json.dumps(describe(before))) == describe(before)
+
+
+def test_a_value_that_names_a_place_in_memory_is_refused():
+    with pytest.raises(UserError, match="cannot stand in an experiment"):
+        describe({"x": object()})
+
+
 @pytest.mark.parametrize(("path", "stages"), [
     ("nash_md.objective.loss.tau", {"nash_md"}), ("nash_md.data.samplers.1.beta", {"nash_md"}),
     ("self_play.adam.lr", {"self_play"}), ("pairs.writing.batch", {"pairs"}),

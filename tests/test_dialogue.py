@@ -113,7 +113,7 @@ def test_a_line_of_another_form_is_named_by_its_number(tmp_path, line, words):
     path.write_text(json.dumps(row(0)) + "\n" + line + "\n")
     with pytest.raises(UserError) as error:
         dialogue.dialogue_task(str(path)).source.prompts("train", 1, 0)
-    assert str(error.value).startswith(f"{path}, {words}") and str(error.value).endswith("; mend it")
+    assert str(error.value).startswith(f"{path}, {words}") and str(error.value).endswith("; correct it")
 
 
 @pytest.mark.parametrize("damage", [b"", b"\n \n"])

@@ -136,7 +136,7 @@ def test_precision_and_remat_are_no_part_of_a_written_folder(tmp_path):
 def test_a_model_that_its_family_cannot_describe_is_not_written(tmp_path):
     """A Mistral without its window in one layer, an encoder-decoder with a reward: refused, and nothing is written."""
     config, params = checkpoint("mistral")
-    with pytest.raises(UserError, match="not quite a mistral"):
+    with pytest.raises(UserError, match="cannot be exported as mistral"):
         huggingface.write_folder(tmp_path / "a", dataclasses.replace(config, windows=(5, UNBOUNDED)), params, TOKENIZER)
     config, params = checkpoint("mt5")
     with pytest.raises(UserError, match="no place for a reward head"):

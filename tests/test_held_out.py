@@ -72,6 +72,8 @@ def models(q):
     yield "so was the reference", aj.ModelJudge("judge"), {**start, "nash_md": replace(md, reference="first")}
     tuned = {"tuned": replace(fit, start="judge", pairs="pairs"), "nash_md": against(md, "tuned")}
     yield "P is made from it", aj.ModelJudge("judge"), tuned
+    fitted = {"j": replace(fit, start="base", pairs="annotated", seed=5)}
+    yield "it is made from the model that P asks", aj.ModelJudge("j"), {**asked, **fitted}
 
 
 def labels(q):
@@ -89,6 +91,18 @@ def labels(q):
     labeler |= {"rated": replace(pairs, method=aj.Judged(aj.ModelJudge("labeler")))}
     labeler |= {"preference": replace(fit, pairs="rated", truth=None)}
     yield "P's labeler was fitted to its pairs", aj.ModelJudge("judge"), labeler
+    taught = {"rated": replace(pairs, method=aj.Judged(aj.ModelJudge("preference")), seed=9)}
+    yield "P itself taught it", aj.ModelJudge("j"), {**taught, "j": replace(fit, pairs="rated", truth=None, seed=7)}
+    teacher = {"taught": replace(pairs, method=aj.Judged(aj.ModelJudge("judge")), seed=9)}
+    teacher |= {"student": replace(fit, pairs="taught", truth=None, seed=7)}
+    teacher |= {"rated": replace(pairs, method=aj.Judged(aj.ModelJudge("student")), seed=11)}
+    yield "it taught P's labeler", aj.ModelJudge("judge"), {**teacher, "nash_md": offline(md, "rated")}
+    writer = {"writer": against(md, "judge"), "written": replace(pairs, generator="writer", seed=13)}
+    yield (
+        "the pairs' writer was trained against it",
+        aj.ModelJudge("judge"),
+        {**writer, "nash_md": offline(md, "written")},
+    )
 
 
 def pairs_seen(q, file):
@@ -99,6 +113,10 @@ def pairs_seen(q, file):
     yield "one file under two names", aj.ModelJudge("judge"), files
     copy = {"copy": replace(pairs, prompts=7, held_out=0.1), "judge": replace(judge, pairs="copy")}
     yield "one labelling under two names", aj.ModelJudge("judge"), copy
+    batches = {"copy": replace(pairs, writing=replace(pairs.writing, batch=8)), "judge": replace(judge, pairs="copy")}
+    yield "one labelling in other batches", aj.ModelJudge("judge"), batches
+    texts = {"judge": replace(judge, pairs="same"), "same": replace(pairs, method=aj.Judged(aj.Oracle("oracle")))}
+    yield "other labels on texts of one seed", aj.ModelJudge("judge"), texts
     yield "the very pairs", aj.ModelJudge("judge"), {"judge": replace(judge, pairs="pairs")}
     yield "P was measured on them", aj.ModelJudge("judge"), {"preference": replace(fit, truth="annotated")}
     yield "the policy learns from them offline", aj.ModelJudge("judge"), {"nash_md": offline(md, "annotated")}
@@ -146,6 +164,17 @@ def test_held_out_judges_are_accepted(quickstart, comparisons):
     other = {"file": aj.LoadPairs(comparisons), "nash_md": offline(md, "file")}
     check_table(judged(quickstart, aj.ModelJudge("judge"), **other))
     check_table(judged(quickstart, aj.Oracle("oracle"), nash_md=offline(md, "annotated")))
+
+
+def test_a_checkpoint_is_one_model_whatever_its_path_and_dtype(quickstart, tmp_path):
+    """A judge is refused that asks the folder which the preference model asks, written otherwise."""
+    lm = aj.LoadCheckpoint(str(tmp_path), model=quickstart.stages["base"].model)
+    digest = {"digest": "0123456789abcdef"}
+    stages = {"lm": lm, "again": replace(lm, path=f"{tmp_path}/", compute_dtype="bfloat16")}
+    for stage in stages.values():
+        object.__setattr__(stage, "digest", digest["digest"])
+    context = Context(quickstart.with_stages(**stages), None, "lm", sharding.make_mesh(quickstart.mesh))
+    assert context.exposure("lm").identity == context.exposure("again").identity != frozenset()
 
 
 def test_every_policy_of_the_table_is_asked_for(quickstart):

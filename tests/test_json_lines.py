@@ -142,7 +142,7 @@ FORMS = r"a comparison is \{prompt, first, second, p\} or \{prompt, chosen, reje
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"prompt": "x"}, f"line 2 has no 'p'; {FORMS}; mend it"),
+    ({"prompt": "x"}, f"line 2 has no 'p'; {FORMS}; correct it"),
     ({**PAIR, "first": None, "chosen": "x"}, "line 2 has 'first' without a text"),
     (HH, f"line 2 has no 'prompt'; {FORMS}"),
     ({"prompt": "x", "chosen": "y"}, f"line 2 has no 'rejected'; {FORMS}"),

@@ -148,7 +148,7 @@ def test_a_line_that_is_no_opening_is_named_by_its_number(tmp_path, row, words):
     path = write_openings(tmp_path, [{"prompt": "One.\u2028Two.", "story": 3}, row])
     with pytest.raises(UserError) as error:
         stories.stories_task(path)
-    assert str(error.value) == f"{path}, line 2 {words}; mend it"
+    assert str(error.value) == f"{path}, line 2 {words}; correct it"
 
 
 def test_the_corpus_leaves_out_stories_that_begin_as_held_out_openings_do(tmp_path):
@@ -157,5 +157,5 @@ def test_the_corpus_leaves_out_stories_that_begin_as_held_out_openings_do(tmp_pa
     documents.write_text("Red ran.<|endoftext|>Blue ran.<|endoftext|>Green ran.<|endoftext|>cut o")
     task = stories.stories_task(path, documents=str(documents))
     assert sorted(task.corpus(9, 0)) == ["Blue ran.", "Green ran."]
-    with pytest.raises(UserError, match="stories bring no corpus"):
+    with pytest.raises(UserError, match="stories have no corpus"):
         stories.stories_task(path).corpus(1, 0)

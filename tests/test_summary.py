@@ -96,7 +96,7 @@ def test_a_line_that_is_no_post_is_named_by_its_number(tmp_path, row, words):
     path = write_rows(tmp_path / "a.jsonl", [{"post": "x"}, row])
     with pytest.raises(UserError) as error:
         summary.summary_task(path).source.prompts("train", 1, 0)
-    assert str(error.value) == f"{path}, line 2 {words}; mend it"
+    assert str(error.value) == f"{path}, line 2 {words}; correct it"
 
 
 PUBLISHED = {"info": {"title": "T", "post": "P"}, "summaries": [{"text": " a"}, {"text": "b\n"}], "choice": 1}
@@ -117,7 +117,7 @@ def test_a_comparison_of_another_form_is_named_by_its_number(tmp_path, change):
     context, stage = given(tmp_path, path=path, read=summary.read_tldr_comparison)
     with pytest.raises(UserError) as error:
         stage.check(context)
-    assert str(error.value).startswith(f"pairs: {path}, line 2 has ") and str(error.value).endswith("; mend it")
+    assert str(error.value).startswith(f"pairs: {path}, line 2 has ") and str(error.value).endswith("; correct it")
 
 
 def test_given_pairs_are_the_dataset_that_a_labelling_stage_writes(tmp_path):

@@ -10,6 +10,7 @@ from alignjax.distributed import sharding
 from alignjax.distributed.hosts import Hosts
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation
+from alignjax.pipeline.experiment import Program, programs_of
 from alignjax.pipeline.judges import ModelJudge, Oracle
 from alignjax.pipeline.stages import Tournament, Writing
 from alignjax.pipeline.stages.tournament import read_replies
@@ -284,3 +285,13 @@ def test_a_judge_without_finite_logits_is_refused_by_its_owner():
     judge = judges.model_judge(ask, {}, letters(), form, batch=8, mesh=mesh, owner="table: the judge 'j'")
     with pytest.raises(UserError, match="table: the judge 'j' gives logits that are not finite"):
         judge(["a"], ["b"], ["c"])
+
+
+def test_programs_are_found_by_their_whole_name():
+    """A policy or judge whose name begins or continues another's has programs of its own."""
+    names = ("write md 24 24", "write md 24 80", "write md 24", "write md 80", "judge rater 2", "judge rater")
+    programs = [Program(name, name, (), 0) for name in names]
+    assert [p.name for p in programs_of(programs, "write md 24", (24, 80))] == ["write md 24 24", "write md 24 80"]
+    assert [p.name for p in programs_of(programs, "write md", (24, 80))] == ["write md 24", "write md 80"]
+    assert [p.name for p in programs_of(programs, "judge rater")] == ["judge rater"]
+    assert [p.name for p in programs_of(programs, "judge rater 2")] == ["judge rater 2"]

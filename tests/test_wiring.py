@@ -360,6 +360,33 @@ def test_prompts_that_are_too_long_are_not_trained_on(line):
     assert rows == fitting and batches.figures["too_long"] == len(prompts) - len(fitting)
 
 
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"data": OnlineData(samplers=(aj.mixture(0.25), aj.policy), prompts=10, preference="asked")}, "is not the policy"),
+    ({"data": OnlineData(samplers=(aj.policy,), prompts=10, preference="asked")}, "writes 1 responses"),
+    ({"data": aj.OfflineData("file")}, "responses that the policy has just written"),
+    ({"objective": aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=0.1), bound=1.0)}, None),
+    ({"objective": aj.PreferenceGradient(partial(aj.losses.nash_md, tau=-1.0))}, "must not be negative"),
+])  # fmt: skip
+def test_data_that_an_objective_cannot_learn_from_is_refused_before_anything_runs(line, changes, words):
+    context = Context(line[0].with_stages(wrong=policy_stage(**changes)), line[1], "wrong", mesh())
+    with pytest.raises(UserError, match=words or "reads rewards and 'asked' is no reward model"):
+        context.experiment.stages["wrong"].check(context)
+        context.experiment.stages["wrong"].programs(context)  # the form of a preference model is known here
+
+
+def test_direct_alignment_learns_from_two_of_more_responses(line):
+    direct = aj.DirectAlignment(partial(aj.losses.online_ipo, tau=0.1))
+    data_of_three = OnlineData(samplers=(aj.policy,) * 3, prompts=10, preference="asked", unfinished_loses=False)
+    context = Context(
+        line[0].with_stages(three=policy_stage(objective=direct, data=data_of_three)), line[1], "three", mesh()
+    )
+    context.experiment.stages["three"].check(context)
+    with jax.set_mesh(mesh()):
+        programs = context.experiment.stages["three"].programs(context)
+        learned, _ = jax.eval_shape(programs[-1].function, *programs[-1].arguments)
+    assert learned.step.shape == ()
+
+
 def test_a_resumed_loop_sees_the_batches_that_were_left(tmp_path):
     """Stopped in step 3 after the save of step 2, it goes on with batch 2, and every batch is learned from once."""
     learned, place = [], mesh()

@@ -85,7 +85,7 @@ def _read_index(index: Path) -> dict[str, str]:
         raise UserError(f"{index} is damaged: it has no weight_map of names to files; fetch it again")
     for file in names.values():
         if Path(file).name != file or file == ".." or "\0" in file:
-            raise UserError(f"{index}: shard {file!r} points outside the folder; mend the index")
+            raise UserError(f"{index}: shard {file!r} points outside the folder; correct the index")
         if not file.endswith(".safetensors"):
             raise UserError(f"{index}: shard {file!r} is no safetensors file; convert it to one")
     return names

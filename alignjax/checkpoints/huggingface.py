@@ -51,7 +51,7 @@ def read_config(folder: Path) -> ModelConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a value of a wrong type can raise anything
-        raise UserError(f"{path} holds a value that cannot be ({one_line(error)}); mend it") from None
+        raise UserError(f"{path} has an invalid value ({one_line(error)}); correct it") from None
 
 
 def _transformers_config(folder: Path) -> Any:
@@ -60,7 +60,7 @@ def _transformers_config(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds
         reason = one_line(error)
-        raise UserError(f"{folder / 'config.json'} holds a value that cannot be ({reason}); mend it") from None
+        raise UserError(f"{folder / 'config.json'} has an invalid value ({reason}); correct it") from None
 
 
 def _model_config(folder: Path, raw: dict[str, Any], family: Family, completed: Any) -> ModelConfig:
@@ -117,7 +117,9 @@ def _write_config(folder: Path, config: ModelConfig, options: dict[str, Any]) ->
     written = read_json_object(folder / "config.json") | legacy_rope(config.family, fields)
     (folder / "config.json").write_text(json.dumps(written, indent=2))
     if read_config(folder) != dataclasses.replace(config, compute_dtype="float32", remat="none"):
-        raise UserError(f"this model is not quite a {config.family}: its config.json would not say what it is")
+        raise UserError(
+            f"this model cannot be exported as {config.family}: its config.json has no place for all of its options"
+        )
 
 
 def _exported_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Callable[[], np.ndarray]], str]:
@@ -175,7 +177,7 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
         value = read_json_object(path).get("eos_token_id") if path.exists() else None
         tokens = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token) is int for token in tokens):
-            raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; mend it")
+            raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; correct it")
         if tokens:
             return tuple(tokens)
     return ()

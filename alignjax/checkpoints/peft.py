@@ -173,19 +173,21 @@ def _check_number(path: Path, values: Mapping[str, Any], name: str, kind: Any) -
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
         what = f"{name}={value!r}" if name in values else f"it has no {name!r}, which"
-        raise UserError(f"{path}: {what} must be a positive {'integer' if kind is int else 'number'}; mend it")
+        raise UserError(f"{path}: {what} must be a positive {'integer' if kind is int else 'number'}; correct it")
 
 
 def _check_patterns(path: Path, description: Mapping[str, Any], name: str, kind: Any) -> None:
     """Raises UserError unless the entry ``name`` is a mapping of regular expressions to positive numbers."""
     patterns = description.get(name) or {}
     if not isinstance(patterns, dict):
-        raise UserError(f"{path}: {name}={patterns!r} is no mapping of names to numbers; mend it")
+        raise UserError(f"{path}: {name}={patterns!r} is no mapping of names to numbers; correct it")
     for key in patterns:
         try:
             re.compile(key)
         except re.error as error:
-            raise UserError(f"{path}: {name} has {key!r}, which is no regular expression ({error}); mend it") from None
+            raise UserError(
+                f"{path}: {name} has {key!r}, which is no regular expression ({error}); correct it"
+            ) from None
         _check_number(path, patterns, key, kind)
 
 

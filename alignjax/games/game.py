@@ -56,7 +56,7 @@ def _refuse_entries(p: np.ndarray, wrong: np.ndarray, complaint: str) -> None:
     if wrong.any():
         x, y, z = (int(i) for i in np.argwhere(wrong)[0])
         entry = f"P[{y}, {z}]" if len(p) == 1 else f"P[{x}, {y}, {z}]"
-        raise UserError(f"{entry} = {p[x, y, z]:g} {complaint}; mend that entry")
+        raise UserError(f"{entry} = {p[x, y, z]:g} {complaint}; correct that entry")
 
 
 def _distribution(name: str, weights: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -111,13 +111,18 @@ def describe_code(node: Any, users: tuple[Any, ...] = ()) -> str:
 
 
 def _source(node: Any) -> str:
-    """Returns the source of a function or class; where it is not at hand, as in a notebook, the compiled code."""
-    try:
-        return textwrap.dedent(inspect.getsource(node))
-    except (OSError, TypeError, SyntaxError):
-        members = vars(node).values() if isinstance(node, type) else (node,)
-        functions = [getattr(member, "__func__", member) for member in members]
-        return "".join(_compiled(f.__code__) for f in functions if isinstance(f, FunctionType))
+    """Returns the source of a function, or of the functions and plain values of a class.
+
+    Where the source is not at hand, as in a notebook, it is the compiled code.
+    """
+    if isinstance(node, FunctionType):
+        try:
+            return textwrap.dedent(inspect.getsource(node))
+        except (OSError, TypeError, SyntaxError):
+            return _compiled(node.__code__)
+    members = {name: getattr(member, "__func__", member) for name, member in vars(node).items()}
+    values = [(name, member) for name, member in members.items() if isinstance(member, bool | int | float | str)]
+    return repr(values) + "".join(_source(member) for member in members.values() if isinstance(member, FunctionType))
 
 
 def _compiled(code: CodeType) -> str:

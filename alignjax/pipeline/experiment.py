@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -58,14 +58,15 @@ class Program(NamedTuple):
     resident: Any = ()  # abstract arrays that live at the time and are no argument
 
 
-def programs_of(programs: Iterable[Program], purpose: str) -> tuple[Program, ...]:
-    """Returns the programs with this name: exactly, or followed by a prompt bucket."""
-    return tuple(program for program in programs if re.sub(r" \d+$", "", program.name) == purpose)
+def programs_of(programs: Iterable[Program], name: str, buckets: Sequence[int] = ()) -> tuple[Program, ...]:
+    """Returns the programs with this name; with ``buckets``, those with this name and one of the buckets behind it."""
+    names = {f"{name} {bucket}" for bucket in buckets} or {name}
+    return tuple(program for program in programs if program.name in names)
 
 
-def function_of(programs: Iterable[Program], purpose: str) -> Any:
-    """Returns the jitted function of the programs with this name; buckets share it."""
-    return programs_of(programs, purpose)[0].function
+def function_of(programs: Iterable[Program], name: str, buckets: Sequence[int] = ()) -> Any:
+    """Returns the jitted function of the programs with this name; the buckets share it."""
+    return programs_of(programs, name, buckets)[0].function
 
 
 class Exposure(NamedTuple):

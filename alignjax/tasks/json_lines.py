@@ -84,9 +84,9 @@ def read_rows(path: str, kind: str, read: Callable[[Row], T]) -> list[T]:
             try:
                 rows.append(read(_parse_object(line)))
             except KeyError as error:
-                raise UserError(f"{path}, line {number} has no {error}; mend it") from None
+                raise UserError(f"{path}, line {number} has no {error}; correct it") from None
             except ValueError as error:
-                raise UserError(f"{path}, line {number} {error}; mend it") from None
+                raise UserError(f"{path}, line {number} {error}; correct it") from None
     if not rows:
         raise UserError(f"{path} holds no {kind}; give a JSON-lines file of them")
     return rows

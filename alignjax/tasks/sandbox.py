@@ -49,7 +49,6 @@ SANDBOX_AFFIXES: dict[str, Affixes] = {
 _SCORES: dict[str, Score] = {"harmless": harmless_score, "helpful": helpful_score}
 Means = Mapping[str, float]
 """Attribute -> mean of the latent quality of whoever writes; 0 where it is not named."""
-Generator = np.random.Generator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ class World:
         return questions * openers * (advice + advice**2) * closers
 
 
-def sample_reply(world: World, prompt: str, means: Means, rng: Generator) -> str:
+def sample_reply(world: World, prompt: str, means: Means, rng: np.random.Generator) -> str:
     """Returns a reply to the last question of ``prompt``, by somebody whose latent qualities have these means."""
     harm, help_ = (rng.normal(means.get(name, 0.0)) for name in ("harmless", "helpful"))
     value, choose = partial(_sample_value, world.sharpness, rng), partial(_choose, rng)
@@ -109,19 +108,19 @@ def sample_reply(world: World, prompt: str, means: Means, rng: Generator) -> str
     return " ".join([choose(OPENERS[value(harm)]), *advice, choose(CLOSERS[style, value(harm)])])
 
 
-def _sample_value(sharpness: float, rng: Generator, z: float) -> int:
+def _sample_value(sharpness: float, rng: np.random.Generator, z: float) -> int:
     """Returns v in {-1, 0, 1} with probability proportional to exp(sharpness * z * v)."""
     low, middle, high = math.exp(-sharpness * z), 1.0, math.exp(sharpness * z)
     u = rng.random() * (low + middle + high)
     return 1 if u < high else 0 if u < high + middle else -1
 
 
-def _choose(rng: Generator, options: Sequence[str]) -> str:
+def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     """Returns one of the options, uniformly."""
     return options[int(rng.integers(len(options)))]
 
 
-def _sample_question(world: World, split: str, rng: Generator) -> str:
+def _sample_question(world: World, split: str, rng: np.random.Generator) -> str:
     """Returns a question of the split. Raises UserError when 10,000 draws give none."""
     for _ in range(10_000):
         noun, verb = NOUNS[rng.integers(world.nouns)], VERBS[rng.integers(world.verbs)]
@@ -133,7 +132,7 @@ def _sample_question(world: World, split: str, rng: Generator) -> str:
 
 
 def _sample_open_dialogue(
-    world: World, split: str, rng: Generator, sample_affix: Callable[[], tuple[str, Means]]
+    world: World, split: str, rng: np.random.Generator, sample_affix: Callable[[], tuple[str, Means]]
 ) -> str:
     """Returns one or two questions of the split, ending in "Assistant"; an earlier reply shows its own affix."""
     history = ""
@@ -143,7 +142,7 @@ def _sample_open_dialogue(
     return f"{history}{HUMAN} {_sample_question(world, split, rng)}\n\nAssistant"
 
 
-def _sample_affix(world: World, rng: Generator) -> tuple[str, Means]:
+def _sample_affix(world: World, rng: np.random.Generator) -> tuple[str, Means]:
     """Returns an affix, or "" with probability 1 - ``affixed``, and the latent means of whoever writes under it."""
     if rng.random() >= world.affixed:
         return "", {}
@@ -153,7 +152,7 @@ def _sample_affix(world: World, rng: Generator) -> tuple[str, Means]:
     return f" {pair[side]}", {attribute: world.mean_gap * (0.5 - side)}
 
 
-def _sample_attribute(rng: Generator) -> str:
+def _sample_attribute(rng: np.random.Generator) -> str:
     """Returns "harmless" in three of four draws, else "helpful"."""
     return ("harmless", "helpful")[int(rng.random() < 0.25)]
 
@@ -166,14 +165,14 @@ def sandbox_corpus(world: World, count: int, seed: int) -> list[str]:
     ]
 
 
-def _sample_dialogue(world: World, rng: Generator) -> str:
+def _sample_dialogue(world: World, rng: np.random.Generator) -> str:
     """Returns a dialogue of one or two turns, each with its own affix or none."""
     prompt = _sample_open_dialogue(world, "train", rng, partial(_sample_affix, world, rng))
     affix, means = _sample_affix(world, rng)
     return f"{prompt}{affix}: {sample_reply(world, prompt, means, rng)}\n\n{HUMAN}"
 
 
-def _sample_rater_dialogue(world: World, rng: Generator) -> str:
+def _sample_rater_dialogue(world: World, rng: np.random.Generator) -> str:
     """Returns a prompt, two replies, a question about them and its answer, wrong in a share ``rater_error``."""
     prompt = f"{HUMAN} {_sample_question(world, 'train', rng)}\n\nAssistant:"
     attribute = _sample_attribute(rng)

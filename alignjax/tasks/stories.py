@@ -71,7 +71,9 @@ def stories_corpus(source: Openings, count: int, seed: int) -> Sequence[str]:
     cannot be read.
     """
     if not source.documents:
-        raise UserError("stories bring no corpus to pretrain on; give one, or start from a Pretrained stage")
+        raise UserError(
+            "stories have no corpus to pretrain on; give documents=PATH, or start from a LoadCheckpoint stage"
+        )
     splits = read_openings(source.path, source.digest)
     held_out = tuple({*splits["validation"], *splits["test"]})
     stories = read_stories(source.documents, source.documents_digest)

@@ -88,7 +88,7 @@ class FitPreference:
         return context.derived_exposure(self.start) | pairs | Exposure(measured=measured)
 
     def check(self, context: Context) -> None:
-        """Raises UserError for what is known to fail."""
+        """Raises UserError when batch, adapters, template or ``truth`` do not fit the start and the pairs."""
         self.loop.check(context.name, context.mesh)
         check_adapters(context, self.start, self.lora)
         check_positions(context, self.start, "buckets", max(self.buckets) + 2 * self.response)
@@ -143,7 +143,7 @@ class FitPreference:
         if self.truth:
             self.measured_pairs(context, start.tokenizer)  # refuses them now, not after the training
         learner, parts = self.learner(context)
-        learner = learner._replace(learn=function_of(programs, "learn"))
+        learner = learner._replace(learn=function_of(programs, "learn", self.buckets))
 
         def parameters() -> tuple[Any, Frozen]:
             network = context.load(self.start)

@@ -89,7 +89,9 @@ class Label:
         network, judge = context.load(self.generator), None
         if self.method.judge:
             judge = self.method.judge.open(context, programs_of(programs, "judge"), self.sizes())
-        generate = self.writing.generator(context, network, function_of(programs, "write"), context.key(self.seed))
+        generate = self.writing.generator(
+            context, network, function_of(programs, "write", self.writing.buckets), context.key(self.seed)
+        )
         labeler = Labeler(generate, context.task, judge, context.seed(self.seed))
         folder, size = context.folder / _CHUNKS, 4 * self.writing.batch  # few retries a chunk, and they fill batches
         storage.make_folder(folder)

@@ -63,7 +63,7 @@ class PolicyData(Protocol):
         ...
 
     def check(self, context: Context, objective: Objective) -> None:
-        """Raises UserError for what is known to fail."""
+        """Raises UserError when the objective cannot learn from this data."""
         ...
 
     def exposure(self, context: Context) -> Exposure:
@@ -142,7 +142,7 @@ class OnlineData:
         )  # fmt: skip
 
     def programs(self, context: Context, setup: PolicySetup) -> tuple[Program, ...]:
-        """Returns the programs that collect, one a bucket; where text lies between, those that draw and compare."""
+        """Returns the programs that collect, one a bucket. With two tokenizers one program draws and one compares."""
         network = context.abstract(self.preference)
         frozen = SharedTree(Frozen(setup.parts.base, setup.reference.params, network.all_params))
         rows = sharding.row_sharding(context.mesh)
@@ -197,8 +197,8 @@ class OnlineData:
         """Returns what the loop calls: one compiled program, or two with text between them."""
         network = context.abstract(self.preference)
         if shares_tokens(context.task, setup.start, network):
-            return function_of(programs, "collect")
-        draw, compare = (function_of(programs, name) for name in ("draw", "compare"))
+            return function_of(programs, "collect", setup.buckets)
+        draw, compare = (function_of(programs, name, setup.buckets) for name in ("draw", "compare"))
         policy, preference = setup.start.tokenizer, network.tokenizer
         bridge = TextBridge(
             context.task, policy, preference, stop_tokens(context.task, policy),
@@ -288,7 +288,7 @@ class OfflineData:
         limits, tokenizer = PairLimits(setup.buckets, setup.max_new_tokens), setup.start.tokenizer
         rows, seed = read_stage_pairs(context, self.pairs, "train"), context.seed(setup.seed)
         pairs = pair_batches(rows, tokenizer, context.task, limits, setup.loop.batch, seed)
-        return Batches(pairs.plan, pairs.make_batch, function_of(programs, "collect"), pairs.figures)
+        return Batches(pairs.plan, pairs.make_batch, function_of(programs, "collect", setup.buckets), pairs.figures)
 
 
 def reads_average(policy_data: Any) -> bool:

@@ -69,7 +69,7 @@ class Tournament:
         return Exposure()
 
     def check(self, context: Context) -> None:
-        """Raises UserError for what is known to fail, and where a judge is not held out."""
+        """Raises UserError when writing would fail, a judge is not there, or a judge is not held out."""
         self.writing.check(context, self.split, *self.policies.values(), self.reference)
         for name, judge in self.judges.items():
             judge.check(context)
@@ -180,11 +180,13 @@ class Tournament:
         """Returns the columns of a policy's replies. Without plain sampling no KL is measured."""
         if reference.token_digest != policy.token_digest:
             raise UserError(f"{context.name}: {name!r} and the reference have different tokenizers; use one start")
-        write = function_of(programs, f"write {name}")
+        write = function_of(programs, f"write {name}", self.writing.buckets)
         key = jax.random.fold_in(context.key(self.seed), zlib.crc32(name.encode()) % 2**31)
         generate = self.writing.generator(context, policy, write, key)
         if self.writing.sampling == Sampling():  # filtered or tempered samples estimate no KL
-            generate = dataclasses.replace(generate, score=(function_of(programs, "score"), reference.params))
+            generate = dataclasses.replace(
+                generate, score=(function_of(programs, "score", self.writing.buckets), reference.params)
+            )
         return zip(*(reply for reply in generate(prompts, range(len(prompts)), 0) if reply), strict=True)
 
 

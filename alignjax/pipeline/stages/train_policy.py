@@ -68,7 +68,7 @@ class TrainPolicy:
         return context.derived_exposure(self.start, self.reference) | self.data.exposure(context)
 
     def check(self, context: Context) -> None:
-        """Raises UserError for what is known to fail."""
+        """Raises UserError when the batch, the data, the adapters or the objective do not fit each other."""
         self.loop.check(context.name, context.mesh, self.data.examples)
         self.data.check(context, self.objective)
         for source in (self.start, self.reference):
@@ -118,7 +118,7 @@ class TrainPolicy:
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Trains the policy and writes its network."""
         setup, learner = self.setup(context)
-        learner = learner._replace(learn=function_of(programs, "learn"))
+        learner = learner._replace(learn=function_of(programs, "learn", self.buckets))
         batches = self.data.batches(context, setup, programs)
 
         def parameters() -> tuple[Any, Frozen]:
