@@ -219,7 +219,8 @@ NOISY = {name: {"logits": logits_toward(token, 1.5, 4)} for name, token in WRITT
 
 def functions(samplers, **options):
     parts = types.SimpleNamespace(assemble=all_trained)
-    return {name: jax.jit(f) for name, f in collect_functions(collector(samplers, **options), parts).items()}
+    functions = collect_functions(collector(samplers, **options), parts)
+    return dict(zip(("collect", "draw", "compare"), map(jax.jit, functions), strict=True))
 
 
 def state_at(step, params, average, key=3):

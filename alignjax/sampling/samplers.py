@@ -52,7 +52,7 @@ def mixture(beta: float) -> Sampler:
 
 
 def joint_process(prefill: Prefill, roles: Roles, samplers: Sequence[Sampler], prompt: Prompt) -> Process:
-    """Returns one process over B * K rows; row b * K + k is response k to prompt b.
+    """Returns one process over B * K rows; row b * K + k is response k to prompt b (2312.00886, Eq. 15 and App. F.1).
 
     Each network prefills and steps once for all samplers that read it: Nash-MD takes one pass of 2 B rows of the policy
     and one of B rows of the reference a token. Rows of one prompt stay side by side, so that a sharded batch stays

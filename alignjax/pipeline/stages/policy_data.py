@@ -91,9 +91,7 @@ class OnlineData:
     prompts: int
     preference: str = stage_input(Kind.PREFERENCE)
     unfinished_loses: bool = True  # a response without a stop sequence loses to one with it
-    response: int | None = (
-        None  # the most tokens for a preference model of another tokenizer; None: twice max_new_tokens
-    )
+    response: int | None = None  # the most tokens for a preference model of another tokenizer; None: 2 max_new_tokens
     gather: bool = no_effect(True)  # gather the weights over data and fsdp before writing; False saves memory
 
     def __post_init__(self) -> None:
@@ -145,28 +143,25 @@ class OnlineData:
         """Returns the programs that collect, one a bucket. With two tokenizers one program draws and one compares."""
         network = context.abstract(self.preference)
         frozen = SharedTree(Frozen(setup.parts.base, setup.reference.params, network.all_params))
-        rows = sharding.row_sharding(context.mesh)
-        collector, size = self.collector(context, setup), setup.loop.batch
-        functions = collect_functions(collector, setup.parts)
-        shared = shares_tokens(context.task, setup.start, network)
-        names = ["collect"] if shared else ["draw", "compare"]
-        by_rows = {"collect": 1, "draw": 1, "compare": 3}  # arguments that are sharded by rows
-        jitted = {
-            name: jax.jit(
-                functions[name], in_shardings=(None, None, *[rows] * count), out_shardings=rows, keep_unused=True
-            )
-            for name, count in by_rows.items()
-        }
-        programs: dict[str, list[Program]] = {name: [] for name in names}
-        for length in setup.buckets:
-            prompt, tokens = abstract_tokens(size, length), size * (length + len(self.samplers) * setup.max_new_tokens)
-            arguments: tuple[Any, ...] = (setup.state, frozen, prompt)
-            for name in names:
-                programs[name].append(Program(f"{name} {length}", jitted[name], arguments, tokens))
-                if name == "draw":
-                    view = self.abstract_view(size, length, setup)
-                    arguments = (*arguments, jax.eval_shape(jitted["draw"], *arguments), view)
-        return tuple(program for name in names for program in programs[name])
+        rows, size = sharding.row_sharding(context.mesh), setup.loop.batch
+        functions = collect_functions(self.collector(context, setup), setup.parts)
+        collect, draw, compare = (
+            jax.jit(function, in_shardings=(None, None, *[rows] * batches), out_shardings=rows, keep_unused=True)
+            for function, batches in zip(functions, (1, 1, 3), strict=True)
+        )
+
+        def program(name: str, function: Any, length: int) -> Program:
+            tokens = size * (length + len(self.samplers) * setup.max_new_tokens)
+            return Program(f"{name} {length}", function, (setup.state, frozen, abstract_tokens(size, length)), tokens)
+
+        if shares_tokens(context.task, setup.start, network):
+            return tuple(program("collect", collect, length) for length in setup.buckets)
+        drawing = tuple(program("draw", draw, length) for length in setup.buckets)
+        comparing = []
+        for length, drawn in zip(setup.buckets, drawing, strict=True):
+            samples, view = jax.eval_shape(draw, *drawn.arguments), self.abstract_view(size, length, setup)
+            comparing.append(Program(f"compare {length}", compare, (*drawn.arguments, samples, view), drawn.tokens))
+        return (*drawing, *comparing)
 
     def abstract_view(self, size: int, length: int, setup: PolicySetup) -> PreferenceView:
         """Returns what a preference model of another tokenizer reads, as shapes."""
@@ -213,7 +208,7 @@ class OnlineData:
         return through_text
 
 
-def collect_functions(collector: Collector, parts: TrainedParts) -> dict[str, Callable[..., Any]]:
+def collect_functions(collector: Collector, parts: TrainedParts) -> tuple[Callable[..., Any], ...]:
     """Returns collect, draw and compare as functions of (state, frozen trees, prompt, ...)."""
 
     def collect(state: TrainState, frozen: SharedTree, prompt: Tokens) -> PreferenceBatch:
@@ -228,7 +223,7 @@ def collect_functions(collector: Collector, parts: TrainedParts) -> dict[str, Ca
     ) -> PreferenceBatch:
         return collector.compare(roles_of(state, frozen.tree(), parts.assemble), prompt, samples, view)
 
-    return {"collect": collect, "draw": draw, "compare": compare}
+    return collect, draw, compare
 
 
 def shares_tokens(task: Task, policy: Network, preference: Network) -> bool:
