@@ -3,13 +3,14 @@
 # make parity     : torch and PEFT too, then every model family against them, over freshly drawn models
 # make bucket     : gcsfs and a store on this machine too, then the line with its work in gs://
 # make plan       : libtpu too, then what compiles for TPUs that are not here
+# make mutants    : small wrong changes over the wiring, each of which must turn a test red (half an hour)
 # make install    : the environment alone (.venv); PYTHON= picks another interpreter
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: install quickstart test parity bucket plan lock
+.PHONY: install quickstart test parity bucket plan mutants lock
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml requirements.lock
@@ -50,6 +51,9 @@ $(VENV)/plan: $(VENV)/installed
 
 plan: $(VENV)/plan
 	$(BIN)/python -m pytest tests/test_topology.py tests/test_plan.py -k tpu
+
+mutants: install
+	$(BIN)/python -m tests.mutants
 
 # One lock for every Python and platform: universal markers, newest versions that each allows.
 lock: install

@@ -17,6 +17,7 @@ class Mutant(NamedTuple):
 
 COLLECT, SAMPLERS, LEARN = ("tests/test_collect.py",), ("tests/test_samplers.py",), ("tests/test_learn.py",)
 STAGES, WIRING, LABELING = ("tests/test_stages.py",), ("tests/test_wiring.py",), ("tests/test_labeling.py",)
+HELD_OUT = ("tests/test_held_out.py",)
 LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -73,7 +74,7 @@ MUTANTS = (
     ),
     Mutant(
         "the KL is measured to the policy itself", "alignjax/pipeline/stages/tournament.py",
-        '"score"), reference.params)', '"score"), policy.params)', WIRING,
+        "score=(score, reference.params)", "score=(score, policy.params)", WIRING,
     ),
     Mutant(
         "the example number is not folded into a reply's key", "alignjax/sampling/generate.py",
@@ -134,7 +135,7 @@ MUTANTS = (
     ),
     Mutant(
         "an epoch uses one minibatch again and again", "alignjax/training/learn.py",
-        "x[order[part]]", "x[order[0]]", LEARN,
+        "jnp.asarray(x)[order[part]]", "jnp.asarray(x)[order[0]]", LEARN,
     ),
     Mutant(
         "accumulated parts are one part repeated", "alignjax/training/learn.py",
@@ -166,28 +167,64 @@ MUTANTS = (
     ),
     Mutant(
         "a judge may be fitted to pairs that P was measured on", "alignjax/pipeline/judges.py",
-        "judged.fitted & (trained.fitted | trained.measured)", "judged.fitted & trained.fitted", STAGES,
+        "judged.fitted & (trained.fitted | trained.measured)", "judged.fitted & trained.fitted", HELD_OUT,
     ),
     Mutant(
         "a judge may be the model that a policy was trained against", "alignjax/pipeline/judges.py",
-        "if judged.identity & trained.trained_against:", "if False:", STAGES,
+        "if models & trained.trained_against:", "if False:", HELD_OUT,
     ),
     Mutant(
         "a policy trained offline has seen nothing", _DATA,
         "return context.exposure(self.pairs)",
-        "return Exposure()", STAGES,
+        "return Exposure()", HELD_OUT,
     ),
     Mutant(
-        "an asked model has no identity", "alignjax/pipeline/stages/fit_preference.py",
-        "own = Exposure(identity=frozenset({context.fingerprint(self.start)}))", "own = Exposure()", STAGES,
+        "a judge made from P counts as held out", "alignjax/pipeline/judges.py",
+        "judged.identity | judged.made_from | judged.trained_against", "judged.identity | judged.trained_against",
+        HELD_OUT,
+    ),
+    Mutant(
+        "a judge that P taught counts as held out", "alignjax/pipeline/judges.py",
+        "judged.identity | judged.made_from | judged.trained_against", "judged.identity | judged.made_from", HELD_OUT,
+    ),
+    Mutant(
+        "labels forget who wrote the replies", "alignjax/pipeline/stages/label.py",
+        "trained_against=generator.trained_against | judged.identity", "trained_against=judged.identity", HELD_OUT,
+    ),
+    Mutant(
+        "a policy gradient may learn from anybody's responses", "alignjax/pipeline/stages/policy_data.py",
+        "if self.samplers[k].weights() != {Role.POLICY: 1}", "if False", WIRING,
+    ),
+    Mutant(
+        "a judge runs another judge's program", "alignjax/pipeline/experiment.py",
+        "if program.name in names)", "if program.name.startswith(tuple(names)))", ("tests/test_tournament.py",),
+    ),
+    Mutant(
+        "the code of a user's class is not in the fingerprint", "alignjax/pipeline/description.py",
+        'return described if _is_ours(type(node)) else {**described, "code": describe_code(type(node))}',
+        "return described", ("tests/test_config.py",),
+    ),
+    Mutant(
+        "metrics mix the epochs of a step", "alignjax/training/learn.py", "jnp.mean(x[: schedule.minibatches])",
+        "jnp.mean(x)", LEARN,
+    ),
+    Mutant(
+        "an objective's head is not saved", "alignjax/pipeline/trained_parts.py",
+        "heads = {name: params[name] for name in params.keys() - start.base.keys()}",
+        "heads = {}", WIRING,
+    ),
+    Mutant(
+        "values are not those of the collection", "alignjax/training/collect.py",
+        "lax.stop_gradient(objective.prepare(roles.policy, batch, policy))",
+        "lax.stop_gradient(objective.prepare(roles.reference, batch, policy))", (*COLLECT, *WIRING),
     ),
     Mutant(
         "arms do not share their randomness", "alignjax/pipeline/experiment.py",
-        "kind = type(self.experiment.stages[self.name]).__name__", "kind = self.name", STAGES,
+        "kind = type(self.experiment.stages[self.name]).__name__", "kind = self.name", ("tests/test_train_policy.py",),
     ),
     Mutant(
         "a resumed loop is shifted by a batch", "alignjax/training/loop.py",
-        "run.mesh, start, learner.loop.steps)", "run.mesh, start and start + 1, learner.loop.steps)", LEARN + WIRING,
+        "run.mesh, start, learner.loop.steps)", "run.mesh, start and start + 1, learner.loop.steps)", (*LEARN, *WIRING),
     ),
     Mutant(
         "a prompt's row is taken for its number", _DATA, "pad([ids[kept[i]] for i", "pad([ids[i] for i", WIRING,
@@ -226,6 +263,6 @@ MUTANTS = (
     ),
     Mutant(
         "a trained network is saved without its adapters' base", "alignjax/pipeline/trained_parts.py",
-        "start.shared_base.stage if start.shared_base else start.stage", "start.stage", WIRING + STAGES,
+        "start.shared_base.stage if start.shared_base else start.stage", "start.stage", (*WIRING, *STAGES),
     ),
 )  # fmt: skip

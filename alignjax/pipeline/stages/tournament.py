@@ -184,9 +184,8 @@ class Tournament:
         key = jax.random.fold_in(context.key(self.seed), zlib.crc32(name.encode()) % 2**31)
         generate = self.writing.generator(context, policy, write, key)
         if self.writing.sampling == Sampling():  # filtered or tempered samples estimate no KL
-            generate = dataclasses.replace(
-                generate, score=(function_of(programs, "score", self.writing.buckets), reference.params)
-            )
+            score = function_of(programs, "score", self.writing.buckets)
+            generate = dataclasses.replace(generate, score=(score, reference.params))
         return zip(*(reply for reply in generate(prompts, range(len(prompts)), 0) if reply), strict=True)
 
 
