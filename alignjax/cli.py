@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import io
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 import alignjax
 from alignjax.errors import RUN_AGAIN, RunAgain, UserError, one_line
 from alignjax.pipeline import config
+from alignjax.terminal import prepare_terminal, require_encodable
 
 _STAGE_OR_FOLDER = "a Hugging Face folder, or the folder WORKDIR/NAME of a finished stage"
 
@@ -26,9 +25,9 @@ _STAGE_OR_FOLDER = "a Hugging Face folder, or the folder WORKDIR/NAME of a finis
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, 2 after an error that the user can correct, 75 where the same command
     continues the work."""
-    _prepare_terminal()
+    prepare_terminal()
     try:
-        arguments = build_parser().parse_args(_encodable(sys.argv[1:] if argv is None else argv))
+        arguments = build_parser().parse_args(require_encodable(sys.argv[1:] if argv is None else argv))
         status = arguments.command(arguments)
         sys.stdout.flush()  # here, where a full disk or a closed pipe is answered
         return status
@@ -42,23 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         file = f"{error.filename}: " if error.filename else ""
         print(f"alignjax: {file}{error.strerror or one_line(error)}; correct that and run again", file=sys.stderr)
         return 2
-
-
-def _prepare_terminal() -> None:
-    """Makes output that the terminal cannot show readable, and a warning one line."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    warnings.formatwarning = lambda message, *_, **__: f"alignjax: warning: {one_line(str(message))}\n"
-
-
-def _encodable(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments. Raises UserError on one that is not valid text in the terminal's encoding."""
-    for argument in arguments:
-        if any("\ud800" <= character <= "\udfff" for character in argument):
-            shown = argument.encode("ascii", "replace").decode()
-            raise UserError(f"the argument {shown!r} is not valid UTF-8; write it in UTF-8")
-    return list(arguments)
 
 
 def build_parser() -> argparse.ArgumentParser:

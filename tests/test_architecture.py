@@ -23,6 +23,7 @@ FLOORS = [
     {"reporting"},
     {"pipeline"},
     {"planning"},
+    {"terminal"},
     {"cli"},
     {"__main__"},
 ]
