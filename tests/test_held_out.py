@@ -98,11 +98,11 @@ def labels(q):
     teacher |= {"rated": replace(pairs, method=aj.Judged(aj.ModelJudge("student")), seed=11)}
     yield "it taught P's labeler", aj.ModelJudge("judge"), {**teacher, "nash_md": offline(md, "rated")}
     writer = {"writer": against(md, "judge"), "written": replace(pairs, generator="writer", seed=13)}
-    yield (
-        "the pairs' writer was trained against it",
-        aj.ModelJudge("judge"),
-        {**writer, "nash_md": offline(md, "written")},
-    )
+    writer |= {"nash_md": offline(md, "written")}
+    yield "the pairs' writer was trained against it", aj.ModelJudge("judge"), writer
+    asked = {"rater": replace(base, seed=1), "asked": aj.ZeroShotPreference("rater"), "writer": against(md, "asked")}
+    asked |= {"written": writer["written"], "nash_md": writer["nash_md"]}
+    yield "the pairs' writer was trained against a model without pairs", aj.LanguageModelJudge("rater"), asked
 
 
 def pairs_seen(q, file):
