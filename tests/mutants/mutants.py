@@ -250,7 +250,7 @@ MUTANTS = (
     ),
     Mutant(
         "held-out pairs of a file are trained on", "alignjax/pipeline/stages/load.py",
-        'if row["prompt"] not in last]}', "]}", ("tests/test_stages.py", "tests/test_labeling.py"),
+        'if row["prompt"] not in last]}', "]}", WIRING,
     ),
     Mutant(
         "an empty reply does not lose to a judge", "alignjax/preferences/judges.py",
