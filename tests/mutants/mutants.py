@@ -17,7 +17,7 @@ class Mutant(NamedTuple):
 
 COLLECT, SAMPLERS, LEARN = ("tests/test_collect.py",), ("tests/test_samplers.py",), ("tests/test_learn.py",)
 STAGES, WIRING, LABELING = ("tests/test_stages.py",), ("tests/test_wiring.py",), ("tests/test_labeling.py",)
-HELD_OUT = ("tests/test_held_out.py",)
+BRIDGE, HELD_OUT = ("tests/test_text_bridge.py",), ("tests/test_held_out.py",)
 LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -234,15 +234,16 @@ MUTANTS = (
         "(-1 if self.lowest else 1)", "(1 if self.lowest else -1)", ("tests/test_best.py",),
     ),
     Mutant(
-        "adapters are not scaled", "alignjax/pipeline/trained_parts.py", "params, spec.scale)", "params, 1.0)", WIRING,
+        "adapters are not scaled", "alignjax/pipeline/trained_parts.py", "params, spec.scale)", "params, 1.0)",
+        ("tests/test_export.py",),
     ),
     Mutant(
         "text between tokenizers is not filtered", "alignjax/training/text_bridge.py",
-        'self.task.clean(text) or ""', "text", COLLECT,
+        'self.task.clean(text) or ""', "text", BRIDGE,
     ),
     Mutant(
         "text between tokenizers is not cut", "alignjax/training/text_bridge.py",
-        "row[: self.longest] for row", "row[: self.longest - 1] for row", COLLECT,
+        "row[: self.longest] for row", "row[: self.longest - 1] for row", BRIDGE,
     ),
     Mutant(
         "a preference model is measured on what it was fitted to", "alignjax/pipeline/stages/fit_preference.py",
