@@ -398,6 +398,26 @@ def test_a_damaged_result_is_named(capfd, short_run, tmp_path, part):
     assert not (tmp_path / "w" / "pairs" / "data").exists()
 
 
+@pytest.mark.parametrize(
+    "verb, platform", [("run", "rocm"), ("sample", "rocm"), ("compare", "rocm"), ("sample", "cpuu")]
+)
+def test_a_platform_that_is_not_here_is_named(tmp_path, environment, short_run, verb, platform):
+    base = str(short_run / "base")
+    (tmp_path / "prompts.txt").write_text("A cat\n")
+    words = {
+        "run": [QUICKSTART, "--workdir", str(tmp_path / "w")],
+        "sample": [base, "--prompt", "A cat"],
+        "compare": [base, base, "--prompts", str(tmp_path / "prompts.txt")],
+    }[verb]
+    command = [sys.executable, "-m", "alignjax", verb, *words]
+    asked = {**environment(), "JAX_PLATFORMS": platform}
+    done = subprocess.run(command, env=asked, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("alignjax:")]
+    assert f"JAX_PLATFORMS={platform}" in message and "alignjax[gpu]" in message
+    assert not (tmp_path / "w" / "base").exists()
+
+
 def subprocess_command(folder, *changes):
     """Returns the command that pretrains the base in a process of its own."""
     return [

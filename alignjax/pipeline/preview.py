@@ -50,7 +50,7 @@ class PreviewOptions(NamedTuple):
 
 def one_device_mesh() -> jax.sharding.Mesh:
     """Returns the mesh of the first device."""
-    return sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    return sharding.make_mesh(sharding.Mesh(data=1, fsdp=1, tensor=1), sharding.available_devices()[:1])
 
 
 def open_preview_network(folder: Path, chat: bool) -> Network:
