@@ -23,7 +23,7 @@ FLOORS = [
     {"reporting"},
     {"pipeline"},
     {"planning"},
-    {"terminal"},
+    {"arguments", "terminal"},
     {"cli"},
     {"__main__"},
 ]

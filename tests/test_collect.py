@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import types
 
 import jax
@@ -14,7 +15,15 @@ from alignjax.objectives import keep_batch
 from alignjax.pipeline.stages.policy_data import collect_functions
 from alignjax.preferences.preference_models import PreferenceModel
 from alignjax.sampling.samplers import mixture, moving_average, policy, reference
-from alignjax.training.collect import Collector, Frozen, PreferenceView, complete_batch, hide_tokens, roles_of
+from alignjax.training.collect import (
+    Collector,
+    Frozen,
+    PreferenceView,
+    complete_batch,
+    hide_tokens,
+    is_blank,
+    roles_of,
+)
 from alignjax.training.learn import COLLECT, all_trained, init_state, step_key
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Completion, PreferenceBatch, Process, Response, Role, Roles, Sample
@@ -23,7 +32,7 @@ from tests.enumerated import as_policy
 
 # --- a world of known answers: each network writes its own token, the preference model reads a table ---
 
-VOCABULARY, STOP = 8, 2
+VOCABULARY, STOP, BLANK = 8, 2, 0
 WRITTEN = {"policy": 5, "reference": 6, "average": 7}
 PROMPT = ragged([[1, 3], [4], [3, 3, 1]])
 
@@ -70,7 +79,7 @@ def collector(samplers, *, scored=(0,), compared=((0, 1),), preference=PAIRWISE,
     objective = types.SimpleNamespace(scored=scored, compared=compared, prepare=keep_batch)
     model = types.SimpleNamespace(prefill=prefill)
     scorer = as_policy(log_prob)
-    return Collector(model, samplers, 3, ((STOP,),), unseen, objective, scorer, preference, unfinished_loses)
+    return Collector(model, samplers, 3, ((STOP,),), unseen, (BLANK,), objective, scorer, preference, unfinished_loses)
 
 
 def collect(samplers, roles=SURE, prompt=PROMPT, key=0, **options):
@@ -159,6 +168,38 @@ def test_an_unfinished_response_loses_to_a_finished_one_and_ties_with_another_wh
         np.testing.assert_allclose(strict.reward, [[lost, values[6], lost]] * 3, rtol=1e-6)
         np.testing.assert_allclose(lenient.reward, [[values[5], values[6], values[5]]] * 3, rtol=1e-6)
         assert strict.margin(0, 1).tolist() == [lost] * 3 and strict.margin(0, 2).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("preference", [PAIRWISE, REWARD], ids=["pairwise", "reward"])
+@pytest.mark.parametrize("written", [(STOP, STOP), (BLANK, STOP), (BLANK, BLANK)], ids=["empty", "blank", "no end"])
+def test_a_blank_response_loses_to_every_other_and_ties_with_another(written, preference):
+    """The preference model was fitted on replies with text; what it says of others would be learned as if it were true.
+
+    Here it prefers the blank response, to the reference's with probability 1.
+    """
+    first, second = written
+    roles = SURE._replace(policy={"logits": logits_toward(first, 40.0, second)})
+    fond = {**TABLE, "table": TABLE["table"].at[first].set(50.0).at[:, first].set(-50.0)}
+    roles = roles._replace(preference={**fond, "reward": TABLE["reward"].at[first].set(50.0)})
+    batch = collect(
+        (policy, reference, policy), roles, compared=ALL, preference=preference, unfinished_loses=False, unseen=(STOP,)
+    )
+    assert first_tokens(batch) == [[first] * 3, [6] * 3, [first] * 3]
+    assert [np.unique(batch.probability(i, j)).tolist() for i, j in ALL] == [[0.0], [0.5], [1.0]]
+
+
+def test_a_completion_is_blank_if_only_blank_tokens_and_a_stop_sequence_are_in_it():
+    """All completions of up to four tokens over a vocabulary of five, against the definition on lists."""
+    stop, blank = ((2,), (3, 4)), (0, 1)
+    rows = [list(row) for length in range(5) for row in itertools.product(range(5), repeat=length)]
+
+    def without_stop(row):
+        return [row, *(row[: -len(s)] for s in stop if tuple(row[-len(s) :]) == s)]
+
+    want = [any(set(rest) <= set(blank) for rest in without_stop(row)) for row in rows]
+    np.testing.assert_array_equal(is_blank(ragged(rows, 4), stop, blank), want)
+    np.testing.assert_array_equal(is_blank(ragged(rows, 6), (*stop, (3, 4, 4, 4, 4, 4, 4)), blank), want)
+    assert 30 < sum(want) < len(want) / 2
 
 
 def test_rewards_are_each_response_s_own_and_preferences_follow_them():
@@ -273,8 +314,9 @@ def test_drawing_and_comparing_in_two_programs_is_collecting_in_one():
     compiled = functions((policy, mixture(0.4)), scored=(0, 1))
     state, frozen = state_at(2, NOISY["policy"], {}), SharedTree(Frozen(None, NOISY["reference"], TABLE))
     samples = compiled["draw"](state, frozen, PROMPT)
-    view = PreferenceView(PROMPT, tuple(hide_tokens(s.completion, (STOP,)) for s in samples))
+    view = collector((policy, mixture(0.4))).view(PROMPT, samples)
     two = compiled["compare"](state, frozen, PROMPT, samples, view)
+    assert not np.all(np.stack(view.accepted)) and np.any(np.stack(view.accepted))
     jax.tree.map(np.testing.assert_array_equal, two, compiled["collect"](state, frozen, PROMPT))
     roles = Roles(NOISY["policy"], NOISY["reference"], {}, TABLE)
     direct = collector((policy, mixture(0.4))).draw(roles, PROMPT, step_key(state, COLLECT))
@@ -309,8 +351,9 @@ def test_a_refused_response_loses_to_an_accepted_one_and_ties_with_another():
         SURE, PROMPT, tuple(samples),
     )  # fmt: skip
     assert compare(view).probability(0, 1).tolist() == [1.0, 0.0, 0.5]
-    unasked = compare(dataclasses.replace(view, accepted=None)).probability(0, 1)
-    np.testing.assert_allclose(unasked, [sigmoid(2.0)] * 3, rtol=1e-6)
+    every = jnp.ones(3, bool)
+    asked = compare(dataclasses.replace(view, accepted=(every, every))).probability(0, 1)
+    np.testing.assert_allclose(asked, [sigmoid(2.0)] * 3, rtol=1e-6)
     unfinished = [s._replace(finished=jnp.array([False, True, True])) for s in samples]
     both = collector((policy, policy)).compare(SURE, PROMPT, (unfinished[0], samples[1]), view)
     assert both.probability(0, 1).tolist() == [0.5, 0.0, 0.5]  # accepted and unfinished ties with refused

@@ -100,6 +100,7 @@ def line(experiment, tmp_path_factory):
     """Returns the folder of a whole run, and (stage, program) -> its calls."""
     folder, calls = tmp_path_factory.mktemp("line"), collections.defaultdict(list)
     others = {id(x): x for x in jax.live_arrays()}
+    gc.freeze()  # what other tests left is not looked through again at every call
 
     def recorded(stage, program):
         def call(*arguments):
@@ -119,6 +120,7 @@ def line(experiment, tmp_path_factory):
 
             patch.setattr(kind, "programs", programs)
         run(experiment, folder)
+    gc.unfreeze()
     return folder, dict(calls)
 
 

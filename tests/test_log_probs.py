@@ -242,7 +242,7 @@ def test_an_update_captures_no_array():
         form, policy = pairwise(model, TemplateTokens((14,), (15,), (16,), 9)), policy_functions(model)
         objective = PreferenceGradient(functools.partial(nash_md, tau=0.1))
         samplers, optimizer = (samplers_of.policy, samplers_of.mixture(0.3)), optax.adam(1e-2)
-        collector = Collector(model, samplers, 4, ((2,),), (), objective, policy, form, True)
+        collector = Collector(model, samplers, 4, ((2,),), (), (), objective, policy, form, True)
         learn = make_learn(functools.partial(objective, policy=policy), optimizer)
 
         def step(state, frozen, prompt):

@@ -85,7 +85,7 @@ def nash_md_update(params, other_params):
     score = log_prob(model)
     objective = PreferenceGradient(partial(losses.nash_md, tau=0.1))
     form = pairwise(model, TemplateTokens((14,), (15,), (16,), 9))
-    collector = Collector(model, (policy, mixture(0.3)), 6, ((2,),), (), objective, as_policy(score), form, True)
+    collector = Collector(model, (policy, mixture(0.3)), 6, ((2,),), (), (), objective, as_policy(score), form, True)
     optimizer = optax.adam(1e-2)
     rows = [[3 + i, 4 + i, *range(5, 5 + i % 3)] for i in range(8)]
 

@@ -11,6 +11,7 @@ from alignjax.checkpoints import huggingface
 from alignjax.errors import UserError
 from alignjax.models.log_probs import log_prob
 from alignjax.models.tokenizer import (
+    blank_tokens,
     decode_continuation,
     decode_reply,
     encode_continuation,
@@ -94,6 +95,14 @@ def test_continuations_and_bytes_survive(tmp_path, kind):
     assert tokenizer.encode(prompt) + encode_continuation(tokenizer, " Sing on") == tokenizer.encode(
         prompt + " Sing on"
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokens_without_text_are_those_whose_pieces_are_white_space(tmp_path, kind):
+    tokenizer = opened(KINDS[kind](), tmp_path)
+    pieces = transformers.AutoTokenizer.from_pretrained(tmp_path).convert_ids_to_tokens(range(tokenizer.vocab_size))
+    spaces = {"▁", *(f"<0x{ord(space):02X}>" for space in "\t\n\x0b\x0c\r \x1c\x1d\x1e\x1f")}
+    assert {pieces[token] for token in blank_tokens(tokenizer)} == spaces
 
 
 def test_the_end_token_is_scored_and_kept_where_pad_is_the_same(tmp_path, model, params):

@@ -5,6 +5,7 @@ stages, collectors, adapters, judges, files.
 """
 
 import dataclasses
+import types
 from functools import partial
 from typing import ClassVar
 
@@ -261,6 +262,16 @@ def test_adapters_over_adapters_lie_over_the_first_base(line):
     assert record["shared_base"]["stage"] == "base"
     first, _ = read_metrics(line[1] / "adapted_further" / "metrics.jsonl")
     assert first["kl"] != 0  # it starts where ``adapted`` ended
+
+
+def test_the_tokens_without_text_are_known_where_replies_are_compared(line):
+    """The tokenizer has every byte: those that are white space alone are ten, and its merges are of words."""
+    context = context_of(line, "online")
+    stage, start = line[0].stages["online"], context.abstract("base")
+    setup = types.SimpleNamespace(start=start, max_new_tokens=6, objective=stage.objective, policy=None)
+    spaces = [tokenizer().encode_bare(character) for character in "\t\n\x0b\x0c\r \x1c\x1d\x1e\x1f"]
+    assert [len(ids) for ids in spaces] == [1] * 10
+    assert set(stage.data.collector(context, setup).blank) == {ids[0] for ids in spaces}
 
 
 def test_what_an_adapter_stage_writes_is_what_it_trained(line):

@@ -51,7 +51,8 @@ class Tokenizer(NamedTuple):
 def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
     """Returns a tokenizer for lengths alone, used where a model's own is not available.
 
-    It encodes four bytes of text as one token, always token 0. Its ``save`` raises UserError.
+    It encodes four bytes of text as one token, always token 0, and decodes every token as four bytes. Its ``save``
+    raises UserError.
     """
 
     def encode(text: str) -> list[int]:
@@ -60,7 +61,15 @@ def placeholder_tokenizer(vocab_size: int) -> Tokenizer:
     def save(folder: Path) -> None:
         raise UserError(f"{folder}: a placeholder tokenizer cannot be saved; run with the model's own tokenizer")
 
-    return Tokenizer(encode, encode, lambda ids: "", lambda piece: 0, vocab_size, save, end_tokens=(0,))
+    return Tokenizer(
+        encode,
+        encode,
+        lambda ids: "?" * _BYTES_PER_TOKEN * len(ids),
+        lambda piece: 0,
+        vocab_size,
+        save,
+        end_tokens=(0,),
+    )
 
 
 def with_chat_template(tokenizer: Tokenizer, messages: Callable[[str], Sequence[Message]]) -> Tokenizer:
@@ -120,8 +129,19 @@ def encode_continuation(tokenizer: Tokenizer, text: str) -> list[int]:
 
 def decode_continuation(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """Returns the text of ids that follow other text; a leading space is kept."""
+    return _continuation_decoder(tokenizer)(ids)
+
+
+def _continuation_decoder(tokenizer: Tokenizer) -> Callable[[Iterable[int]], str]:
     anchor_ids = tokenizer.encode_bare(_ANCHORS[0])
-    return tokenizer.decode_all([*anchor_ids, *map(int, ids)]).removeprefix(tokenizer.decode_all(anchor_ids))
+    anchor = tokenizer.decode_all(anchor_ids)
+    return lambda ids: tokenizer.decode_all([*anchor_ids, *map(int, ids)]).removeprefix(anchor)
+
+
+def blank_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the tokens that are white space in the middle of a text, or no text at all."""
+    decode = _continuation_decoder(tokenizer)
+    return tuple(token for token in range(tokenizer.vocab_size) if not decode([token]).strip())
 
 
 def decode_reply(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[Sequence[int]], end: str) -> str:

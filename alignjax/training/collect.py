@@ -54,7 +54,7 @@ class PreferenceView:
 
     prompt: Prompt
     responses: tuple[Completion, ...]  # K of them
-    accepted: tuple[Array, ...] | None = None  # [B] bool each: the task's filter keeps it. None: it was not asked
+    accepted: tuple[Array, ...]  # [B] bool each: it is a reply such as the preference model was fitted on
 
 
 def roles_of(state: TrainState, frozen: Frozen, assemble: Assemble) -> Roles:
@@ -71,6 +71,7 @@ class Collector(NamedTuple):
     max_new_tokens: int
     stop: StopSequences
     unseen: tuple[int, ...]  # stop tokens that the preference model never saw in training
+    blank: tuple[int, ...]  # tokens that are white space, or no text at all
     objective: Objective
     policy: PolicyFunctions
     preference: PreferenceModel
@@ -79,8 +80,7 @@ class Collector(NamedTuple):
     def collect(self, roles: Roles, prompt: Prompt, key: Key) -> PreferenceBatch:
         """Returns the batch, where policy and preference model share a tokenizer."""
         samples = self.draw(roles, prompt, key)
-        responses = tuple(hide_tokens(sample.completion, self.unseen) for sample in samples)
-        return self.compare(roles, prompt, samples, PreferenceView(prompt, responses))
+        return self.compare(roles, prompt, samples, self.view(prompt, samples))
 
     def draw(self, roles: Roles, prompt: Prompt, key: Key) -> tuple[Sample, ...]:
         """Returns one Sample of B rows for each sampler, at temperature 1 and without gradient."""
@@ -91,17 +91,27 @@ class Collector(NamedTuple):
         process = joint_process(prefill, roles, self.samplers, prompt)
         return lax.stop_gradient(draw_responses(process, len(self.samplers), key, self.max_new_tokens, self.stop))
 
+    def view(self, prompt: Prompt, samples: tuple[Sample, ...]) -> PreferenceView:
+        """Returns what the preference model reads, where it shares the policy's tokenizer: all replies but blank ones.
+
+        No label has a blank reply, and judges let one lose. So does training.
+        """
+        responses = tuple(hide_tokens(sample.completion, self.unseen) for sample in samples)
+        accepted = tuple(~is_blank(sample.completion, self.stop, self.blank) for sample in samples)
+        return PreferenceView(prompt, responses, accepted)
+
     def compare(
         self, roles: Roles, prompt: Prompt, samples: tuple[Sample, ...], view: PreferenceView
     ) -> PreferenceBatch:
         """Returns the batch: the responses, how they compare, and their reference log-probs, without gradient.
 
-        A response that met no stop sequence loses to every other where ``unfinished_loses``. So does one that the view
-        says the task's filter refuses, which is asked where text lies between two tokenizers. Two such tie.
+        A response that the view does not accept loses to every other. So does one that met no stop sequence, where
+        ``unfinished_loses``. Two such tie.
         """
-        valid = [sample.finished | (not self.unfinished_loses) for sample in samples]
-        if view.accepted is not None:
-            valid = [a & b for a, b in zip(valid, view.accepted, strict=True)]
+        valid = [
+            accepted & (sample.finished | (not self.unfinished_loses))
+            for sample, accepted in zip(samples, view.accepted, strict=True)
+        ]
         reward = rewards(self.preference, roles.preference, view) if self.preference.reward else None
         p = {
             (i, j): override_invalid(probability(self.logit(roles.preference, view, reward, i, j)), valid[i], valid[j])
@@ -150,6 +160,23 @@ def hide_tokens(completion: Completion, tokens: tuple[int, ...]) -> Completion:
     """Returns the completion with these tokens masked: stop tokens that the preference model never saw in training."""
     shown = ~jnp.isin(completion.tokens, jnp.asarray(tokens, jnp.int32))
     return Completion(completion.tokens, completion.mask & shown)
+
+
+def is_blank(completion: Completion, stop: StopSequences, blank: tuple[int, ...]) -> Array:
+    """Returns whether a completion [B, T] has no text: ``blank`` tokens alone, or those and a stop sequence, [B] bool.
+
+    The real tokens stand at the left of every row.
+    """
+    position, count = jnp.arange(completion.tokens.shape[1])[None], jnp.sum(completion.mask, -1, keepdims=True)
+    text = completion.mask & ~jnp.isin(completion.tokens, jnp.asarray(blank, jnp.int32))
+
+    def blank_before(ending: tuple[int, ...]) -> Array:
+        start = count - len(ending)  # [B, 1]
+        tail = jnp.take_along_axis(completion.tokens, start + jnp.arange(len(ending))[None], 1, mode="clip")
+        ends_so = (start[:, 0] >= 0) & jnp.all(tail == jnp.asarray([ending], jnp.int32), -1)
+        return ends_so & ~jnp.any(text & (position < start), -1)
+
+    return jnp.any(jnp.stack([blank_before(ending) for ending in ((), *stop)]), 0)
 
 
 def override_invalid(p: Array, first: Array, second: Array) -> Array:

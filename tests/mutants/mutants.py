@@ -48,12 +48,20 @@ MUTANTS = (
         "hide_tokens(sample.completion, self.unseen)", "hide_tokens(sample.completion, ())", COLLECT,
     ),
     Mutant(
+        "a blank response does not lose", "alignjax/training/collect.py",
+        "~is_blank(sample.completion, self.stop, self.blank)",
+        "sample.completion.mask[:, 0] | sample.completion.mask[:, 0]", COLLECT,
+    ),
+    Mutant(
+        "white space is a reply", _DATA, "blank_tokens(tokenizer), setup.objective", "(), setup.objective", WIRING,
+    ),
+    Mutant(
         "an unfinished response does not lose", "alignjax/training/collect.py",
-        "sample.finished | (not self.unfinished_loses)", "sample.finished | True", COLLECT,
+        "accepted & (sample.finished | (not self.unfinished_loses))", "accepted & (sample.finished | True)", COLLECT,
     ),
     Mutant(
         "a refused response does not lose", "alignjax/training/collect.py",
-        "valid = [a & b for a, b in", "valid = [a for a, b in", COLLECT,
+        "accepted & (sample.finished", "(sample.finished", COLLECT,
     ),
     Mutant(
         "a response that loses outright keeps its reward", "alignjax/training/collect.py",

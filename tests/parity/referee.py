@@ -71,6 +71,15 @@ def compute(model: Any, prompts: list[list[int]], completions: np.ndarray) -> Ou
     return Outputs(*stacked, *(np.stack(part) for part in zip(*greedy, strict=True)), memory)
 
 
+@torch.no_grad()
+def compute_logits(model: Any, prompts: list[list[int]], completions: np.ndarray) -> np.ndarray:
+    """Returns the logits [B, N, V] of completions [B, N], or the score [B, 1] of prompts by a reward model."""
+    if type(model).__name__.endswith("SequenceClassification"):
+        return np.stack([model(input_ids=torch.tensor([prompt])).logits[0].numpy() for prompt in prompts])
+    row = encoded_row if model.config.is_encoder_decoder else decoder_row
+    return np.stack([row(model, *pair)[0] for pair in zip(prompts, completions, strict=True)])
+
+
 def decoder_row(model: Any, prompt: list[int], completion: np.ndarray) -> tuple[np.ndarray, ...]:
     """Returns logits [N, V] and last hidden states [N, D] of one completion."""
     out = model(input_ids=torch.tensor([[*prompt, *completion.tolist()]]), output_hidden_states=True)

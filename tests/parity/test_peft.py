@@ -12,7 +12,6 @@ import numpy as np
 import peft as theirs
 import pytest
 import safetensors.numpy
-import torch
 
 from alignjax.checkpoints import peft
 from alignjax.models import lora
@@ -38,11 +37,9 @@ TARGETS = {
 }
 
 
-@torch.no_grad()
 def peft_logits(adapted, model):
     """Returns PEFT's logits [B, N, V], row by row without padding."""
-    compute_row = referee.encoded_row if model.model.config.is_encoder_decoder else referee.decoder_row
-    return np.stack([compute_row(adapted, *row)[0] for row in zip(model.prompts, model.completion, strict=True)])
+    return referee.compute_logits(adapted, model.prompts, model.completion)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import jax
 from alignjax.distributed import sharding
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, no_effect, stage_input
-from alignjax.models.tokenizer import encode_prompt, pad
+from alignjax.models.tokenizer import blank_tokens, encode_prompt, pad
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_stage_pairs
@@ -135,8 +135,8 @@ class OnlineData:
                             "model; fit it with form=bradley_terry")  # fmt: skip
         return Collector(
             writing_model(setup.start.model, self.gather), self.samplers, setup.max_new_tokens,
-            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), setup.objective, setup.policy, form,
-            self.unfinished_loses,
+            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), blank_tokens(tokenizer), setup.objective,
+            setup.policy, form, self.unfinished_loses,
         )  # fmt: skip
 
     def programs(self, context: Context, setup: PolicySetup) -> tuple[Program, ...]:
