@@ -8,7 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-JOBS ?= 2
+# More than cores: the tests of several processes mostly wait.
+JOBS ?= 3
 
 .PHONY: install quickstart test parity bucket plan mutants lock
 install: $(VENV)/installed
@@ -28,11 +29,14 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# The referees. pip, and not uv, because it takes a torch that the machine offers for its CPU.
+# The referees. pip, and not uv, because it takes a torch that the machine offers for its CPU. An older transformers
+# lies in a folder of its own, for one process that has it first on its path.
 TORCH ?= torch==2.13.0
+OLDER := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 $(VENV)/parity: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock "peft>=0.21"
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/older --upgrade $(OLDER)
 	touch $@
 
 parity: $(VENV)/parity

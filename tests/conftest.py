@@ -1,6 +1,7 @@
 """Eight emulated devices, float32 matmuls, no network; small compiled fixtures shared by the tests."""
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -68,6 +69,12 @@ def pytest_unconfigure():
 def pytest_collection_modifyitems(items):
     """Puts the slowest file first, so that parallel processes end at the same time."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what is imported, which stays; tracing makes and drops many objects at once."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

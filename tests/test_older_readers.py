@@ -5,6 +5,7 @@ import json
 import pytest
 
 from alignjax.checkpoints import huggingface
+from alignjax.errors import UserError
 from tests.test_checkpoint_errors import edit
 from tests.test_families import NAMES, TOKENIZER, checkpoint
 from tests.test_faults import write_base
@@ -45,3 +46,14 @@ def test_a_tokenizer_is_saved_in_words_that_both_versions_know(tmp_path):
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert written["additional_special_tokens"] == ["Human:"] and "extra_special_tokens" not in written
     assert huggingface.read_tokenizer(tmp_path / "out").encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+def test_a_tokenizer_that_would_be_read_as_another_is_not_exported(tmp_path):
+    """transformers 5 splits the texts of a Qwen 2 by Qwen's rules, whatever its folder says."""
+    config, params = checkpoint("qwen2")
+    tokenizer = huggingface.read_tokenizer(write_base(tmp_path / "base"))
+    with pytest.raises(UserError, match="reads the tokenizer of a qwen2 folder as Qwen2Tokenizer, which splits texts"):
+        huggingface.write_folder(tmp_path / "a", config, params, tokenizer)
+    assert not (tmp_path / "a").exists()
+    config, params = checkpoint("llama2")
+    huggingface.write_folder(tmp_path / "a", config, params, tokenizer)

@@ -87,7 +87,8 @@ def write_folder(
     ``max_shard_bytes`` each, with an index when there are several. A "reward" head in ``params`` is written as the
     ``score`` of the family's sequence classification.
 
-    Raises UserError when the folder exists, or when its family's config.json cannot describe the model.
+    Raises UserError when the folder exists, when its family's config.json cannot describe the model, and when
+    transformers would read another tokenizer from it.
     """
     tensors, architecture = _exported_tensors(config, params)
     with new_folder(folder) as partial:
@@ -96,6 +97,7 @@ def write_folder(
         options |= {"num_labels": 1} if "reward" in params else {}
         _write_config(partial, config, options | dict(tokenizer.specials))
         tokenizer.save(partial)
+        _check_tokenizer(partial, config.family)
         generation = dict(tokenizer.specials) | (
             {"eos_token_id": list(tokenizer.end_tokens)} if tokenizer.end_tokens else {}
         )
@@ -120,6 +122,20 @@ def _write_config(folder: Path, config: ModelConfig, options: dict[str, Any]) ->
         raise UserError(
             f"this model cannot be exported as {config.family}: its config.json has no place for all of its options"
         )
+
+
+def _check_tokenizer(folder: Path, family: str) -> None:
+    """Raises UserError when transformers reads another tokenizer from the folder than was saved.
+
+    For some families it takes the family's own rules of splitting texts, whatever the folder says.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        reader = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        saved, read = read_json_object(path), json.loads(reader.backend_tokenizer.to_str())
+        if any(saved.get(part) != read.get(part) for part in ("normalizer", "pre_tokenizer")):
+            raise UserError(f"transformers reads the tokenizer of a {family} folder as {type(reader).__name__}, which "
+                            "splits texts in another way; train the model with the family's own tokenizer")  # fmt: skip
 
 
 def _exported_tensors(config: ModelConfig, params: Params) -> tuple[dict[str, Callable[[], np.ndarray]], str]:
