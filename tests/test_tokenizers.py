@@ -102,7 +102,9 @@ def test_the_tokens_without_text_are_those_whose_pieces_are_white_space(tmp_path
     tokenizer = opened(KINDS[kind](), tmp_path)
     pieces = transformers.AutoTokenizer.from_pretrained(tmp_path).convert_ids_to_tokens(range(tokenizer.vocab_size))
     spaces = {"▁", *(f"<0x{ord(space):02X}>" for space in "\t\n\x0b\x0c\r \x1c\x1d\x1e\x1f")}
-    assert {pieces[token] for token in blank_tokens(tokenizer)} == spaces
+    assert {pieces[token] for token in blank_tokens(tokenizer, tokenizer.vocab_size)} == spaces
+    beyond = tuple(range(tokenizer.vocab_size, tokenizer.vocab_size + 2))  # a model may have such tokens
+    assert blank_tokens(tokenizer, tokenizer.vocab_size + 2)[-2:] == beyond
 
 
 def test_the_end_token_is_scored_and_kept_where_pad_is_the_same(tmp_path, model, params):

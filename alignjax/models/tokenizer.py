@@ -138,10 +138,14 @@ def _continuation_decoder(tokenizer: Tokenizer) -> Callable[[Iterable[int]], str
     return lambda ids: tokenizer.decode_all([*anchor_ids, *map(int, ids)]).removeprefix(anchor)
 
 
-def blank_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Returns the tokens that are white space in the middle of a text, or no text at all."""
+def blank_tokens(tokenizer: Tokenizer, count: int) -> tuple[int, ...]:
+    """Returns those of the first ``count`` tokens that are white space in the middle of a text, or no text at all.
+
+    A model may have more tokens than its tokenizer; those are no text. White space that takes several tokens, such as
+    U+3000 in bytes, is not found.
+    """
     decode = _continuation_decoder(tokenizer)
-    return tuple(token for token in range(tokenizer.vocab_size) if not decode([token]).strip())
+    return tuple(token for token in range(count) if not decode([token]).strip())
 
 
 def decode_reply(tokenizer: Tokenizer, ids: Sequence[int], stop: Sequence[Sequence[int]], end: str) -> str:

@@ -54,7 +54,9 @@ class PreferenceView:
 
     prompt: Prompt
     responses: tuple[Completion, ...]  # K of them
-    accepted: tuple[Array, ...]  # [B] bool each: it is a reply such as the preference model was fitted on
+    accepted: tuple[
+        Array, ...
+    ]  # [B] bool each. With one tokenizer: it is not blank. With two: the task's filter keeps it
 
 
 def roles_of(state: TrainState, frozen: Frozen, assemble: Assemble) -> Roles:
@@ -92,9 +94,9 @@ class Collector(NamedTuple):
         return lax.stop_gradient(draw_responses(process, len(self.samplers), key, self.max_new_tokens, self.stop))
 
     def view(self, prompt: Prompt, samples: tuple[Sample, ...]) -> PreferenceView:
-        """Returns what the preference model reads, where it shares the policy's tokenizer: all replies but blank ones.
+        """Returns what the preference model reads, where it shares the policy's tokenizer.
 
-        No label has a blank reply, and judges let one lose. So does training.
+        Blank responses are not accepted, because no label has one. Others that the task's filter would refuse are.
         """
         responses = tuple(hide_tokens(sample.completion, self.unseen) for sample in samples)
         accepted = tuple(~is_blank(sample.completion, self.stop, self.blank) for sample in samples)
@@ -163,9 +165,9 @@ def hide_tokens(completion: Completion, tokens: tuple[int, ...]) -> Completion:
 
 
 def is_blank(completion: Completion, stop: StopSequences, blank: tuple[int, ...]) -> Array:
-    """Returns whether a completion [B, T] has no text: ``blank`` tokens alone, or those and a stop sequence, [B] bool.
+    """Returns whether only ``blank`` tokens stand in a completion [B, T] before its end or its stop sequence, [B] bool.
 
-    The real tokens stand at the left of every row.
+    Text inside the stop sequence does not count. The real tokens stand at the left of every row.
     """
     position, count = jnp.arange(completion.tokens.shape[1])[None], jnp.sum(completion.mask, -1, keepdims=True)
     text = completion.mask & ~jnp.isin(completion.tokens, jnp.asarray(blank, jnp.int32))

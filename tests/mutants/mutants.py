@@ -53,7 +53,8 @@ MUTANTS = (
         "sample.completion.mask[:, 0] | sample.completion.mask[:, 0]", COLLECT,
     ),
     Mutant(
-        "white space is a reply", _DATA, "blank_tokens(tokenizer), setup.objective", "(), setup.objective", WIRING,
+        "white space is a reply", _DATA, "unseen_stops(task, tokenizer), blank, setup",
+        "unseen_stops(task, tokenizer), (), setup", WIRING,
     ),
     Mutant(
         "an unfinished response does not lose", "alignjax/training/collect.py",

@@ -231,7 +231,7 @@ class LoadPairs:
         return ()
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
-        """Writes the dataset. A prompt stands on one side of the split alone."""
+        """Writes the dataset; returns its figures. All pairs of a prompt are in one split."""
         found = self.rows(context)
         rows = [dict(zip(data.PAIR_FEATURES, pair, strict=True)) for pair in found if pair]
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))

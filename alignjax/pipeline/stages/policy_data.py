@@ -133,10 +133,11 @@ class OnlineData:
         if setup.objective.rewarded and form.reward is None:
             raise UserError(f"{context.name}: the objective reads rewards and {self.preference!r} is no reward "
                             "model; fit it with form=bradley_terry")  # fmt: skip
+        blank = blank_tokens(tokenizer, setup.start.model.config.vocab_size)
         return Collector(
             writing_model(setup.start.model, self.gather), self.samplers, setup.max_new_tokens,
-            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), blank_tokens(tokenizer), setup.objective,
-            setup.policy, form, self.unfinished_loses,
+            stop_tokens(task, tokenizer), unseen_stops(task, tokenizer), blank, setup.objective, setup.policy, form,
+            self.unfinished_loses,
         )  # fmt: skip
 
     def programs(self, context: Context, setup: PolicySetup) -> tuple[Program, ...]:
