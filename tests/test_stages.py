@@ -4,7 +4,6 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from alignjax.distributed import sharding
 from alignjax.errors import UserError
 from alignjax.fields import Kind
 from alignjax.pipeline.config import load, load_module
-from alignjax.pipeline.experiment import Context, Exposure, order
+from alignjax.pipeline.experiment import Context, order
 from alignjax.pipeline.stages import fit_preference as fit
 from alignjax.pipeline.stages import pair_batches
 from alignjax.pipeline.stages.pretrain import pack_documents
@@ -26,6 +25,7 @@ from alignjax.tasks.task import Format
 from alignjax.training import collect
 from alignjax.training.optimizer import Adam
 from tests.conftest import ragged
+from tests.test_inputs import Own
 
 FILE = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 
@@ -86,33 +86,10 @@ def test_pairs_too_long_to_train_on_are_not_measured_either(experiment, monkeypa
         stage.measured_pairs(context, tokenizer)
 
 
-@dataclasses.dataclass(frozen=True)
-class Own:
-    """A policy of one's own that says nothing about its network."""
-
-    makes: ClassVar[Kind] = Kind.POLICY
-    meanings: ClassVar[dict] = {}
-
-    def check(self, context):
-        pass
-
-    def network(self, context):
-        return None
-
-    def exposure(self, context):
-        return Exposure()
-
-    def programs(self, context):
-        return ()
-
-    def run(self, context, programs):
-        return {}
-
-
 def test_a_stage_that_does_not_say_what_it_makes_is_trusted_until_its_network_is_needed(experiment):
     table = dataclasses.replace(experiment.stages["table"], reference="own", policies={"own": "own"})
     fit = dataclasses.replace(experiment.stages["preference"], start="own")
-    extended = experiment.with_stages(own=Own(), table=table, preference=fit)
+    extended = experiment.with_stages(own=Own(Kind.POLICY), table=table, preference=fit)
     for name in order(extended.stages):
         extended.stages[name].check(context_of(extended, name))
     with pytest.raises(
