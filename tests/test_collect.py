@@ -170,8 +170,11 @@ def test_an_unfinished_response_loses_to_a_finished_one_and_ties_with_another_wh
         assert strict.margin(0, 1).tolist() == [lost] * 3 and strict.margin(0, 2).tolist() == [0.0] * 3
 
 
-@pytest.mark.parametrize("preference", [PAIRWISE, REWARD], ids=["pairwise", "reward"])
-@pytest.mark.parametrize("written", [(STOP, STOP), (BLANK, STOP), (BLANK, BLANK)], ids=["empty", "blank", "no end"])
+@pytest.mark.parametrize(
+    ("written", "preference"),
+    [((STOP, STOP), PAIRWISE), ((BLANK, STOP), REWARD), ((BLANK, BLANK), PAIRWISE)],
+    ids=["empty", "blank, by rewards", "blank without end"],
+)
 def test_a_blank_response_loses_to_every_other_and_ties_with_another(written, preference):
     """The preference model was fitted on replies with text; what it says of others would be learned as if it were true.
 
