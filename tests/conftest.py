@@ -67,8 +67,8 @@ def pytest_unconfigure():
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the slowest file first, so that parallel processes end at the same time."""
-    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+    """Puts the slowest files first, so that parallel processes end at the same time."""
+    items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_hosts.py"))
 
 
 def pytest_collection_finish():
