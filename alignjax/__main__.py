@@ -23,7 +23,8 @@ def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     interpreter while threads are at work.
     """
     cause = "interrupted" if number == signal.SIGINT else "preempted"
-    os.write(2, f"\nalignjax: {cause}; the same command goes on from the last save\n".encode())
+    advice = "; the same command goes on from the last save" if sys.argv[1:2] == ["run"] else ""
+    os.write(2, f"\nalignjax: {cause}{advice}\n".encode())
     os._exit(130 if number == signal.SIGINT else 75)
 
 

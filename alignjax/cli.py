@@ -6,6 +6,7 @@ Modules that import JAX are imported inside the commands, so that help and usage
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import os
 import sys
@@ -30,15 +31,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a full disk or a closed pipe is answered
         return status
     except (UserError, RunAgain) as error:
-        print(f"alignjax: {one_line(error)}", file=sys.stderr)
+        _complain(one_line(error))
         return _exit_status(error)
     except BrokenPipeError:  # the reader of our output has ended: `alignjax ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes it at exit)
         return 0
     except OSError as error:
         file = f"{error.filename}: " if error.filename else ""
-        print(f"alignjax: {file}{error.strerror or one_line(error)}; correct that and run again", file=sys.stderr)
+        _complain(f"{file}{error.strerror or one_line(error)}; correct that and run again")
         return 2
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        _complain(f"out of memory ({one_line(error)[:120]}); make batches, prompts or new tokens fewer or shorter, or "
+                  "use more devices")  # fmt: skip
+        return 2
+
+
+def _complain(message: str) -> None:
+    """Prints a line to stderr. Where stderr cannot be written, the exit status alone tells of the error."""
+    with contextlib.suppress(OSError):
+        print(f"alignjax: {message}", file=sys.stderr, flush=True)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether Python or JAX found no memory. JAX's error is told by its name, so that help imports no JAX."""
+    is_jax = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    return is_jax or isinstance(error, MemoryError)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -87,9 +106,10 @@ def table_command(arguments: argparse.Namespace) -> int:
     """Shows the tables of a finished run and writes its report again."""
     if arguments.help:
         return show_settings(arguments.file, _settings(arguments))
-    from alignjax.distributed import storage
+    from alignjax.distributed import sharding, storage
     from alignjax.pipeline import run
 
+    sharding.available_devices()  # raises UserError where there are none
     experiment, workdir = load_experiment(arguments.file, _settings(arguments)), _workdir(arguments)
     with storage.bucket_errors(workdir):
         run.show_report(experiment, workdir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -11,7 +12,8 @@ from alignjax.errors import UserError, one_line
 
 
 def prepare_terminal() -> None:
-    """Makes output that the terminal cannot show readable, and a warning one line."""
+    """Makes output that the terminal cannot show readable, and a warning one line. A closed output is no output."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

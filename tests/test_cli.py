@@ -13,7 +13,9 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.errors import JaxRuntimeError
 
+from alignjax import cli
 from alignjax.checkpoints import huggingface
 from alignjax.cli import main
 from alignjax.errors import UserError
@@ -399,13 +401,14 @@ def test_a_damaged_result_is_named(capfd, short_run, tmp_path, part):
 
 
 @pytest.mark.parametrize(
-    "verb, platform", [("run", "rocm"), ("sample", "rocm"), ("compare", "rocm"), ("sample", "cpuu")]
+    "verb, platform", [("run", "rocm"), ("table", "rocm"), ("sample", "rocm"), ("compare", "cpuu")]
 )
 def test_a_platform_that_is_not_here_is_named(tmp_path, environment, short_run, verb, platform):
     base = str(short_run / "base")
     (tmp_path / "prompts.txt").write_text("A cat\n")
     words = {
         "run": [QUICKSTART, "--workdir", str(tmp_path / "w")],
+        "table": [QUICKSTART, "--workdir", str(tmp_path / "w")],
         "sample": [base, "--prompt", "A cat"],
         "compare": [base, base, "--prompts", str(tmp_path / "prompts.txt")],
     }[verb]
@@ -424,6 +427,32 @@ def subprocess_command(folder, *changes):
         sys.executable, "-m", "alignjax", "run", QUICKSTART, "--workdir", str(folder), "--only", "base",
         *settings(*SHORT, *changes),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room for 9 TB"), JaxRuntimeError("RESOURCE_EXHAUSTED: 9 TB")])
+def test_too_little_memory_is_reported_in_one_line(capfd, monkeypatch, error):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setitem(cli.COMMANDS, "export", fail)
+    answer = refused(capfd, "export", "a", "b")
+    assert answer.startswith("alignjax: out of memory (") and "9 TB); make batches" in answer
+
+
+def test_an_export_to_a_full_disk_is_reported_in_one_line(tmp_path, environment, short_run):
+    command = [sys.executable, "-m", "alignjax", "export", str(short_run / "base"), str(tmp_path / "out")]
+    limited = ["bash", "-c", 'ulimit -f 50; exec "$@"', "limited", *command]
+    done = subprocess.run(limited, env=environment(), capture_output=True, text=True, timeout=300)
+    (message,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "cannot be written (" in message and not list(tmp_path.iterdir())
+
+
+def test_a_closed_output_is_no_output(environment, short_run):
+    for redirection, status in ((">&-", 0), ("2>/dev/full", 2)):
+        words = f'"{sys.executable}" -m alignjax table {QUICKSTART} --help {redirection}'
+        words = words if status == 0 else words.replace("--help", "--workdir /nowhere")
+        done = subprocess.run(["bash", "-c", words], env=environment(), capture_output=True, text=True, timeout=60)
+        assert done.returncode == status and "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_reported_in_one_line(tmp_path, environment):

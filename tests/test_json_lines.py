@@ -74,7 +74,7 @@ def test_half_a_character_is_refused_before_anything_runs(tmp_path):
 
 
 @every_reader
-@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_no_text(tmp_path, read, row, field, codec):
     (tmp_path / "plain.jsonl").write_text(lines(row))
     (tmp_path / "marked.jsonl").write_bytes(lines(row).encode(codec))

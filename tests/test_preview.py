@@ -1,7 +1,11 @@
 """``alignjax sample`` and ``alignjax compare`` show what the model draws."""
 
+import dataclasses
 import io
 import json
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import jax
@@ -16,6 +20,7 @@ from alignjax.pipeline import preview
 from alignjax.pipeline.preview import PreviewOptions
 from alignjax.sampling.process import Sampling, sample
 from alignjax.tasks.json_lines import read_prompts
+from tests.test_checkpoint_errors import edit
 from tests.test_export import LLAMA, T5, TEXTS, build
 
 
@@ -50,6 +55,54 @@ def test_the_streamed_text_is_what_the_sampler_draws(folders, name):
     assert streamed == expected or expected[len(streamed) :].startswith("�")  # a half character is never written
 
 
+class Full(io.StringIO):
+    """An output that has room for four writes."""
+
+    writes = 0
+
+    def write(self, text):
+        self.writes += 1
+        if self.writes > 4:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+def test_the_model_stops_writing_where_nobody_reads(folders, capfd):
+    """A million tokens would take minutes. What JAX logs of the failed callback is not shown."""
+    network, out = preview.open_preview_network(folders / "llama", chat=False), Full()
+    network = dataclasses.replace(network, tokenizer=network.tokenizer._replace(end_tokens=()))
+    with pytest.raises(OSError, match="No space left"), pytest.warns(UserWarning, match="context|no end token"):
+        preview.stream(network, "Human: may I", PreviewOptions(None, 10**6), out)
+    assert out.writes == 5 and capfd.readouterr().err == ""
+
+
+def test_a_signal_is_answered_while_jax_computes():
+    count, answered = jax.jit(lambda n: jax.lax.fori_loop(0, n, lambda i, x: x * 0.5 + i, 1.0)), []
+    count(1)
+    before = signal.signal(signal.SIGALRM, lambda *_: answered.append(time.monotonic()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        preview.interruptible(lambda: count(3 * 10**7))
+        end = time.monotonic()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert end - answered[0] > 0.05  # not at the end of the computation
+
+
+def test_both_commands_warn_of_a_context_that_is_too_short(folders, tmp_path, capfd):
+    short = tmp_path / "short"
+    shutil.copytree(folders / "llama", short)
+    edit(short / "config.json", max_position_embeddings=16)
+    (tmp_path / "prompts.txt").write_text("Human: sing\n")
+    options, prompts = ["--max-new-tokens", "14"], str(tmp_path / "prompts.txt")
+    for argv in (
+        ["sample", str(short), "--prompt", "Human: sing"],
+        ["compare", str(folders / "llama"), str(short), "--prompts", prompts],
+    ):
+        with pytest.warns(UserWarning, match="14 new ones exceed the 16 tokens of context that short was trained on"):
+            assert main([*argv, *options]) == 0
+
+
 def test_half_characters_are_not_written_nor_anything_after_an_end_token(folders):
     tokenizer = huggingface.read_tokenizer(folders / "llama")
     out = io.StringIO()
@@ -81,6 +134,8 @@ def test_compare_shows_both_sides_of_every_prompt(folders, tmp_path, capfd):
     [
         (("sample", "{nowhere}", "--prompt", "x"), "config.json"),
         (("sample", "{llama}", "--prompt", "x", "--top-p", "0"), "top_p"),
+        (("sample", "{llama}", "--prompt", "x", "--temperature", "1e-38"), "temperature=1e-38"),
+        (("sample", "{llama}", "--prompt", "x", "--temperature", "1e30"), "temperature=1e+30"),
         (("sample", "{llama}", "--prompt", "x", "--max-new-tokens", "0"), "max-new-tokens"),
         (("sample", "{llama}", "--prompt", "x", "--chat"), "no chat template"),
         (("sample", "{llama}", "--prompt", "Human: " * 9000), "shorten it"),

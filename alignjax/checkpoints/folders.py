@@ -127,8 +127,11 @@ def write_tensors(folder: Path, tensors: Mapping[str, Callable[[], np.ndarray]],
 
 
 def _write_part(folder: Path, number: int, tensors: dict[str, np.ndarray]) -> list[str]:
-    """Writes one shard under its temporary name; returns its tensor names."""
-    safetensors.numpy.save_file(tensors, folder / f"{number}.part", metadata={"format": "pt"})
+    """Writes one shard under its temporary name; returns its tensor names. Raises UserError when it cannot."""
+    try:
+        safetensors.numpy.save_file(tensors, folder / f"{number}.part", metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # of a full disk too
+        raise UserError(f"{folder} cannot be written ({one_line(error)}); correct that and run again") from None
     return list(tensors)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from alignjax.errors import UserError, one_line
+from alignjax.errors import UserError
 from alignjax.types import Array, Params, Rules
 
 AXES = ("data", "fsdp", "tensor")
@@ -43,10 +43,10 @@ def available_devices() -> list[jax.Device]:
     """Returns JAX's devices. Raises UserError where those that JAX_PLATFORMS asks for are not here."""
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError):
         wanted = os.environ.get("JAX_PLATFORMS") or "JAX's choice"
-        raise UserError(f"JAX finds no device for JAX_PLATFORMS={wanted} ({one_line(error)[:160]}); use cpu, or "
-                        "install alignjax[tpu] or alignjax[gpu]") from None  # fmt: skip
+        raise UserError(f"JAX finds no device for JAX_PLATFORMS={wanted}; set it to cpu, or install alignjax[tpu] or "
+                        "alignjax[gpu] on a machine that has one") from None  # fmt: skip
 
 
 def mesh_shape(sizes: Mesh, device_count: int) -> tuple[int, ...]:

@@ -78,7 +78,7 @@ def required_parameters(get_config: Callable[..., Any]) -> list[str]:
 
 def load_module(path: str | Path) -> ModuleType:
     """Imports a file by its path. Raises UserError when it is missing or does not run."""
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the path of an experiment, such as experiments/quickstart.py")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import shutil
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ from alignjax.tasks.task import one_message
 
 BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)  # prompt lengths in tokens
 _BATCH = 8
+T = TypeVar("T")
 
 
 class PreviewOptions(NamedTuple):
@@ -83,11 +86,12 @@ def stream(network: Network, prompt: str, options: PreviewOptions, out: TextIO |
     write_token = token_writer(tokenizer, {sequence[0] for sequence in stops if len(sequence) == 1}, out)
 
     def write_finite(token: np.ndarray, finite: np.ndarray) -> None:
-        if finite and not failures:
-            try:
+        try:
+            if finite:
                 write_token(token)
-            except OSError as error:  # raised later: an exception here would end in JAX's own thread
-                failures.append(error)
+        except OSError as error:  # it ends the program, which then raises an error of its own
+            failures.append(error)
+            raise
 
     def run(params: Any, prompt: Any, key: jax.Array) -> jax.Array:
         process = network.model.prefill(params, prompt, new_tokens)
@@ -101,13 +105,31 @@ def stream(network: Network, prompt: str, options: PreviewOptions, out: TextIO |
         return jnp.all(jnp.isfinite(drawn.logp))
 
     padded = pad([ids], preview_length(network, len(ids), new_tokens))
-    finite = jax.block_until_ready(jax.jit(run)(network.params, padded, jax.random.key(options.seed)))
-    jax.effects_barrier()
-    if failures:
-        raise failures[0]
+    try:
+        finite = interruptible(lambda: jax.jit(run)(network.params, padded, jax.random.key(options.seed)))
+    except jax.errors.JaxRuntimeError:
+        if failures:
+            raise failures[0] from None
+        raise
     out.write("\n")
     if not finite:
         raise UserError(f"{network.stage} gives log-probs that are not finite; its parameters are damaged")
+
+
+def interruptible(compute: Callable[[], T]) -> T:
+    """Returns compute() with all its effects done. A signal is answered at once: another thread waits for JAX.
+
+    JAX does not log an error of a callback, which ends the computation; it is the caller's to report.
+    """
+    logger = logging.getLogger("jax._src.debugging")
+    logger.disabled = True
+    try:
+        with ThreadPoolExecutor(1) as thread:
+            result = thread.submit(lambda: jax.block_until_ready(compute())).result()
+            thread.submit(jax.effects_barrier).result()
+        return result
+    finally:
+        logger.disabled = False
 
 
 def preview_length(network: Network, tokens: int, new_tokens: int) -> int:
@@ -116,12 +138,18 @@ def preview_length(network: Network, tokens: int, new_tokens: int) -> int:
     if not fitting:
         raise UserError(f"the prompt has {tokens} tokens, and the longest is {BUCKETS[-1]}; shorten it")
     config, length = network.model.config, min(fitting)
-    if isinstance(config, TransformerConfig) and config.context < tokens + new_tokens:
-        warnings.warn(f"{tokens} tokens and {new_tokens} new ones exceed the {config.context} tokens of context that "
-                      f"{network.stage} was trained on; expect worse text", stacklevel=2)  # fmt: skip
+    warn_of_context(network, tokens, new_tokens)
     if isinstance(config, TransformerConfig) and config.positions == "learned":  # a bucket may exceed the positions
         return max(min(length, config.context - new_tokens), tokens)
     return length
+
+
+def warn_of_context(network: Network, tokens: int, new_tokens: int) -> None:
+    """Warns where a prompt of ``tokens`` tokens and its reply exceed the context that the network was trained on."""
+    config = network.model.config
+    if isinstance(config, TransformerConfig) and config.context < tokens + new_tokens:
+        warnings.warn(f"{tokens} tokens and {new_tokens} new ones exceed the {config.context} tokens of context that "
+                      f"{network.stage} was trained on; expect worse text", stacklevel=2)  # fmt: skip
 
 
 def preview_stops(tokenizer: Tokenizer, stop: str | None) -> StopSequences:
@@ -170,6 +198,9 @@ def compare(
 ) -> None:
     """Writes both models' replies to each prompt side by side, and their mean lengths."""
     out = out or sys.stdout
+    for network in networks:
+        lengths = [len(encode_prompt(network.tokenizer, prompt)) for prompt in prompts]
+        warn_of_context(network, max((n for n in lengths if n <= BUCKETS[-1]), default=0), options.max_new_tokens)
     replies = [preview_generator(network, options)(prompts, range(len(prompts)), 0) for network in networks]
     width = min(shutil.get_terminal_size((100, 24)).columns, 160)
     column = (width - 3) // 2

@@ -26,12 +26,14 @@ StopSequences = tuple[tuple[int, ...], ...]
 class Sampling:
     """How a token is drawn from logits; the defaults sample the process itself."""
 
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy; else from 1e-6 to 1e6
     top_k: int = 0  # 0 keeps all tokens
     top_p: float = 1.0  # keeps the fewest most likely tokens whose mass reaches top_p
 
     def __post_init__(self) -> None:
-        check_range(self, 0, math.inf, "temperature", "top_k")
+        check_range(self, 0, math.inf, "top_k")
+        if self.temperature != 0:  # a quotient beyond float32 would be no logit
+            check_range(self, 1e-6, 1e6, "temperature")
         check_range(self, POSITIVE, 1, "top_p")
 
 

@@ -19,7 +19,13 @@ from alignjax.errors import UserError
 Row = Mapping[str, Any]
 """The JSON object of a line."""
 T = TypeVar("T")
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # it begins with the mark of UTF-16
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 """Byte order marks, and the codecs that read them as marks."""
 _COMPARISONS = ("prompt, first, second, p", "prompt, chosen, rejected")
 
