@@ -1,0 +1,39 @@
+"""Damaged generation_config.json in the folder of every family: its end tokens against transformers' reading."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import transformers
+
+from tests.fuzz.folders import GENERATION, checked, documents, make_folders
+from tests.fuzz.json_mutations import mutations
+from tests.fuzz.outcomes import Disagreement, Input
+
+
+def inputs(parent: Path, seed: int) -> Iterator[Input]:
+    """Yields every damaged generation_config.json; each is written into its folder when it is its turn."""
+    folders = make_folders(parent)
+    for name, document in documents(GENERATION, folders).items():
+        for change, text in mutations(document):
+            attempt = functools.partial(_attempt, folders[name], text, tuple(document["eos_token_id"]))
+            yield Input(f"{name} {change}", (str(folders[name] / GENERATION),), attempt)
+
+
+def _attempt(folder: Path, text: str, undamaged: tuple[int, ...]) -> None:
+    """Reads the folder's end tokens. Raises Disagreement unless they are the referee's.
+
+    Where the referee refuses the file they must be the undamaged ones; where it has none, those of config.json.
+    """
+    (folder / GENERATION).write_text(text)
+    ours = checked(folder).tokenizer().end_tokens
+    try:
+        ends = transformers.GenerationConfig.from_pretrained(folder).eos_token_id
+    except Exception:  # it raises many kinds
+        ends = list(undamaged)
+    if ends is None or ends == []:
+        ends = transformers.AutoConfig.from_pretrained(folder).eos_token_id
+    if ours != (expected := tuple(ends) if isinstance(ends, list) else (ends,)):
+        raise Disagreement(f"end tokens are {ours}, the referee's {expected}")
