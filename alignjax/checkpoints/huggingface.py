@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from alignjax.checkpoints.configs import legacy_rope
+from alignjax.checkpoints.configs import legacy_rope, read_token
 from alignjax.checkpoints.families import FAMILIES, Family, tensor_entries
 from alignjax.checkpoints.folders import new_folder, read_json_object, tensor_files, write_tensors
 from alignjax.checkpoints.weights import REWARD_TENSOR, checkpoint_tensors
@@ -29,6 +29,8 @@ from alignjax.models.tokenizer import Message, Tokenizer
 from alignjax.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
+_LAYERS, _MOST_LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"}, 10**6
+"""transformers lists the kinds of all layers before anything compares their number with the tensors."""
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -45,6 +47,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; {', '.join(FAMILIES)} are")
     if raw.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config is not supported; use a checkpoint without it")
+    for name in _LAYERS & raw.keys():
+        if isinstance(raw[name], int) and raw[name] > _MOST_LAYERS:
+            raise UserError(f"{path}: {name}={raw[name]} is beyond {_MOST_LAYERS}; correct it")
     completed = _transformers_config(folder)
     try:
         return _model_config(folder, raw, family, completed)
@@ -155,7 +160,22 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     end_tokens = read_end_tokens(folder)
     tokenizer = wrap_tokenizer(fast, end_tokens or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
     _check_embeddings(folder, tokenizer)
+    _check_appended(folder, _appended(fast))
     return tokenizer
+
+
+def _check_appended(folder: Path, tokens: list[int]) -> None:
+    """Raises UserError when the tokenizer ends a text in other tokens than the folder's encoder-decoder.
+
+    Our encoder appends the model's end token itself, and transformers leaves that to the tokenizer.
+    """
+    path = folder / "config.json"
+    family = FAMILIES.get(str(read_json_object(path).get("model_type"))) if path.exists() else None
+    if not tokens or family is None or family.config is not T5Config:
+        return
+    end = read_token(_transformers_config(folder).to_dict(), "eos_token_id")
+    if tokens != [end]:
+        raise UserError(f"{path}: eos_token_id is {end}, and the tokenizer ends every text in {tokens}; correct one")
 
 
 def _check_embeddings(folder: Path, tokenizer: Tokenizer) -> None:
@@ -189,13 +209,14 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
     ``encode`` puts the special tokens before a text that the tokenizer would put there, and none behind it.
     """
     special_tokens = {"bos": fast.bos_token_id, "eos": fast.eos_token_id, "pad": fast.pad_token_id}
-    appended, vocabulary = _count_appended(fast), fast.get_vocab()
+    appended, vocabulary = len(_appended(fast)), fast.get_vocab()
 
     def save(folder: Path) -> None:
         """Writes the tokenizer's files and its end tokens."""
         fast.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(_legacy_tokenizer(read_json_object(path)), indent=2, ensure_ascii=False), "utf-8")
+        fields = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(_legacy_tokenizer(fields), indent=2, ensure_ascii=False), "utf-8")
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(end_tokens)}))
 
     def render(messages: Sequence[Message]) -> str:
@@ -225,11 +246,11 @@ def _legacy_tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
     return legacy
 
 
-def _count_appended(fast: Any) -> int:
-    """Returns how many special tokens the tokenizer appends to a text."""
+def _appended(fast: Any) -> list[int]:
+    """Returns the special tokens that the tokenizer appends to a text."""
     bare, full = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     prepended = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    return len(full) - prepended - len(bare)
+    return full[prepended + len(bare) :]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, markers: Sequence[str]) -> Tokenizer:
