@@ -15,6 +15,7 @@ import peft as theirs
 import torch
 
 from alignjax.checkpoints import peft
+from alignjax.checkpoints.adapter_config import CONFIG_FILE
 from alignjax.models import lora
 from alignjax.models.t5 import T5Config
 from tests.fuzz.config import Refused, referee_rows
@@ -29,7 +30,7 @@ from tests.test_families import FIXTURES, NAMES, TOLERANCE, checkpoint
 def inputs(parent: Path, seed: int) -> Iterator[Input]:
     """Yields every damaged adapter_config.json; each is written into its folder when it is its turn."""
     folders = {name: _write_adapter(name, parent / name, seed) for name in NAMES}
-    found = {name: json.loads((folder / peft.CONFIG_FILE).read_text()) for name, folder in folders.items()}
+    found = {name: json.loads((folder / CONFIG_FILE).read_text()) for name, folder in folders.items()}
     known = known_texts(list(found.values()))
     for name, folder in folders.items():
         undamaged = _our_logits(name, folder)
@@ -48,6 +49,9 @@ def _write_adapter(name: str, folder: Path, seed: int) -> Path:
         use_rslora=name in ("llama2", "t5"), fan_in_fan_out=name == "gpt2",
     )  # fmt: skip
     theirs.get_peft_model(copy.deepcopy(_base(name)), description).save_pretrained(folder)
+    path = folder / CONFIG_FILE
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"target_modules": sorted(fields["target_modules"])}))  # PEFT's is a set
     return folder
 
 
@@ -66,7 +70,7 @@ def _attempt(name: str, folder: Path, text: str, undamaged: np.ndarray) -> None:
 
     Where PEFT refuses the folder, the logits must be the undamaged folder's.
     """
-    (folder / peft.CONFIG_FILE).write_text(text)
+    (folder / CONFIG_FILE).write_text(text)
     peft.check_files(folder)
     ours, reason = _our_logits(name, folder), ""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from alignjax.checkpoints import weights
+from alignjax.checkpoints import peft, weights
 from alignjax.distributed.sharding import make_mesh
 from alignjax.models.build import build
 from alignjax.pipeline.experiment import Context, Experiment
@@ -23,6 +23,8 @@ from alignjax.tasks.task import EOS, Format, Task
 from alignjax.types import Params, Tokens
 from tests.test_families import ENCODERS, FIXTURES, NAMES, expected
 
+for module in (weights, peft):  # most inputs leave the configuration as it is: its shapes are found once
+    module.abstract_params = functools.lru_cache(maxsize=100)(weights.abstract_params)
 CONFIG, TOKENIZER, GENERATION = "config.json", "tokenizer_config.json", "generation_config.json"
 TEXTS = ("hello there, a cat. sat", "a", "", "  two  spaces", "user</s>x", "naïve ☃")
 _CORPUS = ["the cat sat on a mat, there. hello user, wait: a dog jumps quickly over five lazy boxes"] * 4
@@ -94,16 +96,26 @@ def prompts(name: str) -> list[list[int]]:
     return [row[mask].tolist() for row, mask in zip(want["prompt"], want["mask"], strict=True)]
 
 
+@functools.cache
+def compiled_logits(config: Any) -> Callable[..., Any]:
+    """Returns the compiled function (params, prompt, completion) -> logits [B, N, V]."""
+    network = build(config)
+    return jax.jit(lambda *arguments: network.logits(arguments[0], network.completion_states(*arguments)))
+
+
 def our_logits(name: str, config: Any, params: Params) -> np.ndarray:
-    """Returns the logits of the fixture's completions, [B, N, V]; without compilation, which takes most of the time."""
-    want, model = expected(name), build(config)
+    """Returns the logits of the fixture's completions, [B, N, V]."""
+    want = expected(name)
     completion = Tokens(want["completion"], np.ones(want["completion"].shape, bool))
-    with jax.disable_jit():
-        states = model.completion_states(params, Tokens(want["prompt"], want["mask"]), completion)
-        return np.asarray(model.logits(params, states))
+    return np.asarray(compiled_logits(config)(params, Tokens(want["prompt"], want["mask"]), completion))
 
 
 @functools.lru_cache(maxsize=1000)
 def checkpoint_logits(name: str, config: Any) -> np.ndarray:
-    """Returns ``our_logits`` of the fixture's own tensors, once for each configuration."""
-    return our_logits(name, config, weights.read_params(FIXTURES / name, config))
+    """Returns ``our_logits`` of the fixture's own tensors, once for each configuration.
+
+    Without compilation: it would take most of the time, since most configurations are computed once.
+    """
+    params = weights.read_params(FIXTURES / name, config)
+    with jax.disable_jit():
+        return our_logits(name, config, params)
