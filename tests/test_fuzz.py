@@ -7,7 +7,7 @@ import pytest
 
 from alignjax.errors import UserError
 from tests.fuzz import lines, outcomes
-from tests.fuzz.json_mutations import entries, mutations
+from tests.fuzz.json_mutations import WHOLE, entries, mutations
 from tests.fuzz.outcomes import AGREED, REFUSED, Disagreement, Input, outcome
 
 SAMPLE, SEED = 1000, 0
@@ -29,7 +29,7 @@ def test_every_entry_is_changed():
     assert json.loads(changed["a.0=removed"]) == {"a": [{"b": "x"}], "c": None}
     assert json.loads(changed["a.1.b=y"]) == {"a": [1, {"b": "y"}], "c": None}
     assert "1e400" in changed["c=1e400"] and json.loads(changed["c=1e400"])["c"] == float("inf")
-    assert json.dumps(document) not in changed.values()
+    assert [name for name, text in changed.items() if text == json.dumps(document)] == [WHOLE]
 
 
 def raising(error):
@@ -51,6 +51,11 @@ def raising(error):
 ], ids=range(8))  # fmt: skip
 def test_all_else_is_told(attempt, result):
     assert outcome(Input("", ("/a", "line 2"), attempt)).startswith(result)
+
+
+def test_what_is_whole_must_not_be_refused():
+    refused = Input("", (), raising(UserError("it is wrong; correct it")))
+    assert outcome(refused) == REFUSED and outcome(refused._replace(whole=True)).startswith("REFUSES what is whole")
 
 
 def test_time_is_bounded(monkeypatch):

@@ -22,7 +22,7 @@ from alignjax.checkpoints.families import FAMILIES, Family, tensor_entries
 from alignjax.checkpoints.folders import new_folder, read_json_object, tensor_files, write_tensors
 from alignjax.checkpoints.weights import REWARD_TENSOR, checkpoint_tensors
 from alignjax.distributed.sharding import path_name
-from alignjax.errors import UserError, one_line
+from alignjax.errors import UserError, one_line, short_repr
 from alignjax.models.build import ModelConfig, build
 from alignjax.models.t5 import T5Config
 from alignjax.models.tokenizer import Message, Tokenizer
@@ -78,9 +78,17 @@ def _model_config(folder: Path, raw: dict[str, Any], family: Family, completed: 
     fields = family.read(values)
     if family.config is T5Config:
         fields["tied"] = "lm_head.weight" not in tensor_files(folder)
+        _check_start(folder / "generation_config.json", fields["start_token"])
     config = family.config(family=raw["model_type"], **fields)
     build(config)  # raises UserError when sizes do not fit together
     return config
+
+
+def _check_start(path: Path, start: int) -> None:
+    """Raises UserError when generation_config.json starts an encoder-decoder's texts with another token."""
+    found = read_json_object(path).get("decoder_start_token_id") if path.exists() else None
+    if found not in (None, start):
+        raise UserError(f"decoder_start_token_id is {start}, and {path} has {short_repr(found)}; correct one of them")
 
 
 def write_folder(
@@ -150,17 +158,19 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError when it cannot be read, and when it gives an id for which the model in the folder, if there is one,
     has no embedding.
     """
+    ends = read_end_tokens(folder)
     try:
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = wrap_tokenizer(fast, ends or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+        appended = _appended(fast)
     except Exception as error:  # the library raises many kinds
         if (folder / "config.json").exists():
             _transformers_config(folder)  # transformers looks there for the tokenizer's class: name that error first
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed") from None
-    end_tokens = read_end_tokens(folder)
-    tokenizer = wrap_tokenizer(fast, end_tokens or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed, and a "
+                        "tokenizer_config.json that fits it") from None  # fmt: skip
     _check_embeddings(folder, tokenizer)
-    _check_appended(folder, _appended(fast))
+    _check_appended(folder, appended)
     return tokenizer
 
 
@@ -179,10 +189,15 @@ def _check_appended(folder: Path, tokens: list[int]) -> None:
 
 
 def _check_embeddings(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raises UserError when the tokenizer's largest id is beyond the embeddings of the folder's model."""
+    """Raises UserError when the largest id or an end token is beyond the embeddings of the folder's model."""
     path = folder / "config.json"
     count, largest = read_json_object(path).get("vocab_size") if path.exists() else None, tokenizer.vocab_size - 1
-    if isinstance(count, int) and count <= largest:
+    if not isinstance(count, int):
+        return
+    if (end := max(tokenizer.end_tokens, default=0)) >= count:
+        raise UserError(f"{folder}: the end token {end} is beyond the model's embeddings, for ids up to {count - 1}; "
+                        "correct eos_token_id")  # fmt: skip
+    if count <= largest:
         piece = tokenizer.decode_all([largest])
         raise UserError(f"{folder}: the tokenizer gives {piece!r} the id {largest}, and the model has embeddings for "
                         f"ids up to {count - 1}; give the model's own tokenizer")  # fmt: skip
@@ -196,8 +211,8 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = read_json_object(path).get("eos_token_id") if path.exists() else None
         tokens = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int for token in tokens):
-            raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; correct it")
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise UserError(f"{path} is damaged: eos_token_id={short_repr(value)} is no token; correct it")
         if tokens:
             return tuple(tokens)
     return ()
@@ -232,7 +247,7 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
         save=save,
         specials={f"{kind}_token_id": token for kind, token in special_tokens.items() if token is not None},
         end_tokens=end_tokens,
-        render=render if fast.chat_template else None,
+        render=render if fast.chat_template and isinstance(fast.chat_template, str | dict) else None,
     )
 
 

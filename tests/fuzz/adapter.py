@@ -20,7 +20,7 @@ from alignjax.models import lora
 from alignjax.models.t5 import T5Config
 from tests.fuzz.config import Refused, referee_rows
 from tests.fuzz.folders import our_logits
-from tests.fuzz.json_mutations import known_texts, mutations
+from tests.fuzz.json_mutations import WHOLE, known_texts, mutations
 from tests.fuzz.outcomes import Disagreement, Input
 from tests.parity import referee
 from tests.parity.cases import ADAPTED
@@ -36,7 +36,7 @@ def inputs(parent: Path, seed: int) -> Iterator[Input]:
         undamaged = _our_logits(name, folder)
         for change, text in mutations(found[name], known):
             attempt = functools.partial(_attempt, name, folder, text, undamaged)
-            yield Input(f"{name} {change}", (str(folder),), attempt)
+            yield Input(f"{name} {change}", (str(folder),), attempt, change == WHOLE)
 
 
 def _write_adapter(name: str, folder: Path, seed: int) -> Path:

@@ -9,13 +9,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 
 from alignjax.models.t5 import T5Config
-from tests.fuzz.folders import CONFIG, GENERATION, checked, checkpoint_logits, documents, make_folders, prompts
-from tests.fuzz.json_mutations import known_texts, mutations
+from tests.fuzz.folders import (
+    CONFIG,
+    GENERATION,
+    checked,
+    checkpoint_logits,
+    documents,
+    make_folder,
+    make_folders,
+    prompts,
+)
+from tests.fuzz.json_mutations import WHOLE, known_texts, mutations
 from tests.fuzz.outcomes import Disagreement, Input
 from tests.parity import referee
 from tests.test_families import TOLERANCE, checkpoint, expected
+
+
+OLDER = ("llama3", "gemma3", "gpt_neox", "t5_v11")
+"""Fixtures whose config.json is in older words."""
 
 
 class Reading(NamedTuple):
@@ -28,13 +42,22 @@ class Reading(NamedTuple):
 def inputs(parent: Path, seed: int) -> Iterator[Input]:
     """Yields every damaged config.json; each is written into its folder when it is its turn."""
     folders = make_folders(parent)
+    for name in OLDER:
+        folders[f"{name}, today"] = _in_words_of_today(name, parent / "today")
     found = documents(CONFIG, folders)
     known = known_texts(list(found.values()))
-    for name, folder in folders.items():
+    for label, folder in folders.items():
         (folder / GENERATION).unlink()  # so that config.json alone says what ends a text
-        for change, text in mutations(found[name], known):
-            attempt = functools.partial(_attempt, name, folder, text)
-            yield Input(f"{name} {change}", (str(folder),), attempt)
+        for change, text in mutations(found[label], known):
+            attempt = functools.partial(_attempt, folder.name, folder, text)
+            yield Input(f"{label} {change}", (str(folder),), attempt, change == WHOLE)
+
+
+def _in_words_of_today(name: str, parent: Path) -> Path:
+    """Returns a folder of a fixture with the config.json that transformers saves now."""
+    folder = make_folder(name, parent)
+    transformers.AutoConfig.from_pretrained(folder).save_pretrained(folder)
+    return folder
 
 
 def _attempt(name: str, folder: Path, text: str) -> None:

@@ -44,8 +44,7 @@ def make_folder(name: str, parent: Path) -> Path:
     specials = {key: raw[key] for key in names if raw.get(key) is not None}
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_length": 64}
     (folder / GENERATION).write_text(json.dumps(specials | {"eos_token_id": [specials["eos_token_id"], 3]} | sampling))
-    published = {"add_bos_token": True, "add_eos_token": False, "padding_side": "left", "split_special_tokens": False,
-                 "chat_template": _CHAT}  # fmt: skip
+    published = {"add_bos_token": True, "add_eos_token": False, "padding_side": "left", "split_special_tokens": False}
     fields = json.loads((folder / TOKENIZER).read_text()) | published
     (folder / TOKENIZER).write_text(json.dumps(fields))
     return folder
@@ -75,6 +74,14 @@ def make_tokenizer(encodes: bool) -> Any:
 def documents(file: str, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Returns the JSON object of a file in each of the folders."""
     return {name: json.loads((folder / file).read_text()) for name, folder in folders.items()}
+
+
+def make_chat_folder(folder: Path) -> Path:
+    """Returns a new folder whose tokenizer has a chat template."""
+    make_folder("llama2", folder.parent / "chats").rename(folder)
+    fields = json.loads((folder / TOKENIZER).read_text())
+    (folder / TOKENIZER).write_text(json.dumps(fields | {"chat_template": _CHAT}))
+    return folder
 
 
 def make_folders(parent: Path) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 Path = tuple[Any, ...]  # keys and indices from the root on
+WHOLE = "as it is"
 _REMOVED = object()
 _BIG = 2**70
 NESTED = {f"<{depth} deep>": "[" * depth + "]" * depth for depth in (300, 900, 940, 960, 970, 980, 990, 100_000)}
@@ -32,11 +33,12 @@ def entries(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def mutations(document: Any, known: Mapping[Path, Sequence[str]] = MappingProxyType({})) -> Iterator[tuple[str, str]]:
-    """Yields (name, JSON text) of the document with one entry changed, for every entry and change.
+    """Yields (name, JSON text) of the document as it is, and with one entry changed, for every entry and change.
 
     ``known`` are other texts that stand at a path in good files.
     """
     whole = write(document)
+    yield WHOLE, whole
     for path, value in entries(document):
         texts = {whole}
         for name, new in (_VALUES | _changes(value) | {text: text for text in known.get(path, ())}).items():

@@ -16,7 +16,7 @@ from alignjax.pipeline.stages import LoadPairs
 from alignjax.tasks import dialogue, stories, summary
 from alignjax.tasks.json_lines import ReadComparison, file_digest, read_comparison, read_prompts
 from tests.fuzz import plain_readers
-from tests.fuzz.json_mutations import NESTED, entries, mutations, replaced, write
+from tests.fuzz.json_mutations import NESTED, WHOLE, entries, mutations, replaced, write
 from tests.fuzz.outcomes import Disagreement, Input
 
 LONG = "long " * 200_000
@@ -24,7 +24,7 @@ _INSERTED = {
     "NUL": b"\0", "ff": b"\xff", "U+2028": "\u2028".encode(), "half a pair": rb"\ud83d", "BOM": b"\xef\xbb\xbf",
     "CRLF": b"\r\n", "LF": b"\n", "CR": b"\r", "quote": b'"', "backslash": b"\\",
 }  # fmt: skip
-_WHOLE = {
+_WHOLE_LINES = {
     "empty": b"", "spaces": b" \t ", "U+2028": "\u2028".encode(), "NaN": b"NaN", "1e400": b"1e400", "null": b"null",
     "text": b'"text"', "list": b"[]", "object": b"{}", "lists": b"[" * 100_000, "objects": b'{"a":' * 100_000,
     "digits": b"9" * 10_000,
@@ -98,7 +98,7 @@ def inputs(folder: Path, seed: int) -> Iterator[Input]:
     rng = random.Random(seed)
     for (name, kind), suffix in itertools.product(FORMATS.items(), (".jsonl", ".jsonl.gz")):
         for form, row in enumerate(kind.rows):
-            for change, line in {"none": json.dumps(row).encode(), **_damaged_lines(row, rng)}.items():
+            for change, line in _damaged_lines(row, rng).items():
                 lines = [json.dumps(kind.rows[0]).encode(), line, json.dumps(row, ensure_ascii=False).encode(), b""]
                 yield _line_input(f"{name} {form} {suffix} {change}", folder / f"a{suffix}", b"\n".join(lines), kind)
     yield from _text_inputs(folder, rng)
@@ -116,7 +116,7 @@ def _damaged_lines(row: dict[str, Any], rng: random.Random) -> dict[str, bytes]:
             found[f"{key} twice, {name}"] = (
                 json.dumps(row)[:-1] + f", {json.dumps(key)}: {json.dumps(other)}}}"
             ).encode()
-    return found | _damaged_bytes(json.dumps(row, ensure_ascii=False).encode(), rng) | _WHOLE
+    return found | _damaged_bytes(json.dumps(row, ensure_ascii=False).encode(), rng) | _WHOLE_LINES
 
 
 def _damaged_bytes(line: bytes, rng: random.Random) -> dict[str, bytes]:
@@ -139,7 +139,7 @@ def _line_input(name: str, path: Path, data: bytes, kind: Format) -> Input:
             raise Disagreement(f"line {wrong} means nothing and is read")
         _compare(found, _in_order_of_splits(rows) if kind.read is _openings else rows)
 
-    return Input(name, (str(path), f"line {wrong} " if wrong else "line 2 "), attempt)
+    return Input(name, (str(path), f"line {wrong or 2} "), attempt, name.endswith(WHOLE))
 
 
 def _read_plainly(data: bytes, read: plain_readers.Read) -> tuple[list[Any], int]:

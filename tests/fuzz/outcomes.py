@@ -36,6 +36,7 @@ class Input(NamedTuple):
     words: tuple[str, ...]  # what a refusal must name: the file, the line
     attempt: Callable[[], None]
     """Reads the input and compares. Raises UserError when the package refuses it, Disagreement when results differ."""
+    whole: bool = False  # it is not damaged after all, and must not be refused
 
 
 def outcome(damaged: Input) -> str:
@@ -45,7 +46,7 @@ def outcome(damaged: Input) -> str:
             warnings.simplefilter("error")
             damaged.attempt()
     except UserError as error:
-        return _refusal(str(error), damaged.words)
+        return f"REFUSES what is whole: {error}" if damaged.whole else _refusal(str(error), damaged.words)
     except Disagreement as error:
         return f"DISAGREES: {error}"
     except OutOfTime:

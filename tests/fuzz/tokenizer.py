@@ -9,11 +9,12 @@ from typing import Any
 
 import transformers
 
-from alignjax.models.tokenizer import with_chat_template
+from alignjax.errors import UserError
+from alignjax.models.tokenizer import Tokenizer, with_chat_template
 from alignjax.tasks.task import one_message
-from tests.fuzz.folders import TEXTS, TOKENIZER, checked, documents, make_folders
+from tests.fuzz.folders import TEXTS, TOKENIZER, checked, documents, make_chat_folder, make_folders
+from tests.fuzz.json_mutations import WHOLE, mutations
 from tests.fuzz.json_mutations import Path as JsonPath
-from tests.fuzz.json_mutations import mutations
 from tests.fuzz.outcomes import Disagreement, Input
 
 _KNOWN: dict[JsonPath, list[str]] = {
@@ -29,11 +30,11 @@ _KNOWN: dict[JsonPath, list[str]] = {
 def inputs(parent: Path, seed: int) -> Iterator[Input]:
     """Yields every damaged tokenizer_config.json; each is written into its folder when it is its turn."""
     folders = make_folders(parent)
+    folders["chat"] = make_chat_folder(parent / "chat")
     for name, document in documents(TOKENIZER, folders).items():
         for change, text in mutations(document, _KNOWN):
-            for chat in (False, True):
-                attempt = functools.partial(_attempt, folders[name], text, chat)
-                yield Input(f"{name}{' chat' * chat} {change}", (str(folders[name]),), attempt)
+            attempt = functools.partial(_attempt, folders[name], text, name == "chat")
+            yield Input(f"{name} {change}", (str(folders[name]),), attempt, change == WHOLE)
 
 
 def _attempt(folder: Path, text: str, chat: bool) -> None:
@@ -44,21 +45,31 @@ def _attempt(folder: Path, text: str, chat: bool) -> None:
     for text in TEXTS:
         ids, whole = ours.encode_bare(text), ours.encode(text)
         _equal(f"the ids of {text!r}", ids, theirs(text, add_special_tokens=False)["input_ids"])
-        _equal(f"the whole ids of {text!r}", whole, _without_end(theirs, text))
+        _equal(f"the whole ids of {text!r}", whole, _before(theirs) + ids)
         _equal(f"the text of {whole}", ours.decode_all(whole), theirs.decode(whole, clean_up_tokenization_spaces=False))
         if chat and text.strip():
-            messages = one_message(text)
-            rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            chat_ids = theirs(rendered, add_special_tokens=False)["input_ids"]
-            _equal(f"the chat of {text!r}", with_chat_template(ours, one_message).encode(text), chat_ids)
+            chat_ids = _chat_ids(folder, ours, text)
+            rendered = theirs.apply_chat_template(one_message(text), tokenize=False, add_generation_prompt=True)
+            _equal(f"the chat of {text!r}", chat_ids, theirs(rendered, add_special_tokens=False)["input_ids"])
 
 
-def _without_end(theirs: Any, text: str) -> list[int]:
-    """Returns the ids of a text with what stands before it; without what the tokenizer puts behind every text."""
-    ids = theirs(text)["input_ids"]
-    bare = theirs(text, add_special_tokens=False)["input_ids"]
-    first = next(i for i in range(len(ids) + 1) if ids[i : i + len(bare)] == bare)
-    return ids[: first + len(bare)] if bare else theirs("a")["input_ids"][: len(ids)]
+def _chat_ids(folder: Path, tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the ids of a chat of one message. Raises UserError where the template refuses it.
+
+    Such an error names the template and the message: a tokenizer in use does not know its folder.
+    """
+    try:
+        return with_chat_template(tokenizer, one_message).encode(text)
+    except UserError as error:
+        if not str(error).startswith("the chat template "):
+            raise
+        raise UserError(f"{folder}: {error}") from None
+
+
+def _before(theirs: Any) -> list[int]:
+    """Returns the ids that the tokenizer puts before a text."""
+    ids, bare = theirs("a")["input_ids"], theirs("a", add_special_tokens=False)["input_ids"]
+    return ids[: next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)]
 
 
 def _equal(what: str, ours: Any, theirs: Any) -> None:
