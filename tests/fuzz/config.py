@@ -27,7 +27,6 @@ from tests.fuzz.outcomes import Disagreement, Input
 from tests.parity import referee
 from tests.test_families import TOLERANCE, checkpoint, expected
 
-
 OLDER = ("llama3", "gemma3", "gpt_neox", "t5_v11")
 """Fixtures whose config.json is in older words."""
 
