@@ -48,7 +48,11 @@ def _write_adapter(name: str, folder: Path, seed: int) -> Path:
         rank_pattern={targets[0]: 2}, alpha_pattern={rf".*\.0\..*{targets[-1]}": 7},
         use_rslora=name in ("llama2", "t5"), fan_in_fan_out=name == "gpt2",
     )  # fmt: skip
-    theirs.get_peft_model(copy.deepcopy(_base(name)), description).save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # of names of transformers that are deprecated, and of "base", which is no folder
+        theirs.get_peft_model(copy.deepcopy(_base(name)), description).save_pretrained(folder)
     path = folder / CONFIG_FILE
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"target_modules": sorted(fields["target_modules"])}))  # PEFT's is a set

@@ -8,7 +8,7 @@ from tests.fuzz.outcomes import AGREED, REFUSED, outcome
 from tests.fuzz.parts import PARTS
 from tests.parity.conftest import NOTES, SEED
 
-SAMPLES = {"config": 150, "tokenizer": 150, "adapter": 100, "generation": 60}
+SAMPLES = {"config": 300, "tokenizer": 300, "adapter": 400, "generation": 150}
 
 
 @pytest.mark.parametrize("part", SAMPLES)
