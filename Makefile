@@ -4,6 +4,7 @@
 # make bucket     : gcsfs and a store on this machine too, then the line with its work in gs://
 # make plan       : libtpu too, then what compiles for TPUs that are not here
 # make mutants    : small wrong changes over the wiring, each of which must turn a test red (half an hour)
+# make fuzz       : torch and PEFT too, then every entry and line of what is read, damaged (a quarter of an hour)
 # make install    : the environment alone (.venv); PYTHON= picks another interpreter
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # More than cores: the tests of several processes mostly wait.
 JOBS ?= 3
 
-.PHONY: install quickstart test parity bucket plan mutants lock
+.PHONY: install quickstart test parity bucket plan mutants fuzz lock
 install: $(VENV)/installed
 
 $(VENV)/installed: setup.cfg pyproject.toml requirements.lock
@@ -58,6 +59,9 @@ plan: $(VENV)/plan
 
 mutants: install
 	$(BIN)/python -m tests.mutants
+
+fuzz: $(VENV)/parity
+	$(BIN)/python -m tests.fuzz
 
 # One lock for every Python and platform: universal markers, newest versions that each allows.
 lock: install

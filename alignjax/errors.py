@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import reprlib
 from typing import Any
 
 
@@ -32,6 +33,15 @@ def check_range(node: Any, low: float, high: float, *names: str) -> None:
 
 
 POSITIVE = 1e-12  # the least of what must be positive
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def short_repr(value: Any) -> str:
+    """Returns a value as Python writes it, without most of what is long or deeply nested: for an error's message."""
+    return _SHORT.repr(value)
 
 
 def one_line(error: BaseException | str) -> str:

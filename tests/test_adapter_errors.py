@@ -47,6 +47,16 @@ def test_adapters_that_are_not_finite_are_warned_of(adapter):
     ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern=['q_proj'] is no mapping of names to numbers"),
     ({"rank_pattern": {"[": 3}}, "rank_pattern has '[', which is no regular expression"),
     ({"r": 16}, "gives model.layers.0.self_attn.q_proj the rank 16, and its tensors have 4"),
+    ({"alpha_pattern": []}, "alpha_pattern=[] is no mapping of names to numbers; correct it"),
+    ({"target_modules": ["q_proj"]}, "leaves model.layers.0.self_attn.v_proj out of target_modules"),
+    ({"target_modules": r".*\.q_proj"}, "leaves model.layers.0.self_attn.v_proj out of target_modules"),
+    ({"target_modules": "("}, "target_modules has '(', which is no regular expression"),
+    ({"target_modules": None}, "target_modules=None is no list of modules; correct it"),
+    ({"exclude_modules": ["v_proj"]}, "leaves model.layers.0.self_attn.v_proj out of target_modules"),
+    ({"layers_to_transform": [1]}, "leaves model.layers.0.self_attn.q_proj out of target_modules or layers_to_tr"),
+    ({"layers_to_transform": False}, "layers_to_transform=False is no list of layers; correct it"),
+    ({"layers_pattern": "layers"}, "layers_pattern='layers' is not supported; merge it with PEFT first"),
+    ({"kasa_config": {"beta": 1e-4}}, "kasa_config={'beta': 0.0001} is not supported; merge it with PEFT first"),
     ({"rank_pattern": {"v_proj": 2}}, "gives model.layers.0.self_attn.v_proj the rank 2, and its tensors have 4"),
 ])  # fmt: skip
 def test_an_adapter_config_that_cannot_be_is_one_line(base, adapter, changes, message):
@@ -62,6 +72,16 @@ def test_null_is_no_alpha_and_a_pattern_of_the_right_rank_is_read(base, adapter)
     stages = {"base": LoadCheckpoint(str(base)), "adapted": LoadAdapter(str(adapter), "base")}
     assert "lora_alpha=None must be a positive number" in refusal(stages, "adapted")
     path.write_text(json.dumps(ADAPTER | {"r": 16, "rank_pattern": {"[qv]_proj": 4}}))
+    assert peft.read_adapters(adapter, CONFIG)[0] == Lora(4, 8.0, ("q", "v"))
+
+
+@pytest.mark.parametrize("changes", [
+    {"target_modules": "all-linear"}, {"target_modules": r".*\.[qv]_proj"}, {"layers_to_transform": [0, 1]},
+    {"target_modules": [f"model.layers.{i}.self_attn.{n}_proj" for i in range(2) for n in "qv"],
+     "layers_to_transform": 9},
+], ids=["all", "expression", "layers", "names"])  # fmt: skip
+def test_modules_are_named_as_peft_names_them(adapter, changes):
+    edit(adapter / "adapter_config.json", **changes)
     assert peft.read_adapters(adapter, CONFIG)[0] == Lora(4, 8.0, ("q", "v"))
 
 

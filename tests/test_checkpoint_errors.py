@@ -21,6 +21,7 @@ from alignjax.errors import UserError
 from alignjax.models.decoder import decoder
 from tests.conftest import TINY
 from tests.test_huggingface import TEXTS, write_checkpoint
+from tests.test_tokenizers import KINDS
 
 CONFIG = dataclasses.replace(TINY, vocab_size=320)
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -299,3 +300,62 @@ def test_sizes_that_do_not_divide_show_in_the_tensors(tmp_path):
     edit(folder / "config.json", n_head=3)
     with pytest.raises(UserError, match=r"c_attn\.(weight|bias) has shape"):
         weights.read_params(folder, huggingface.read_config(folder))
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Returns (name, changes) -> a copy of a family's fixture with a changed config.json."""
+
+    def make(name, **changes):
+        folder = Path(shutil.copytree(Path(__file__).parent / "fixtures" / name, tmp_path / name))
+        edit(folder / "config.json", **changes)
+        return folder
+
+    return make
+
+
+CROSSED = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 0.5,
+           "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), [
+    ("gemma2", {"sliding_window": 0}, "layer_types names sliding_attention, and sliding_window=0 is no size; give it"),
+    ("qwen2", {"use_sliding_window": False}, "names sliding_attention, and sliding_window=None is no size"),
+    ("mistral", {"sliding_window": 0}, r"windows=(0, 0) must be in [1"),
+    ("gemma3", {"attn_logit_softcapping": 0.5}, "attn_logit_softcapping=0.5 is not supported; use a checkpoint with"),
+    ("llama3", {"rope_scaling": CROSSED}, "high_frequency=0.5 must be above low_frequency=1.0"),
+    ("t5", {"is_encoder_decoder": False}, "is_encoder_decoder=False is not supported; use a checkpoint with True"),
+    ("t5", {"decoder_start_token_id": None}, "decoder_start_token_id=None is no token; correct it"),
+    ("t5", {"decoder_start_token_id": 0.5}, "decoder_start_token_id=0.5 is no token; correct it"),
+    ("t5", {"eos_token_id": []}, "eos_token_id=[] is no token; correct it"),
+    ("gemma3", {"num_hidden_layers": 2**40}, "num_hidden_layers=1099511627776 is beyond 1000000; correct it"),
+    ("llama2", {"rope_theta": 2**70}, "the integer 1180591620717411303424 is beyond 64 bits"),
+])  # fmt: skip
+def test_a_value_that_torch_does_not_compute_with_is_refused(family, name, changes, message):
+    folder = family(name, **changes)
+    with pytest.raises(UserError) as error:
+        huggingface.read_config(folder)
+    assert str(error.value).startswith(str(folder / "config.json")) and message in str(error.value)
+
+
+def test_a_family_reads_no_option_that_its_class_does_not_have(family):
+    """A Mistral has no biases, and one window for all layers, whatever its config.json says."""
+    folder = family("llama2", model_type="mistral", sliding_window=5, layer_types=["full_attention"] * 2)
+    config = huggingface.read_config(folder)
+    assert config.windows == (5, 5)
+    with pytest.raises(UserError, match=r"self_attn\.k_proj\.bias has no place in MistralForCausalLM"):
+        weights.read_params(folder, config)
+
+
+def test_t5_computes_the_activation_that_is_named_last(family):
+    """transformers derives dense_act_fn from feed_forward_proj, and the file's own dense_act_fn replaces it."""
+    assert huggingface.read_config(family("t5", dense_act_fn="gelu_new")).activation == "gelu_tanh"
+    assert not huggingface.read_config(family("mt5", is_gated_act=False, scale_decoder_outputs=[])).gated
+
+
+def test_an_encoder_s_end_token_is_its_tokenizer_s(family):
+    folder = family("t5", eos_token_id=2)
+    KINDS["t5"]().save_pretrained(folder)
+    edit(folder / "config.json", vocab_size=1000)
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id is 2, and the tokenizer ends every text in \[1\]"):
+        huggingface.read_tokenizer(folder)

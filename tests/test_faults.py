@@ -29,7 +29,7 @@ from alignjax.tasks.task import EOS, Format, Task, Template, one_message
 from alignjax.types import Tokens
 from tests.conftest import TINY
 from tests.test_checkpoint_errors import edit, resave
-from tests.test_families import NAMES, TOKENIZER, checkpoint
+from tests.test_families import FIXTURES, NAMES, TOKENIZER, checkpoint
 from tests.test_huggingface import TEXTS, write_checkpoint
 
 CONFIG = dataclasses.replace(TINY, vocab_size=320)
@@ -207,6 +207,44 @@ def test_a_template_that_leaves_out_the_message_is_refused_before_anything_runs(
     line = refusal({"base": LoadCheckpoint(str(folder), chat=True)}, "base")
     assert "the chat template leaves out a message whose content is a text" in line
     LoadCheckpoint(str(folder)).check(context_of({"base": LoadCheckpoint(str(folder))}, "base"))
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"model_max_length": "long"}, "; tokenizer.json is needed, and a tokenizer_config.json that fits it"),
+    ({"model_max_length": [1]}, "the tokenizer cannot be read ("),
+    ({"chat_template": "{% if %}"}, "the chat template is damaged (Expected an expression, got 'end of sta"),
+    ({"chat_template": 1}, "the tokenizer has no chat template; use a chat model, or chat=False"),
+    ({"chat_template": "hello"}, "the chat template leaves out a message whose content is a text"),
+], ids=["length", "lengths", "syntax", "number", "constant"])  # fmt: skip
+def test_a_tokenizer_config_that_cannot_be_is_named_with_its_folder(folder, fields, message):
+    edit(folder / "tokenizer_config.json", **fields)
+    line = refusal({"base": LoadCheckpoint(str(folder), chat=True)}, "base")
+    assert line.startswith(f"{folder}: ") and message in line
+
+
+@pytest.mark.parametrize(("token", "message"), [
+    (-1, "eos_token_id=[2, -1] is no token; correct it"),
+    (1000, "the end token 1000 is beyond the model's embeddings, for ids up to 319; correct eos_token_id"),
+])  # fmt: skip
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_token_that_the_model_cannot_write_is_refused(folder, file, token, message):
+    (folder / "generation_config.json").write_text("{}")
+    edit(folder / file, eos_token_id=[2, token])
+    with pytest.raises(UserError) as error:
+        huggingface.read_tokenizer(folder)
+    assert message in str(error.value) and str(folder) in str(error.value)
+
+
+def test_an_encoder_decoder_starts_with_one_token(tmp_path):
+    """transformers writes after generation_config.json's token, and trains after config.json's."""
+    folder = Path(shutil.copytree(FIXTURES / "t5", tmp_path / "t5"))
+    for start, refused in ((None, False), (5, False), (3, True)):
+        (folder / "generation_config.json").write_text(json.dumps({"decoder_start_token_id": start}))
+        if not refused:
+            assert huggingface.read_config(folder).start_token == 5
+            continue
+        with pytest.raises(UserError, match=r"generation_config\.json has 3; correct one of them"):
+            huggingface.read_config(folder)
 
 
 def test_a_template_that_leaves_out_some_messages_is_refused_at_the_first():

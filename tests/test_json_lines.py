@@ -16,6 +16,8 @@ PAIR = {"prompt": "A cat", "first": " sat.", "second": " flew.", "p": 1.0}
 CHOSEN = {"prompt": "A cat", "chosen": " sat.", "rejected": " flew."}
 COMPARED = Comparison("A cat", " sat.", " flew.", 1.0)
 HALF = "She \ud83d ran"
+OPENING = {"prompt": "One day", "story": 3}
+TLDR = {"info": {"post": "I ran", "title": None}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 1}
 HH = {"chosen": "\n\nHuman: A\n\nAssistant: b", "rejected": "\n\nHuman: A\n\nAssistant: c"}
 
 
@@ -45,10 +47,14 @@ def texts_of(found):
     return [text for part in parts for text in texts_of(part)]
 
 
+def read_tldr(path):
+    return read_rows(path, "comparisons", summary.read_tldr_comparison)
+
+
 READERS = {
     "pairs": (lambda path: read_rows(path, "comparisons", LoadPairs(path).read), PAIR, "second"),
     "hh": (lambda path: read_rows(path, "dialogues", dialogue.read_hh_comparison), HH, "chosen"),
-    "openings": (stories.read_openings, {"prompt": "One day", "story": 3}, "prompt"),
+    "openings": (stories.read_openings, OPENING, "prompt"),
     "posts": (summary.read_posts, {"post": "I ran"}, "post"),
     "prompts": (read_prompts, {"prompt": "One day"}, "prompt"),
 }
@@ -92,6 +98,44 @@ def test_a_line_ends_at_its_end_alone(tmp_path, read, row, field, separator):
     path.write_text(text + "\r\n" + json.dumps(row) + "\n", encoding="utf-8", newline="")
     found = read(str(path))
     assert f"x{separator}y" in "".join(texts_of(found))
+
+
+@every_reader
+@pytest.mark.parametrize(("codec", "bad"), [("utf-8", b"\xff"), ("utf-8", b"\xe2\x98"), ("utf-16", b"\x00\xdc")])
+def test_a_byte_that_is_no_text_is_named_by_its_line(tmp_path, read, row, field, codec, bad):
+    data = lines(row, row).encode(codec) + bad + lines(row).encode(codec)
+    (tmp_path / "a.jsonl").write_bytes(data)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data))
+    for name in ("a.jsonl", "a.jsonl.gz"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read \(line 3 is not in {codec}"):
+            read(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(("reader", "change"), [
+    ("pairs", {"p": "long " * 10_000}), ("pairs", {"p": json.loads("[" * 500 + "]" * 500)}),
+    ("openings", {"story": "long " * 10_000}), ("openings", {"story": [1] * 10_000}),
+])  # fmt: skip
+def test_a_long_value_makes_no_long_message(tmp_path, reader, change):
+    read, row, _ = READERS[reader]
+    (tmp_path / "a.jsonl").write_text(lines(row, row | change))
+    with pytest.raises(UserError, match="line 2 has") as error:
+        read(str(tmp_path / "a.jsonl"))
+    assert len(str(error.value)) < len(str(tmp_path)) + 200
+
+
+@pytest.mark.parametrize(("read", "row", "change", "message"), [
+    (stories.read_openings, OPENING, {"story": True}, "'story' True, which is no whole number"),
+    (stories.read_openings, OPENING, {"story": 6.5}, "'story' 6.5, which is no whole number"),
+    (summary.read_posts, {"post": "I ran"}, {"title": {"a": 1}}, "'title' that is no text"),
+    (summary.read_posts, {"post": "I ran"}, {"title": 0}, "'title' that is no text"),
+    (read_tldr, TLDR, {"choice": True}, "a 'choice' that is neither 0 nor 1"),
+    (read_tldr, TLDR, {"info": {"post": "I ran", "title": ["a"]}}, "'title' that is no text"),
+])  # fmt: skip
+def test_a_value_of_another_type_is_not_taken_for_one(tmp_path, read, row, change, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(row, row | change))
+    with pytest.raises(UserError, match=f"line 2 has .*{message}; correct it"):
+        read(str(path))
 
 
 def test_prompts_of_a_text_file_are_its_lines(tmp_path):

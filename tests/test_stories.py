@@ -141,8 +141,8 @@ def test_an_unknown_principle_is_named(tmp_path):
 
 @pytest.mark.parametrize(("row", "words"), [
     ({"prompt": "One."}, "has no 'story'"), ({"prompt": " ", "story": 3}, "has 'prompt' without a text"),
-    ({"prompt": "One.", "story": "x"}, "has 'story' 'x', which is no number"),
-    ({"prompt": "One.", "story": None}, "has 'story' None, which is no number"),
+    ({"prompt": "One.", "story": "x"}, "has 'story' 'x', which is no whole number"),
+    ({"prompt": "One.", "story": None}, "has 'story' None, which is no whole number"),
 ])  # fmt: skip
 def test_a_line_that_is_no_opening_is_named_by_its_number(tmp_path, row, words):
     path = write_openings(tmp_path, [{"prompt": "One.\u2028Two.", "story": 3}, row])

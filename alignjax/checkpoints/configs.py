@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignjax.checkpoints.tensor_names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
-from alignjax.errors import UserError
+from alignjax.errors import UserError, short_repr
 from alignjax.models.decoder import UNBOUNDED, TransformerConfig
 from alignjax.models.rope import RopeScaling
 from alignjax.models.t5 import T5Config
@@ -33,7 +33,7 @@ def _translate(raw: ConfigJson, key: str, table: Mapping[str, Any]) -> Any:
     """Returns what the table has for the value of ``key``. Raises UserError when the value is not supported."""
     value = str(raw.get(key))
     if value not in table:
-        raise UserError(f"{key} {value!r} is not supported; {', '.join(table)} are")
+        raise UserError(f"{key} {short_repr(value)} is not supported; {', '.join(table)} are")
     return table[value]
 
 
@@ -41,7 +41,7 @@ def _require_values(raw: ConfigJson, **supported: Any) -> None:
     """Raises UserError when an option has another value than the supported one."""
     for key, value in supported.items():
         if raw.get(key, value) != value:
-            raise UserError(f"{key}={raw[key]!r} is not supported; use a checkpoint with {value!r}")
+            raise UserError(f"{key}={short_repr(raw[key])} is not supported; use a checkpoint with {value!r}")
 
 
 def _read_rope_scaling(rope: ConfigJson) -> RopeScaling:
@@ -91,13 +91,15 @@ def legacy_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_windows(raw: ConfigJson) -> tuple[int, ...]:
     """Returns the attention window of each layer in tokens; () when every layer attends to all."""
-    size, kinds = raw.get("sliding_window"), raw.get("layer_types")
-    if kinds is None:
-        return (size,) * raw["num_hidden_layers"] if size else ()
-    sizes: dict[str, int] = {"sliding_attention": size or 0, "full_attention": UNBOUNDED}
+    size, kinds = raw["sliding_window"], raw["layer_types"]
+    sizes = {"sliding_attention": size, "full_attention": UNBOUNDED}
     if unsupported := set(kinds) - set(sizes):
         raise UserError(f"layer type {min(unsupported)!r} is not supported; {' and '.join(sizes)} are")
-    return tuple(sizes[kind] for kind in kinds) if size and "sliding_attention" in kinds else ()
+    if "sliding_attention" not in kinds:
+        return ()
+    if not size:
+        raise UserError(f"layer_types names sliding_attention, and sliding_window={size!r} is no size; give it")
+    return tuple(sizes[kind] for kind in kinds)
 
 
 def _write_windows(c: TransformerConfig) -> dict[str, Any]:
@@ -134,7 +136,10 @@ def _write_common(c: TransformerConfig) -> dict[str, Any]:
 
 
 def read_llama(raw: ConfigJson) -> dict[str, Any]:
-    """Returns the fields of Llama 2 and 3 and of Mistral. Raises UserError on an option that is not supported."""
+    """Returns the fields of Llama 2 and 3. Raises UserError on an option that is not supported.
+
+    A family reads no option that its class in transformers does not have, whatever the file says.
+    """
     rope = raw["rope_parameters"]
     return {
         **_read_common(raw),
@@ -142,20 +147,25 @@ def read_llama(raw: ConfigJson) -> dict[str, Any]:
         "rope_scaling": _read_rope_scaling(rope),
         "norm_eps": raw["rms_norm_eps"],
         "activation": _translate(raw, "hidden_act", _ACTIVATIONS),
-        "windows": _read_windows(raw) if raw["model_type"] != "llama" else (),  # Llama has none, whatever the file says
         "biases": (ATTENTION_PROJECTIONS if raw.get("attention_bias") else ())
         + (MLP_PROJECTIONS if raw.get("mlp_bias") else ()),
     }
 
 
+def read_mistral(raw: ConfigJson) -> dict[str, Any]:
+    """Returns the fields of Mistral: Llama without biases, all layers with one window or none."""
+    size = raw["sliding_window"]
+    return {**read_llama(raw), "biases": (), "windows": () if size is None else (size,) * raw["num_hidden_layers"]}
+
+
 def read_qwen2(raw: ConfigJson) -> dict[str, Any]:
-    """Returns the fields of Qwen 2 and 2.5: Llama with biases. Raises UserError as ``read_llama`` does."""
-    return {**read_llama(raw), "biases": ("q", "k", "v")}
+    """Returns the fields of Qwen 2 and 2.5: Llama with biases and windows. Raises UserError as ``read_llama`` does."""
+    return {**read_llama(raw), "biases": ("q", "k", "v"), "windows": _read_windows(raw)}
 
 
 def read_qwen3(raw: ConfigJson) -> dict[str, Any]:
-    """Returns the fields of Qwen 3: Llama with norms of queries and keys. Raises UserError as ``read_llama`` does."""
-    return {**read_llama(raw), "head_norms": True}
+    """Returns the fields of Qwen 3: Llama with norms of queries and keys, and windows. Raises UserError likewise."""
+    return {**read_llama({**raw, "mlp_bias": False}), "head_norms": True, "windows": _read_windows(raw)}
 
 
 def write_llama(c: TransformerConfig) -> dict[str, Any]:
@@ -196,6 +206,8 @@ def read_gemma(raw: ConfigJson) -> dict[str, Any]:
     """
     _require_values(raw, use_bidirectional_attention=False if raw.get("use_bidirectional_attention") is False else None)
     is_gemma3, rope = raw["model_type"] == "gemma3_text", raw["rope_parameters"]
+    if is_gemma3:
+        _require_values(raw, attn_logit_softcapping=None)  # transformers has the option, and does not compute it
     full = rope["full_attention"] if is_gemma3 else rope
     return {
         **_read_common(raw),
@@ -306,30 +318,36 @@ def write_neox(c: TransformerConfig) -> dict[str, Any]:
 def read_t5(raw: ConfigJson) -> dict[str, Any]:
     """Returns the fields of T5 1.0, T5 v1.1, Flan-T5 and mT5, without ``tied``.
 
-    The file does not say whether there is an output head; its tensors do. Raises UserError on an activation that is not
-    supported.
+    The file does not say whether there is an output head; its tensors do. Raises UserError on an option that is not
+    supported, and where the decoder's first token or the end token is missing.
     """
-    gate, _, activation = raw["feed_forward_proj"].rpartition("-")
+    _require_values(raw, is_encoder_decoder=True)
     return {
         "vocab_size": raw["vocab_size"],
         "width": raw["d_model"],
         "layers": raw["num_layers"],
-        "decoder_layers": raw["num_decoder_layers"] or raw["num_layers"],
+        "decoder_layers": raw["num_decoder_layers"],
         "heads": raw["num_heads"],
         "head_dim": raw["d_kv"],
         "hidden": raw["d_ff"],
         "norm_eps": raw["layer_norm_epsilon"],
-        # By "gated-gelu" T5 means the approximate GELU.
-        "activation": "gelu_tanh"
-        if gate and activation == "gelu"
-        else _translate({"act": activation}, "act", _ACTIVATIONS),
-        "gated": bool(gate),
-        "scaled_output": raw["model_type"] == "t5" and raw.get("scale_decoder_outputs", True),
+        "activation": _translate(raw, "dense_act_fn", _ACTIVATIONS),  # of feed_forward_proj, where the file has none
+        "gated": bool(raw["is_gated_act"]),
+        "scaled_output": raw["model_type"] == "t5" and bool(raw["scale_decoder_outputs"]),
         "buckets": raw["relative_attention_num_buckets"],
         "distance": raw["relative_attention_max_distance"],
-        "start_token": raw.get("decoder_start_token_id") or 0,
-        "end_token": raw["eos_token_id"] if isinstance(raw["eos_token_id"], int) else raw["eos_token_id"][0],
+        "start_token": read_token(raw, "decoder_start_token_id"),
+        "end_token": read_token(raw, "eos_token_id"),
     }
+
+
+def read_token(raw: ConfigJson, name: str) -> int:
+    """Returns an entry that is a token, or the first of a list of tokens. Raises UserError when it is neither."""
+    value = raw.get(name)
+    token = value[0] if isinstance(value, list) and value else value
+    if type(token) is not int:
+        raise UserError(f"{name}={short_repr(value)} is no token; correct it")
+    return token
 
 
 def write_t5(c: T5Config) -> dict[str, Any]:

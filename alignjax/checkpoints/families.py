@@ -57,7 +57,7 @@ FAMILIES = {
     "llama": _decoder_family(
         "LlamaForCausalLM", "model.", LLAMA_ENTRIES, configs.read_llama, configs.write_llama),
     "mistral": _decoder_family(
-        "MistralForCausalLM", "model.", LLAMA_ENTRIES, configs.read_llama, configs.write_mistral),
+        "MistralForCausalLM", "model.", LLAMA_ENTRIES, configs.read_mistral, configs.write_mistral),
     "qwen2": _decoder_family(
         "Qwen2ForCausalLM", "model.", LLAMA_ENTRIES, configs.read_qwen2, configs.write_qwen),
     "qwen3": _decoder_family(

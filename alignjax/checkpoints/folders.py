@@ -22,14 +22,25 @@ _DIGESTED = (".json", ".jinja", ".safetensors", ".model", ".txt")
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file. Raises UserError when the file cannot be read or holds no object."""
+    """Returns the JSON object in a file.
+
+    Raises UserError when the file cannot be read, holds no object, or holds an integer beyond 64 bits, over which the
+    libraries that read it too would not end.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_parse_integer)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}); give a Hugging Face folder") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object; fetch it again")
     return content
+
+
+def _parse_integer(digits: str) -> int:
+    """Returns the integer. Raises ValueError when it has more than 64 bits."""
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError(f"the integer {digits[:30]} is beyond 64 bits")
+    return int(digits)
 
 
 def folder_digest(folder: Path) -> str:

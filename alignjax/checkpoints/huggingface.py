@@ -17,18 +17,20 @@ import numpy as np
 import tokenizers
 import transformers
 
-from alignjax.checkpoints.configs import legacy_rope
+from alignjax.checkpoints.configs import legacy_rope, read_token
 from alignjax.checkpoints.families import FAMILIES, Family, tensor_entries
 from alignjax.checkpoints.folders import new_folder, read_json_object, tensor_files, write_tensors
 from alignjax.checkpoints.weights import REWARD_TENSOR, checkpoint_tensors
 from alignjax.distributed.sharding import path_name
-from alignjax.errors import UserError, one_line
+from alignjax.errors import UserError, one_line, short_repr
 from alignjax.models.build import ModelConfig, build
 from alignjax.models.t5 import T5Config
 from alignjax.models.tokenizer import Message, Tokenizer
 from alignjax.types import Params
 
 MAX_SHARD_BYTES = 5 * 10**9
+_LAYERS, _MOST_LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"}, 10**6
+"""transformers lists the kinds of all layers before anything compares their number with the tensors."""
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -45,6 +47,9 @@ def read_config(folder: Path) -> ModelConfig:
         raise UserError(f"{path}: model_type {raw.get('model_type')!r} is not supported; {', '.join(FAMILIES)} are")
     if raw.get("quantization_config") is not None:
         raise UserError(f"{path}: quantization_config is not supported; use a checkpoint without it")
+    for name in _LAYERS & raw.keys():
+        if isinstance(raw[name], int) and raw[name] > _MOST_LAYERS:
+            raise UserError(f"{path}: {name}={raw[name]} is beyond {_MOST_LAYERS}; correct it")
     completed = _transformers_config(folder)
     try:
         return _model_config(folder, raw, family, completed)
@@ -73,9 +78,17 @@ def _model_config(folder: Path, raw: dict[str, Any], family: Family, completed: 
     fields = family.read(values)
     if family.config is T5Config:
         fields["tied"] = "lm_head.weight" not in tensor_files(folder)
+        _check_start(folder / "generation_config.json", fields["start_token"])
     config = family.config(family=raw["model_type"], **fields)
     build(config)  # raises UserError when sizes do not fit together
     return config
+
+
+def _check_start(path: Path, start: int) -> None:
+    """Raises UserError when generation_config.json starts an encoder-decoder's texts with another token."""
+    found = read_json_object(path).get("decoder_start_token_id") if path.exists() else None
+    if found not in (None, start):
+        raise UserError(f"decoder_start_token_id is {start}, and {path} has {short_repr(found)}; correct one of them")
 
 
 def write_folder(
@@ -161,24 +174,46 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError when it cannot be read, and when it gives an id for which the model in the folder, if there is one,
     has no embedding.
     """
+    ends = read_end_tokens(folder)
     try:
         fast = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = wrap_tokenizer(fast, ends or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+        appended = _appended(fast)
     except Exception as error:  # the library raises many kinds
         if (folder / "config.json").exists():
             _transformers_config(folder)  # transformers looks there for the tokenizer's class: name that error first
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed") from None
-    end_tokens = read_end_tokens(folder)
-    tokenizer = wrap_tokenizer(fast, end_tokens or ((fast.eos_token_id,) if fast.eos_token_id is not None else ()))
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason}); tokenizer.json is needed, and a "
+                        "tokenizer_config.json that fits it") from None  # fmt: skip
     _check_embeddings(folder, tokenizer)
+    _check_appended(folder, appended)
     return tokenizer
 
 
+def _check_appended(folder: Path, tokens: list[int]) -> None:
+    """Raises UserError when the tokenizer ends a text in other tokens than the folder's encoder-decoder.
+
+    Our encoder appends the model's end token itself, and transformers leaves that to the tokenizer.
+    """
+    path = folder / "config.json"
+    family = FAMILIES.get(str(read_json_object(path).get("model_type"))) if path.exists() else None
+    if not tokens or family is None or family.config is not T5Config:
+        return
+    end = read_token(_transformers_config(folder).to_dict(), "eos_token_id")
+    if tokens != [end]:
+        raise UserError(f"{path}: eos_token_id is {end}, and the tokenizer ends every text in {tokens}; correct one")
+
+
 def _check_embeddings(folder: Path, tokenizer: Tokenizer) -> None:
-    """Raises UserError when the tokenizer's largest id is beyond the embeddings of the folder's model."""
+    """Raises UserError when the largest id or an end token is beyond the embeddings of the folder's model."""
     path = folder / "config.json"
     count, largest = read_json_object(path).get("vocab_size") if path.exists() else None, tokenizer.vocab_size - 1
-    if isinstance(count, int) and count <= largest:
+    if not isinstance(count, int):
+        return
+    if (end := max(tokenizer.end_tokens, default=0)) >= count:
+        raise UserError(f"{folder}: the end token {end} is beyond the model's embeddings, for ids up to {count - 1}; "
+                        "correct eos_token_id")  # fmt: skip
+    if count <= largest:
         piece = tokenizer.decode_all([largest])
         raise UserError(f"{folder}: the tokenizer gives {piece!r} the id {largest}, and the model has embeddings for "
                         f"ids up to {count - 1}; give the model's own tokenizer")  # fmt: skip
@@ -192,8 +227,8 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
     for path in (folder / "generation_config.json", folder / "config.json"):
         value = read_json_object(path).get("eos_token_id") if path.exists() else None
         tokens = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int for token in tokens):
-            raise UserError(f"{path} is damaged: eos_token_id={value!r} is no token; correct it")
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise UserError(f"{path} is damaged: eos_token_id={short_repr(value)} is no token; correct it")
         if tokens:
             return tuple(tokens)
     return ()
@@ -205,13 +240,14 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
     ``encode`` puts the special tokens before a text that the tokenizer would put there, and none behind it.
     """
     special_tokens = {"bos": fast.bos_token_id, "eos": fast.eos_token_id, "pad": fast.pad_token_id}
-    appended, vocabulary = _count_appended(fast), fast.get_vocab()
+    appended, vocabulary = len(_appended(fast)), fast.get_vocab()
 
     def save(folder: Path) -> None:
         """Writes the tokenizer's files and its end tokens."""
         fast.save_pretrained(folder)
         path = folder / "tokenizer_config.json"
-        path.write_text(json.dumps(_legacy_tokenizer(read_json_object(path)), indent=2, ensure_ascii=False), "utf-8")
+        fields = json.loads(path.read_text("utf-8"))
+        path.write_text(json.dumps(_legacy_tokenizer(fields), indent=2, ensure_ascii=False), "utf-8")
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(end_tokens)}))
 
     def render(messages: Sequence[Message]) -> str:
@@ -227,7 +263,7 @@ def wrap_tokenizer(fast: Any, end_tokens: tuple[int, ...]) -> Tokenizer:
         save=save,
         specials={f"{kind}_token_id": token for kind, token in special_tokens.items() if token is not None},
         end_tokens=end_tokens,
-        render=render if fast.chat_template else None,
+        render=render if fast.chat_template and isinstance(fast.chat_template, str | dict) else None,
     )
 
 
@@ -241,11 +277,11 @@ def _legacy_tokenizer(fields: Mapping[str, Any]) -> dict[str, Any]:
     return legacy
 
 
-def _count_appended(fast: Any) -> int:
-    """Returns how many special tokens the tokenizer appends to a text."""
+def _appended(fast: Any) -> list[int]:
+    """Returns the special tokens that the tokenizer appends to a text."""
     bare, full = (fast("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     prepended = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
-    return len(full) - prepended - len(bare)
+    return full[prepended + len(bare) :]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int, markers: Sequence[str]) -> Tokenizer:

@@ -8,8 +8,6 @@ adapter of rank 3 r with A concatenated and B block-diagonal, which is the same 
 from __future__ import annotations
 
 import json
-import math
-import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -20,8 +18,16 @@ import jax
 import numpy as np
 import safetensors.numpy
 
+from alignjax.checkpoints.adapter_config import (
+    CONFIG_FILE,
+    WRITTEN_OPTIONS,
+    is_target,
+    module_rank,
+    module_scale,
+    read_adapter_config,
+)
 from alignjax.checkpoints.families import FAMILIES
-from alignjax.checkpoints.folders import check_present, new_folder, open_tensors, read_json_object
+from alignjax.checkpoints.folders import check_present, new_folder, open_tensors
 from alignjax.checkpoints.layout import Entry, join_fused, split_fused
 from alignjax.checkpoints.weights import FLOATS, abstract_params
 from alignjax.distributed.sharding import path_name
@@ -32,13 +38,8 @@ from alignjax.models.lora import Lora
 from alignjax.models.t5 import T5Config
 from alignjax.types import Params
 
-CONFIG_FILE, TENSORS_FILE = "adapter_config.json", "adapter_model.safetensors"
+TENSORS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "lora_bias": False, "layer_replication": None,
-          "use_qalora": False, "alora_invocation_tokens": None}  # fmt: skip
-"""Options of PEFT with the values that mean plain LoRA; others are refused."""
-_KEEPS_BASE = ("true", "false", "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base as it is."""
 
 
 # --- writing ---
@@ -82,7 +83,7 @@ def _adapter_config(config: ModelConfig, modules: Mapping[str, list[str]], lora:
         "fan_in_fan_out": config.family == "gpt2",  # its kernels are stored [in, out]
         "lora_dropout": 0.0,
         "inference_mode": True,
-        **_PLAIN,
+        **WRITTEN_OPTIONS,
     }
 
 
@@ -143,52 +144,6 @@ class _Module(NamedTuple):
     a: np.ndarray  # [in, r]
     b: np.ndarray  # [r, parts * out]
     scale: float
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Returns adapter_config.json.
-
-    Raises UserError when it describes anything else than plain LoRA, and on a rank, an alpha or a pattern that cannot
-    be.
-    """
-    path = folder / CONFIG_FILE
-    description = read_json_object(path)
-    if description.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {description.get('peft_type')!r} is not supported; LORA is")
-    for name, plain in _PLAIN.items():
-        if description.get(name, plain) not in (plain, None, []):
-            raise UserError(f"{path}: {name}={description[name]!r} is not supported; merge it with PEFT first")
-    if str(description.get("init_lora_weights", True)).lower() not in _KEEPS_BASE:
-        raise UserError(f"{path}: init_lora_weights={description['init_lora_weights']!r} changes the base too; "
-                        "merge it with PEFT first")  # fmt: skip
-    _check_number(path, description, "r", int)
-    _check_number(path, description, "lora_alpha", int | float)
-    _check_patterns(path, description, "rank_pattern", int)
-    _check_patterns(path, description, "alpha_pattern", int | float)
-    return description
-
-
-def _check_number(path: Path, values: Mapping[str, Any], name: str, kind: Any) -> None:
-    """Raises UserError unless the entry ``name`` is a positive number of the kind."""
-    value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
-        what = f"{name}={value!r}" if name in values else f"it has no {name!r}, which"
-        raise UserError(f"{path}: {what} must be a positive {'integer' if kind is int else 'number'}; correct it")
-
-
-def _check_patterns(path: Path, description: Mapping[str, Any], name: str, kind: Any) -> None:
-    """Raises UserError unless the entry ``name`` is a mapping of regular expressions to positive numbers."""
-    patterns = description.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise UserError(f"{path}: {name}={patterns!r} is no mapping of names to numbers; correct it")
-    for key in patterns:
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise UserError(
-                f"{path}: {name} has {key!r}, which is no regular expression ({error}); correct it"
-            ) from None
-        _check_number(path, patterns, key, kind)
 
 
 def check_files(folder: Path) -> None:
@@ -280,26 +235,14 @@ def _read_module(files: _AdapterFiles, entry: Entry, layer: int, sizes: tuple[in
     if a.shape != (rank, inputs) or b.shape != (outputs, rank):
         raise UserError(f"{files.folder}: {name_a} and its lora_B have shapes {a.shape}, {b.shape}; "
                         f"it needs ({rank}, {inputs}), ({outputs}, {rank})")  # fmt: skip
-    if rank != (described := _pattern_value(files.description, "rank_pattern", "r", module)):
+    if not is_target(files.description, module):
+        raise UserError(f"{files.folder}: {CONFIG_FILE} leaves {module} out of target_modules or layers_to_transform, "
+                        "and its tensors adapt it; give the two files of one adapter")  # fmt: skip
+    if rank != (described := module_rank(files.description, module)):
         raise UserError(f"{files.folder}: {CONFIG_FILE} gives {module} the rank {described}, and its tensors have "
                         f"{rank}; give the two files of one adapter")  # fmt: skip
-    scale = _module_scale(files.description, module, rank)
+    scale = module_scale(files.description, module, rank)
     return _Module((name_a, name_b), a.T, np.asarray(b.T, np.float32), scale)
-
-
-def _module_scale(description: Mapping[str, Any], module: str, rank: int) -> float:
-    """Returns alpha / r of a module of rank r, or alpha / sqrt(r) with ``use_rslora`` (2312.03732)."""
-    alpha = float(_pattern_value(description, "alpha_pattern", "lora_alpha", module))
-    return alpha / (rank**0.5 if description.get("use_rslora") else rank)
-
-
-def _pattern_value(description: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
-    """Returns a module's value: the first of ``patterns`` that fits its name, else that of ``default``.
-
-    A key is a regular expression that matches the module's full name or its last parts, as in PEFT.
-    """
-    values = (description.get(patterns) or {}).items()
-    return next((value for key, value in values if re.match(rf"(.*\.)?({key})$", module)), description[default])
 
 
 # --- names ---

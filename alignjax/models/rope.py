@@ -8,7 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from alignjax.errors import POSITIVE, check_range
+from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.models.layers import check_choice
 from alignjax.types import Array
 
@@ -31,6 +31,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         check_range(self, POSITIVE, math.inf, "factor", "low_frequency", "high_frequency", "original")
         check_choice(self, "kind", ("none", "linear", "llama3"))
+        if self.kind == "llama3" and self.low_frequency >= self.high_frequency:
+            raise UserError(f"RopeScaling.high_frequency={self.high_frequency} must be above "
+                            f"low_frequency={self.low_frequency}")  # fmt: skip
 
 
 def apply_rotary(x: Array, positions: Array, frequencies: Array) -> Array:

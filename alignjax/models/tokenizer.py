@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import jinja2
 import numpy as np
 
 from alignjax.errors import UserError, one_line
@@ -23,6 +24,8 @@ _ANCHORS = ("a", ".", "\n")
 _PRECEDING = ("", ".", "!", "?", ",", ")", '"', "\n")
 """What can stand between a word and a stop piece; a tokenizer may merge it with the piece's first characters."""
 _BYTES_PER_TOKEN = 4
+_PROBE = "hello 8271"
+"""A message that no template holds of its own."""
 
 
 class Tokenizer(NamedTuple):
@@ -101,9 +104,14 @@ def with_chat_template(tokenizer: Tokenizer, messages: Callable[[str], Sequence[
 
 
 def _renders_text(render: Callable[[Sequence[Message]], str]) -> bool:
-    """Whether a template writes what a user's message says. True too where it refuses a chat of this one message."""
+    """Whether a template writes what a user's message says. True too where it refuses a chat of this one message.
+
+    Raises UserError on a text that is no template.
+    """
     try:
-        return "hello" in render([{"role": "user", "content": "hello"}])
+        return _PROBE in render([{"role": "user", "content": _PROBE}])
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"the chat template is damaged ({one_line(error)}); correct it, or set chat=False") from None
     except Exception:  # of any kind: it may ask for a system's message, which the task's messages have
         return True
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from alignjax.errors import UserError
+from alignjax.errors import UserError, short_repr
 
 Row = Mapping[str, Any]
 """The JSON object of a line."""
@@ -62,14 +62,17 @@ def file_digest(path: str) -> str:
 def read_text_file(path: str, kind: str) -> str:
     """Returns a text file without its byte order mark, decompressed when its name ends in .gz.
 
-    It is in UTF-8, or in UTF-16 where a mark says so. Raises UserError when it cannot be read; ``kind`` then says what
-    to give: "a text file of stories".
+    It is in UTF-8, or in UTF-16 where a mark says so. Raises UserError when it cannot be read, with the line of a byte
+    that is no text; ``kind`` then says what to give: "a text file of stories".
     """
     try:
         raw = Path(path).read_bytes()
         raw = gzip.decompress(raw) if path.endswith(".gz") else raw
         return raw.decode(next((codec for mark, codec in _MARKS.items() if raw.startswith(mark)), "utf-8"))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].decode(error.encoding, "ignore").count("\n") + 1
+        raise UserError(f"{path} cannot be read (line {line} is not in {error.encoding}); give {kind}") from None
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); give {kind}") from None
 
 
@@ -153,7 +156,7 @@ def read_comparison(row: Row) -> Comparison:
         return _read_chosen(row)
     p = row["p"]
     if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1:
-        raise ValueError(f"has 'p' {p!r}, which is no number from 0 to 1")
+        raise ValueError(f"has 'p' {short_repr(p)}, which is no number from 0 to 1")
     return Comparison(require_text(row, "prompt"), require_text(row, "first"), require_text(row, "second"), float(p))
 
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
-from alignjax.errors import UserError
+from alignjax.errors import UserError, short_repr
 from alignjax.tasks.json_lines import Row, file_digest, read_rows, read_text_file, require_text
 from alignjax.tasks.task import EOS, SPLITS, Affixes, Format, Score, Task, Template, oracle_from_score, shuffled
 
@@ -98,11 +98,13 @@ def read_openings(path: str, digest: str = "") -> dict[str, list[str]]:
 
 def _read_opening(row: Row) -> tuple[str, str]:
     """Returns (split, opening) of a row. Raises KeyError or ValueError on another form."""
-    opening = require_text(row, "prompt")
+    opening, number = require_text(row, "prompt"), row["story"]
     try:
-        story = int(row["story"])
+        story = int(number)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"has 'story' {row['story']!r}, which is no number") from None
+        story = None
+    if story is None or isinstance(number, bool) or (isinstance(number, float) and number != story):
+        raise ValueError(f"has 'story' {short_repr(number)}, which is no whole number")
     return {0: "test", 1: "test", 2: "validation"}.get(story % 10, "train"), opening
 
 

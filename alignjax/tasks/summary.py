@@ -79,7 +79,10 @@ def read_posts(path: str, digest: str = "") -> list[str]:
 
 def _read_post(row: Row) -> str:
     """Returns a post, with its title above it where there is one. Raises KeyError or ValueError without a text."""
-    title = str(row.get("title") or "").strip()
+    title = "" if row.get("title") is None else row["title"]
+    if not isinstance(title, str):
+        raise ValueError("has a 'title' that is no text")
+    title = title.strip()
     post = require_text(row, "text" if "text" in row else "post").strip()
     return f"{title}\n\n{post}" if title else post
 
@@ -100,7 +103,7 @@ def read_tldr_comparison(row: Row, instruction: str = T5_INSTRUCTION) -> Compari
     info, summaries, choice = row["info"], row["summaries"], row["choice"]
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise ValueError("has no 'info' of a post, or not two 'summaries'")
-    if not all(isinstance(summary, dict) for summary in summaries) or choice not in (0, 1):
+    if not all(isinstance(summary, dict) for summary in summaries) or type(choice) is bool or choice not in (0, 1):
         raise ValueError("has 'summaries' without a text, or a 'choice' that is neither 0 nor 1")
     first, second = (require_text(summary, "text").strip() for summary in summaries)
     return Comparison(_fill_instruction(instruction, _read_post(info)), first, second, float(1 - choice))

@@ -183,3 +183,10 @@ CASES = (
     Case("t5_v11", "T5ForConditionalGeneration", t5_v11, untied=True, encodes=True),
     Case("mt5", "MT5ForConditionalGeneration", t5("gated-gelu"), untied=True, encodes=True),
 )
+ADAPTED = {
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
+    "t5": ["SelfAttention.q", "EncDecAttention.v", "DenseReluDense.wo"],
+    "mt5": ["SelfAttention.q", "EncDecAttention.v", "DenseReluDense.wi_1"],
+}
+"""Modules that the tests adapt, by family; in others q_proj, v_proj and down_proj."""

@@ -19,6 +19,7 @@ from alignjax.models.build import build
 from alignjax.models.lora import Lora
 from alignjax.types import Tokens
 from tests.parity import referee
+from tests.parity.cases import ADAPTED
 from tests.parity.conftest import NOTES
 from tests.parity.test_live import EVERY, TOLERANCE, random_model
 from tests.test_lora import randomized
@@ -29,12 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning"),  # "base" is no folder here
 ]
-TARGETS = {
-    "gpt2": ["c_attn", "mlp.c_proj"],
-    "gpt_neox": ["query_key_value", "dense_4h_to_h"],
-    "t5": ["SelfAttention.q", "EncDecAttention.v", "DenseReluDense.wo"],
-    "mt5": ["SelfAttention.q", "EncDecAttention.v", "DenseReluDense.wi_1"],
-}
 
 
 def peft_logits(adapted, model):
@@ -67,7 +62,7 @@ def assert_near(a, b, case):
 def test_what_peft_saves_is_read(tmp_path, case):
     """Random adapters, ranks and scales that differ between modules, and the square-root scale."""
     model = random_model(case)
-    targets = TARGETS.get(model.config.family, ["q_proj", "v_proj", "down_proj"])
+    targets = ADAPTED.get(model.config.family, ["q_proj", "v_proj", "down_proj"])
     description = theirs.LoraConfig(
         r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, lora_dropout=0.0,
         rank_pattern={targets[0]: 2, rf".*\.0\..*{targets[-1]}": 4},

@@ -105,7 +105,10 @@ class LoadCheckpoint:
         weights.read_reward_head(folder, config.width)
         tokenizer = self.tokenizer()
         if self.chat:
-            with_chat_template(tokenizer, context.task.messages)  # refuses a tokenizer without a template
+            try:
+                with_chat_template(tokenizer, context.task.messages)
+            except UserError as error:  # it does not know the folder
+                raise UserError(f"{folder}: {error}") from None
         parameter_places(build(config), context.mesh)
 
     def programs(self, context: Context) -> tuple[Program, ...]:
