@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 def _check_number(path: Path, values: Mapping[str, Any], name: str, kind: Any) -> None:
     """Raises UserError unless the entry ``name`` is a positive number of the kind."""
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e30:  # float32 holds it
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < math.inf:
         what = f"{name}={short_repr(value)}" if name in values else f"it has no {name!r}, which"
         raise UserError(f"{path}: {what} must be a positive {'integer' if kind is int else 'number'}; correct it")
 
