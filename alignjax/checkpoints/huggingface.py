@@ -212,7 +212,7 @@ def _check_embeddings(folder: Path, tokenizer: Tokenizer) -> None:
         return
     if (end := max(tokenizer.end_tokens, default=0)) >= count:
         raise UserError(f"{folder}: the end token {end} is beyond the model's embeddings, for ids up to {count - 1}; "
-                        "correct eos_token_id")  # fmt: skip
+                        "correct eos_token_id in generation_config.json or config.json")  # fmt: skip
     if count <= largest:
         piece = tokenizer.decode_all([largest])
         raise UserError(f"{folder}: the tokenizer gives {piece!r} the id {largest}, and the model has embeddings for "

@@ -157,7 +157,8 @@ def _check_copy(folder: Path, name: str, view: Any, embedding: str, embedding_vi
         stop = min(start + block, rows)
         if not np.array_equal(view[start:stop], embedding_view[start:stop], equal_nan=True):
             raise UserError(f"{folder}: tensor {name} differs from {embedding}, and the model uses one for both; "
-                            "remove the wrong one, or set tie_word_embeddings to false if both are meant")  # fmt: skip
+                            "remove the wrong one, or if both are meant, set tie_word_embeddings of config.json to "
+                            "false")  # fmt: skip
 
 
 def _check_tensor(folder: Path, name: str, view: Any, expected: tuple[int, ...]) -> None:

@@ -36,7 +36,7 @@ def inputs(parent: Path, seed: int) -> Iterator[Input]:
         undamaged = _our_logits(name, folder)
         for change, text in mutations(found[name], known):
             attempt = functools.partial(_attempt, name, folder, text, undamaged)
-            yield Input(f"{name} {change}", (str(folder),), attempt, change == WHOLE)
+            yield Input(f"{name} {change}", (str(folder), CONFIG_FILE), attempt, change == WHOLE)
 
 
 def _write_adapter(name: str, folder: Path, seed: int) -> Path:

@@ -49,7 +49,7 @@ def inputs(parent: Path, seed: int) -> Iterator[Input]:
         (folder / GENERATION).unlink()  # so that config.json alone says what ends a text
         for change, text in mutations(found[label], known):
             attempt = functools.partial(_attempt, folder.name, folder, text)
-            yield Input(f"{label} {change}", (str(folder),), attempt, change == WHOLE)
+            yield Input(f"{label} {change}", (str(folder), CONFIG), attempt, change == WHOLE)
 
 
 def _in_words_of_today(name: str, parent: Path) -> Path:
