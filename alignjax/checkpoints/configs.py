@@ -3,109 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
+from alignjax.checkpoints.config_entries import (
+    ACTIVATIONS,
+    ConfigJson,
+    activation_name,
+    read_rope_scaling,
+    read_token,
+    read_windows,
+    require_values,
+    translate,
+    write_rope,
+    write_windows,
+)
 from alignjax.checkpoints.tensor_names import ATTENTION_PROJECTIONS, MLP_PROJECTIONS
-from alignjax.errors import UserError, short_repr
 from alignjax.models.decoder import UNBOUNDED, TransformerConfig
 from alignjax.models.rope import RopeScaling
 from alignjax.models.t5 import T5Config
-
-ConfigJson = Mapping[str, Any]
-"""A config.json with the defaults that transformers fills in."""
-
-_ACTIVATIONS = {
-    "relu": "relu",
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-
-
-def _activation_name(c: TransformerConfig | T5Config, tanh: str = "gelu_pytorch_tanh") -> str:
-    """Returns transformers' name of the activation. The approximate GELU has two names; ``tanh`` is the family's."""
-    return tanh if c.activation == "gelu_tanh" else c.activation
-
-
-def _translate(raw: ConfigJson, key: str, table: Mapping[str, Any]) -> Any:
-    """Returns what the table has for the value of ``key``. Raises UserError when the value is not supported."""
-    value = str(raw.get(key))
-    if value not in table:
-        raise UserError(f"{key} {short_repr(value)} is not supported; {', '.join(table)} are")
-    return table[value]
-
-
-def _require_values(raw: ConfigJson, **supported: Any) -> None:
-    """Raises UserError when an option has another value than the supported one."""
-    for key, value in supported.items():
-        if raw.get(key, value) != value:
-            raise UserError(f"{key}={short_repr(raw[key])} is not supported; use a checkpoint with {value!r}")
-
-
-def _read_rope_scaling(rope: ConfigJson) -> RopeScaling:
-    """Returns how the rotary positions are stretched. Raises UserError on a kind that is not supported."""
-    kind = _translate(rope, "rope_type", {"default": "none", "linear": "linear", "llama3": "llama3"})
-    if kind == "none":
-        return RopeScaling()
-    if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    return RopeScaling(
-        "llama3", float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
-        rope["original_max_position_embeddings"],
-    )  # fmt: skip
-
-
-def _write_rope(theta: float, scaling: RopeScaling) -> dict[str, Any]:
-    """Returns ``rope_parameters`` of a config.json."""
-    s = scaling
-    options = {
-        "none": {},
-        "linear": {"factor": s.factor},
-        "llama3": {
-            "factor": s.factor, "low_freq_factor": s.low_frequency, "high_freq_factor": s.high_frequency,
-            "original_max_position_embeddings": s.original,
-        },
-    }[s.kind]  # fmt: skip
-    return {"rope_type": "default" if s.kind == "none" else s.kind, "rope_theta": theta, **options}
-
-
-def legacy_rope(family: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entries that transformers 4 reads in the place of ``rope_parameters``; ``fields``: a config.json.
-
-    Without them it takes the default theta and no scaling, and says nothing.
-    """
-    rope = fields.get("rope_parameters")
-    if rope is None:
-        return {}
-    full = rope.get("full_attention", rope)
-    options = {k: v for k, v in full.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    entries = {"rope_theta": full["rope_theta"], "rope_scaling": None if len(options) == 1 else options}
-    if family == "gpt_neox":
-        entries |= {"rotary_emb_base": full["rope_theta"], "rotary_pct": full["partial_rotary_factor"]}
-    if family == "gemma3_text":
-        entries["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    return entries
-
-
-def _read_windows(raw: ConfigJson) -> tuple[int, ...]:
-    """Returns the attention window of each layer in tokens; () when every layer attends to all."""
-    size, kinds = raw["sliding_window"], raw["layer_types"]
-    sizes = {"sliding_attention": size, "full_attention": UNBOUNDED}
-    if unsupported := set(kinds) - set(sizes):
-        raise UserError(f"layer type {min(unsupported)!r} is not supported; {' and '.join(sizes)} are")
-    if "sliding_attention" not in kinds:
-        return ()
-    if not size:
-        raise UserError(f"layer_types names sliding_attention, and sliding_window={size!r} is no size; give it")
-    return tuple(sizes[kind] for kind in kinds)
-
-
-def _write_windows(c: TransformerConfig) -> dict[str, Any]:
-    """Returns ``layer_types`` and ``sliding_window`` of a config.json."""
-    kinds = ["sliding_attention" if w < UNBOUNDED else "full_attention" for w in c.windows or [UNBOUNDED] * c.layers]
-    return {"layer_types": kinds, "sliding_window": min(c.windows) if c.windows else None}
 
 
 def _read_common(raw: ConfigJson) -> dict[str, Any]:
@@ -144,9 +59,9 @@ def read_llama(raw: ConfigJson) -> dict[str, Any]:
     return {
         **_read_common(raw),
         "rope_theta": float(rope["rope_theta"]),
-        "rope_scaling": _read_rope_scaling(rope),
+        "rope_scaling": read_rope_scaling(rope),
         "norm_eps": raw["rms_norm_eps"],
-        "activation": _translate(raw, "hidden_act", _ACTIVATIONS),
+        "activation": translate(raw, "hidden_act", ACTIVATIONS),
         "biases": (ATTENTION_PROJECTIONS if raw.get("attention_bias") else ())
         + (MLP_PROJECTIONS if raw.get("mlp_bias") else ()),
     }
@@ -160,21 +75,21 @@ def read_mistral(raw: ConfigJson) -> dict[str, Any]:
 
 def read_qwen2(raw: ConfigJson) -> dict[str, Any]:
     """Returns the fields of Qwen 2 and 2.5: Llama with biases and windows. Raises UserError as ``read_llama`` does."""
-    return {**read_llama(raw), "biases": ("q", "k", "v"), "windows": _read_windows(raw)}
+    return {**read_llama(raw), "biases": ("q", "k", "v"), "windows": read_windows(raw)}
 
 
 def read_qwen3(raw: ConfigJson) -> dict[str, Any]:
     """Returns the fields of Qwen 3: Llama with norms of queries and keys, and windows. Raises UserError likewise."""
-    return {**read_llama({**raw, "mlp_bias": False}), "head_norms": True, "windows": _read_windows(raw)}
+    return {**read_llama({**raw, "mlp_bias": False}), "head_norms": True, "windows": read_windows(raw)}
 
 
 def write_llama(c: TransformerConfig) -> dict[str, Any]:
     """Returns the config.json of a Llama."""
     return {
         **_write_common(c),
-        "rope_parameters": _write_rope(c.rope_theta, c.rope_scaling),
+        "rope_parameters": write_rope(c.rope_theta, c.rope_scaling),
         "rms_norm_eps": c.norm_eps,
-        "hidden_act": _activation_name(c),
+        "hidden_act": activation_name(c),
         "attention_bias": "o" in c.biases,
         "mlp_bias": "up" in c.biases,
     }
@@ -188,7 +103,7 @@ def write_mistral(c: TransformerConfig) -> dict[str, Any]:
 
 def write_qwen(c: TransformerConfig) -> dict[str, Any]:
     """Returns the config.json of a Qwen 2 or, with norms of queries and keys, of a Qwen 3."""
-    windowed = {"use_sliding_window": bool(c.windows), **_write_windows(c)}
+    windowed = {"use_sliding_window": bool(c.windows), **write_windows(c)}
     if c.windows:
         windowed["max_window_layers"] = next(i for i, w in enumerate(c.windows) if w < UNBOUNDED)
     return _omit(write_llama(c), "mlp_bias", *(() if c.head_norms else ("attention_bias", "head_dim"))) | windowed
@@ -204,20 +119,20 @@ def read_gemma(raw: ConfigJson) -> dict[str, Any]:
 
     Raises UserError on an option that is not supported.
     """
-    _require_values(raw, use_bidirectional_attention=False if raw.get("use_bidirectional_attention") is False else None)
+    require_values(raw, use_bidirectional_attention=False if raw.get("use_bidirectional_attention") is False else None)
     is_gemma3, rope = raw["model_type"] == "gemma3_text", raw["rope_parameters"]
     if is_gemma3:
-        _require_values(raw, attn_logit_softcapping=None)  # transformers has the option, and does not compute it
+        require_values(raw, attn_logit_softcapping=None)  # transformers has the option, and does not compute it
     full = rope["full_attention"] if is_gemma3 else rope
     return {
         **_read_common(raw),
         "rope_theta": float(full["rope_theta"]),
-        "rope_scaling": _read_rope_scaling(full),
-        "windowed_theta": float(rope["sliding_attention"]["rope_theta"]) if is_gemma3 and _read_windows(raw) else None,
+        "rope_scaling": read_rope_scaling(full),
+        "windowed_theta": float(rope["sliding_attention"]["rope_theta"]) if is_gemma3 and read_windows(raw) else None,
         "norm_eps": raw["rms_norm_eps"],
         "norm_offset": 1.0,
-        "activation": _translate(raw, "hidden_activation", _ACTIVATIONS),
-        "windows": _read_windows(raw),
+        "activation": translate(raw, "hidden_activation", ACTIVATIONS),
+        "windows": read_windows(raw),
         "biases": ATTENTION_PROJECTIONS if raw.get("attention_bias") else (),
         "post_norms": True,
         "head_norms": is_gemma3,
@@ -230,16 +145,16 @@ def read_gemma(raw: ConfigJson) -> dict[str, Any]:
 
 def write_gemma(c: TransformerConfig) -> dict[str, Any]:
     """Returns the config.json of a Gemma 2 or, with norms of queries and keys, of a Gemma 3."""
-    rope = _write_rope(c.rope_theta, c.rope_scaling)
-    windowed_rope = _write_rope(c.windowed_theta or 10_000.0, RopeScaling())
+    rope = write_rope(c.rope_theta, c.rope_scaling)
+    windowed_rope = write_rope(c.windowed_theta or 10_000.0, RopeScaling())
     gemma3_rope = {"full_attention": rope, "sliding_attention": windowed_rope}
     return {
         **_write_common(c),
-        **_write_windows(c),
+        **write_windows(c),
         **({} if c.windows else {"sliding_window": 4096}),  # the key is required; without windows it has no effect
         "rope_parameters": gemma3_rope if c.head_norms else rope,
         "rms_norm_eps": c.norm_eps,
-        "hidden_activation": _activation_name(c),
+        "hidden_activation": activation_name(c),
         "attention_bias": "o" in c.biases,
         "query_pre_attn_scalar": round(c.query_scale**-2)
         if c.query_scale
@@ -251,7 +166,7 @@ def write_gemma(c: TransformerConfig) -> dict[str, Any]:
 
 def read_gpt2(raw: ConfigJson) -> dict[str, Any]:
     """Returns the fields of GPT-2. Raises UserError on an option that is not supported."""
-    _require_values(
+    require_values(
         raw, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False,
         reorder_and_upcast_attn=False,
     )  # fmt: skip
@@ -271,7 +186,7 @@ def read_gpt2(raw: ConfigJson) -> dict[str, Any]:
         "norm": "layer",
         "norm_eps": raw["layer_norm_epsilon"],
         "biases": (*ATTENTION_PROJECTIONS, "up", "down"),
-        "activation": _translate(raw, "activation_function", _ACTIVATIONS),
+        "activation": translate(raw, "activation_function", ACTIVATIONS),
         "gated": False,
     }
 
@@ -282,7 +197,7 @@ def write_gpt2(c: TransformerConfig) -> dict[str, Any]:
         "vocab_size": c.vocab_size, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_inner": c.hidden,
         "n_positions": c.context, "tie_word_embeddings": c.tied, "initializer_range": c.initializer_range,
         "layer_norm_epsilon": c.norm_eps,
-        "activation_function": _activation_name(c, "gelu_new"),
+        "activation_function": activation_name(c, "gelu_new"),
     }  # fmt: skip
 
 
@@ -292,12 +207,12 @@ def read_neox(raw: ConfigJson) -> dict[str, Any]:
     return {
         **fields,
         "rope_theta": float(rope["rope_theta"]),
-        "rope_scaling": _read_rope_scaling(rope),
+        "rope_scaling": read_rope_scaling(rope),
         "rotary_dim": int(fields["head_dim"] * rope.get("partial_rotary_factor", 1.0)),
         "norm": "layer",
         "norm_eps": raw["layer_norm_eps"],
         "biases": (ATTENTION_PROJECTIONS if raw["attention_bias"] else ()) + ("up", "down"),
-        "activation": _translate(raw, "hidden_act", _ACTIVATIONS),
+        "activation": translate(raw, "hidden_act", ACTIVATIONS),
         "gated": False,
         "parallel": raw["use_parallel_residual"],
     }
@@ -307,10 +222,10 @@ def write_neox(c: TransformerConfig) -> dict[str, Any]:
     """Returns the config.json of a GPT-NeoX."""
     rotary_share = (c.rotary_dim or c.head_dim) / c.head_dim
     return _omit(_write_common(c), "num_key_value_heads", "head_dim") | {
-        "rope_parameters": {**_write_rope(c.rope_theta, c.rope_scaling), "partial_rotary_factor": rotary_share},
+        "rope_parameters": {**write_rope(c.rope_theta, c.rope_scaling), "partial_rotary_factor": rotary_share},
         "layer_norm_eps": c.norm_eps,
         "attention_bias": "q" in c.biases,
-        "hidden_act": _activation_name(c, "gelu_new"),
+        "hidden_act": activation_name(c, "gelu_new"),
         "use_parallel_residual": c.parallel,
     }
 
@@ -321,7 +236,7 @@ def read_t5(raw: ConfigJson) -> dict[str, Any]:
     The file does not say whether there is an output head; its tensors do. Raises UserError on an option that is not
     supported, and where the decoder's first token or the end token is missing.
     """
-    _require_values(raw, is_encoder_decoder=True)
+    require_values(raw, is_encoder_decoder=True)
     return {
         "vocab_size": raw["vocab_size"],
         "width": raw["d_model"],
@@ -331,7 +246,7 @@ def read_t5(raw: ConfigJson) -> dict[str, Any]:
         "head_dim": raw["d_kv"],
         "hidden": raw["d_ff"],
         "norm_eps": raw["layer_norm_epsilon"],
-        "activation": _translate(raw, "dense_act_fn", _ACTIVATIONS),  # of feed_forward_proj, where the file has none
+        "activation": translate(raw, "dense_act_fn", ACTIVATIONS),  # of feed_forward_proj, where the file has none
         "gated": bool(raw["is_gated_act"]),
         "scaled_output": raw["model_type"] == "t5" and bool(raw["scale_decoder_outputs"]),
         "buckets": raw["relative_attention_num_buckets"],
@@ -341,18 +256,9 @@ def read_t5(raw: ConfigJson) -> dict[str, Any]:
     }
 
 
-def read_token(raw: ConfigJson, name: str) -> int:
-    """Returns an entry that is a token, or the first of a list of tokens. Raises UserError when it is neither."""
-    value = raw.get(name)
-    token = value[0] if isinstance(value, list) and value else value
-    if type(token) is not int:
-        raise UserError(f"{name}={short_repr(value)} is no token; correct it")
-    return token
-
-
 def write_t5(c: T5Config) -> dict[str, Any]:
     """Returns the config.json of a T5."""
-    name = "gelu" if c.gated and c.activation == "gelu_tanh" else _activation_name(c, "gelu_new")
+    name = "gelu" if c.gated and c.activation == "gelu_tanh" else activation_name(c, "gelu_new")
     return {
         "vocab_size": c.vocab_size, "d_model": c.width, "num_layers": c.layers, "num_decoder_layers": c.decoder_layers,
         "num_heads": c.heads, "d_kv": c.head_dim, "d_ff": c.hidden, "layer_norm_epsilon": c.norm_eps,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from alignjax.checkpoints import configs
-from alignjax.checkpoints.configs import ConfigJson
+from alignjax.checkpoints.config_entries import ConfigJson
 from alignjax.checkpoints.layout import Entry
 from alignjax.checkpoints.tensor_names import GEMMA_ENTRIES, GPT2_ENTRIES, LLAMA_ENTRIES, NEOX_ENTRIES, t5_entries
 from alignjax.errors import UserError

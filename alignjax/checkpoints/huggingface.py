@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 import transformers
 
-from alignjax.checkpoints.configs import legacy_rope, read_token
+from alignjax.checkpoints.config_entries import legacy_rope, read_token
 from alignjax.checkpoints.families import FAMILIES, Family, tensor_entries
 from alignjax.checkpoints.folders import new_folder, read_json_object, tensor_files, write_tensors
 from alignjax.checkpoints.weights import REWARD_TENSOR, checkpoint_tensors
