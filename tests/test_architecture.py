@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import alignjax
+from tests.mutants.mutants import MUTANTS
 
 ROOT = Path(alignjax.__file__).parent
 FLOORS = [
@@ -160,3 +161,10 @@ def test_no_public_name_is_defined_in_two_modules():
             if is_public(dotted) and "." not in dotted:
                 modules[dotted].add(name(path))
     assert not {dotted: sorted(paths) for dotted, paths in modules.items() if len(paths) > 1}
+
+
+def test_what_a_mutant_changes_stands_in_its_file_once():
+    """``make mutants`` would end at another."""
+    counts = {mutant.name: (ROOT.parent / mutant.file).read_text().count(mutant.old) for mutant in MUTANTS}
+    assert set(counts.values()) == {1}, counts
+    assert len(counts) == len(MUTANTS)
