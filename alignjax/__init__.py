@@ -15,10 +15,27 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     # records
-    "alignjax.types": ("PolicyFunctions", "PreferenceBatch", "Response", "Roles", "Tokens", "TrainState", "pair_batch"),
+    "alignjax.types": (
+        "Estimates",
+        "Extras",
+        "PolicyFunctions",
+        "PreferenceBatch",
+        "Response",
+        "Roles",
+        "Tokens",
+        "TrainState",
+        "pair_batch",
+    ),
     "alignjax.errors": ("RunAgain", "UserError"),
     # objectives: a loss with the adapter that scores a batch for it
-    "alignjax.objectives": ("DirectAlignment", "PreferenceGradient", "RewardGradient"),
+    "alignjax.objectives": (
+        "DirectAlignment",
+        "GroupGradient",
+        "KLTarget",
+        "PPO",
+        "PreferenceGradient",
+        "RewardGradient",
+    ),
     # samplers: who writes the responses
     "alignjax.sampling.samplers": ("Sampler", "mixture", "moving_average", "policy", "reference"),
     "alignjax.sampling.process": ("Sampling", "geometric_mixture", "sample"),
@@ -42,6 +59,7 @@ _PUBLIC = {
     "alignjax.pipeline.experiment": ("Context", "Experiment", "Exposure", "Program"),
     "alignjax.pipeline.stages": (
         "Finding",
+        "Critic",
         "FitPreference",
         "Label",
         "LoadAdapter",

@@ -70,6 +70,18 @@ class Sample(NamedTuple):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Estimates:
+    """What an objective with a critic makes of a response before the policy moves, in units of the reward."""
+
+    value: Array  # [B, T] the critic's V_n before each token
+    reward: Array  # [B, T] paid at each token
+    advantage: Array  # [B, T] of each token
+    target: Array  # [B, T] what the critic learns to estimate
+    tau: Array  # [B] reward per nat of KL
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Response:
     """One response to each of B prompts, and what is known about it. None: not known, or not needed."""
 
@@ -77,7 +89,8 @@ class Response:
     behavior_logp: Array | None = None  # [B, T] nats at temperature 1 under the process that wrote it; 0 on padding
     reference_logp: Array | None = None  # [B, T] nats under the reference; 0 on padding
     finished: Array | None = None  # [B] bool: the response met a stop sequence
-    value: Array | None = None  # [B, T] the critic's estimate before each token, when the response was collected
+    valid: Array | None = None  # [B] bool: false where it loses to every valid response, whatever the model says of it
+    estimates: Estimates | None = None  # of an objective with a critic, when the response was collected
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +104,7 @@ class PreferenceBatch:
     prompt: Prompt  # [B, S]
     responses: tuple[Response, ...]  # K of them
     preference: Array  # [B, K, K] P(y_i > y_j | x); 1/2 where i = j and where the pair was not compared
-    reward: Array | None = None  # [B, K] r(x, y_i) nats; -inf for a response that loses outright. None: no reward model
+    reward: Array | None = None  # [B, K] r(x, y_i) nats, of invalid responses too. None: no reward model
     compared: Pairs = dataclasses.field(default=((0, 1),), metadata={"static": True})  # i < j
 
     def probability(self, i: int, j: int) -> Array:
@@ -101,11 +114,20 @@ class PreferenceBatch:
         return self.preference[:, i, j]
 
     def margin(self, i: int, j: int) -> Array:
-        """Returns r(x, y_i) - r(x, y_j), [B] nats, 0 where they are equal. Raises ValueError without rewards."""
+        """Returns r(x, y_i) - r(x, y_j), [B] nats; infinite where one response is not valid, 0 where neither is.
+
+        Raises ValueError without rewards.
+        """
         if self.reward is None:
             raise ValueError("this batch has no rewards: its preference model is not a reward model")
-        first, second = self.reward[:, i], self.reward[:, j]
-        return jnp.where(first == second, 0.0, first - second)
+        first, second = (jnp.ones(len(self.reward), bool) if v is None else v for v in (self.valid(i), self.valid(j)))
+        outright = jnp.where(first, jnp.inf, -jnp.inf)
+        unequal = jnp.where(first == second, 0.0, outright)
+        return jnp.where(first & second, self.reward[:, i] - self.reward[:, j], unequal)
+
+    def valid(self, i: int) -> Array | None:
+        """Returns whether each response i is valid, [B] bool; None where all are."""
+        return self.responses[i].valid
 
 
 def pair_batch(prompt: Prompt, first: Response, second: Response, p: Array) -> PreferenceBatch:
@@ -135,10 +157,11 @@ class Role(enum.IntEnum):
 class Roles(NamedTuple):
     """The parameters of the networks that take part in collecting a batch."""
 
-    policy: Params  # pi, the network that learns
+    policy: Params  # pi, the network that learns, and a critic beside it
     reference: Params  # mu, frozen
     average: Params  # the exponential moving average of pi; empty when nothing reads it
     preference: Params  # of the preference model, frozen
+    controls: Params = {}  # noqa: RUF012 (nobody writes to it): what the objective adjusts itself (``Extras``)
 
 
 @jax.tree_util.register_dataclass
@@ -151,6 +174,7 @@ class TrainState:
     opt_state: Any
     average: Params  # the exponential moving average of params; empty when nothing reads it
     key: Key  # the root key; it never advances
+    controls: Params = dataclasses.field(default_factory=dict)  # what the objective adjusts itself (``Extras``)
 
 
 class Step(Protocol):
@@ -186,10 +210,10 @@ class Reward(Protocol):
 
 
 class PolicyFunctions(NamedTuple):
-    """A policy's model as objectives use it. The parameters may have heads beside the backbone."""
+    """A policy's model as objectives use it. The parameters may have heads, or a critic, beside the backbone."""
 
     log_prob: LogProb
-    states: Callable[[Params, Prompt, Completion], Array]  # -> [B, T, D]: the state that predicts each token
+    states: Callable[[Params, Prompt, Completion], Array]  # -> [B, T, D]: what a critic reads before each token
     width: int  # D
 
 
@@ -201,6 +225,39 @@ class Loss(Protocol):
         ...
 
 
+def no_heads(width: int) -> Params:
+    """The ``heads`` of an objective without a critic."""
+    return {}
+
+
+def keep_batch(roles: Roles, batch: PreferenceBatch, policy: PolicyFunctions) -> PreferenceBatch:
+    """The ``prepare`` of an objective that needs nothing more than was collected."""
+    return batch
+
+
+def no_controls() -> Params:
+    """The ``controls`` of an objective whose settings stay as they are."""
+    return {}
+
+
+def keep_controls(controls: Params, batch: PreferenceBatch) -> Params:
+    """The ``adapt`` of an objective whose settings stay as they are."""
+    return controls
+
+
+class Extras(NamedTuple):
+    """What an algorithm with more than a loss adds to it."""
+
+    heads: Callable[[int], Params] = no_heads
+    """width -> the first heads that are trained beside the policy, such as a critic's."""
+    prepare: Callable[[Roles, PreferenceBatch, PolicyFunctions], PreferenceBatch] = keep_batch
+    """Returns the batch with what must be computed before the policy moves, such as a critic's values."""
+    controls: Callable[[], Params] = no_controls
+    """() -> the first values of what the objective adjusts itself, such as a coefficient that follows the KL."""
+    adapt: Callable[[Params, PreferenceBatch], Params] = keep_controls
+    """(controls, batch) -> the controls after a batch was learned from."""
+
+
 class Objective(Protocol):
     """Scores a PreferenceBatch under params and hands arrays to a loss (see ``alignjax.objectives``)."""
 
@@ -208,15 +265,8 @@ class Objective(Protocol):
     on_policy: tuple[int, ...]  # the responses that the policy itself must have written, for the gradient to be right
     compared: Pairs  # the pairs whose preference it reads
     rewarded: bool  # whether it reads rewards
+    extras: Extras  # what it adds to a loss; Extras() where that is nothing
     meanings: dict[str, str]  # metric -> what it shows
-
-    def heads(self, width: int, /) -> Params:
-        """Returns the first heads that are trained beside the policy, such as a critic's; empty without one."""
-        ...
-
-    def prepare(self, params: Params, batch: PreferenceBatch, policy: PolicyFunctions, /) -> PreferenceBatch:
-        """Returns the batch with what must be computed before the policy moves, such as a critic's values."""
-        ...
 
     def __call__(
         self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions

@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-from alignjax.objectives import keep_batch
 from alignjax.pipeline.stages.policy_data import collect_functions
 from alignjax.preferences.preference_models import PreferenceModel
 from alignjax.sampling.samplers import mixture, moving_average, policy, reference
@@ -26,7 +25,7 @@ from alignjax.training.collect import (
 )
 from alignjax.training.learn import COLLECT, all_trained, init_state, step_key
 from alignjax.training.shared_tree import SharedTree
-from alignjax.types import Completion, PreferenceBatch, Process, Response, Role, Roles, Sample
+from alignjax.types import Completion, Extras, PreferenceBatch, Process, Response, Role, Roles, Sample
 from tests.conftest import ragged
 from tests.enumerated import as_policy
 
@@ -76,7 +75,7 @@ ALL = ((0, 1), (0, 2), (1, 2))
 
 
 def collector(samplers, *, scored=(0,), compared=((0, 1),), preference=PAIRWISE, unfinished_loses=True, unseen=(STOP,)):
-    objective = types.SimpleNamespace(scored=scored, compared=compared, prepare=keep_batch)
+    objective = types.SimpleNamespace(scored=scored, compared=compared, extras=Extras())
     model = types.SimpleNamespace(prefill=prefill)
     scorer = as_policy(log_prob)
     return Collector(model, samplers, 3, ((STOP,),), unseen, (BLANK,), objective, scorer, preference, unfinished_loses)
@@ -164,10 +163,10 @@ def test_an_unfinished_response_loses_to_a_finished_one_and_ties_with_another_wh
     np.testing.assert_allclose(lenient.probability(0, 1), np.broadcast_to(sigmoid(margin), 3), rtol=1e-5)
     assert np.all(lenient.probability(0, 2) == 0.5)
     if preference is REWARD:
-        lost = -np.inf
-        np.testing.assert_allclose(strict.reward, [[lost, values[6], lost]] * 3, rtol=1e-6)
-        np.testing.assert_allclose(lenient.reward, [[values[5], values[6], values[5]]] * 3, rtol=1e-6)
-        assert strict.margin(0, 1).tolist() == [lost] * 3 and strict.margin(0, 2).tolist() == [0.0] * 3
+        for batch in (strict, lenient):
+            np.testing.assert_allclose(batch.reward, [[values[5], values[6], values[5]]] * 3, rtol=1e-6)
+        assert strict.margin(0, 1).tolist() == [-np.inf] * 3 and strict.margin(0, 2).tolist() == [0.0] * 3
+        np.testing.assert_allclose(lenient.margin(0, 1), [values[5] - values[6]] * 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +291,7 @@ def test_every_role_of_a_step_has_its_own_parameters():
     assert roles[Role.POLICY] == {"assembled": state.params, "over": {"b": 1}}
     assert roles[Role.AVERAGE] == {"assembled": state.average, "over": {"b": 1}}
     assert roles[Role.REFERENCE] is SURE.reference and roles.preference is TABLE
-    assert roles_of(dataclasses.replace(state, average={}), Frozen(), all_trained)[1:] == ({}, {}, {})
+    assert roles_of(dataclasses.replace(state, average={}), Frozen(), all_trained)[1:] == ({}, {}, {}, {})
 
 
 def test_batches_of_two_steps_rows_of_one_prompt_and_samplers_of_one_network_draw_differently():
@@ -331,7 +330,7 @@ def test_pairs_on_disk_are_completed_by_the_reference():
     first, second = ragged([[5, 2], [6], [4, 4, 2]], 3), ragged([[6, 2], [7, 5], [3]], 3)
     batch = PreferenceBatch(PROMPT, (Response(first), Response(second)), jnp.full((3, 2, 2), 0.5))
     for scored in ((0,), (0, 1)):
-        objective = types.SimpleNamespace(scored=scored, prepare=keep_batch)
+        objective = types.SimpleNamespace(scored=scored, extras=Extras())
         done = complete_batch(objective, as_policy(log_prob), SURE, batch)
         for k, side in enumerate((first, second)):
             if k in scored:

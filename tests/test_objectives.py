@@ -1,5 +1,6 @@
 """Objectives against exact gradients and stationary points, by enumeration of worlds of a few completions."""
 
+import dataclasses
 import functools
 
 import jax
@@ -103,14 +104,18 @@ def test_a_response_that_loses_outright_has_the_bound_for_a_penalty():
     prompt, completion = as_batch(COMPLETIONS)
     response = Response(completion, reference_logp=log_prob(tabular(2), prompt, completion))
 
-    def gradient(rewards):
-        batch = PreferenceBatch(prompt, (response, response), jnp.full((4, 2, 2), 0.5), jnp.asarray(rewards))
+    def gradient(rewards, valid):
+        responses = tuple(
+            dataclasses.replace(response, valid=jnp.asarray(column)) for column in zip(*valid, strict=True)
+        )
+        batch = PreferenceBatch(prompt, responses, jnp.full((4, 2, 2), 0.5), jnp.asarray(rewards))
         loss = reward_gradient(tau=0.0, bound=2.0)
         return jax.grad(lambda w: loss(w, batch, None, policy=as_policy(log_prob))[0])(tabular(1))
 
-    lost = -jnp.inf
-    outright = gradient([[1.5, lost], [lost, 0.7], [lost, lost], [1.0, 0.0]])
-    inside = gradient([[2.0, 0.0], [-1.0, 1.0], [3.0, 3.0], [1.0, 0.0]])
+    outright = gradient(
+        [[1.5, 9.0], [9.0, 0.7], [3.0, 9.0], [1.0, 0.0]], [(True, False), (False, True), (False, False), (True, True)]
+    )
+    inside = gradient([[2.0, 0.0], [-1.0, 1.0], [3.0, 3.0], [1.0, 0.0]], [(True, True)] * 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), outright, inside)
 
 
@@ -298,7 +303,7 @@ def test_metrics_are_what_their_meanings_say():
     prompt, first = as_batch(COMPLETIONS)
     second = Completion(first.tokens[::-1], first.mask)
     responses = tuple(Response(side, reference_logp=log_prob(reference, prompt, side)) for side in (first, second))
-    p, reward = jnp.array([0.9, 0.2, 0.5, 0.6]), jnp.array([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0], [0.0, -jnp.inf]])
+    p, reward = jnp.array([0.9, 0.2, 0.5, 0.6]), jnp.array([[3.0, 0.0], [0.0, 0.5], [1.0, 1.0], [0.0, -9.0]])
     batch = pair_batch(prompt, *responses, p)
     batch = PreferenceBatch(prompt, responses, batch.preference, reward)
     ratio = np.asarray(sequence_logp(params) - sequence_logp(reference))

@@ -34,6 +34,7 @@ from alignjax.tasks.task import Format, Task, Template
 from alignjax.training import data
 from alignjax.training.loop import LearnerSpec, TrainingRun, train
 from alignjax.training.metrics import read_metrics
+from alignjax.types import Estimates, Extras
 
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven", "yes", "no"]
 TEXTS = [" ".join(WORDS[i:] + WORDS[:i]) + "." for i in range(len(WORDS))]
@@ -138,20 +139,22 @@ class Critic:
     rewarded: ClassVar = False
     meanings: ClassVar = {"critic": "squared error", "moved": "the head now minus the head when collected"}
 
-    def heads(self, width):
-        return {"value": init_head(width)}
+    @property
+    def extras(self):
+        return Extras(lambda width: {"value": init_head(width)}, self.prepare)
 
     def values(self, params, batch, policy):
         return apply_head(params["value"], policy.states(params, batch.prompt, batch.responses[0].completion))
 
-    def prepare(self, params, batch, policy):
-        first = dataclasses.replace(batch.responses[0], value=self.values(params, batch, policy))
+    def prepare(self, roles, batch, policy):
+        value = self.values(roles.policy, batch, policy)
+        first = dataclasses.replace(batch.responses[0], estimates=Estimates(*[value] * 4, value[:, 0]))
         return dataclasses.replace(batch, responses=(first, *batch.responses[1:]))
 
     def __call__(self, params, batch, key, /, *, policy):
         values, response = self.values(params, batch, policy), batch.responses[0]
         error = jnp.square(batch.probability(0, 1)[:, None] - values) * response.completion.mask
-        moved = jnp.max(jnp.abs(values - response.value))
+        moved = jnp.max(jnp.abs(values - response.estimates.value))
         return jnp.mean(error), {"critic": jnp.mean(error), "moved": moved}
 
 

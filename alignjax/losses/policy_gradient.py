@@ -44,8 +44,8 @@ def nash_md(logp: Array, reference_logp: Array, mask: Array, preference: Array, 
         sum_n grad log pi(y_n) ( P(y > y') - 1/2 - tau sum_{m >= n} log[pi(y_m) / mu(y_m)] ).
 
     logp, reference_logp, mask: [B, T] of y ~ pi; preference [B]: P(y > y') with y' from the mixture pi^(1-beta) mu^beta
-    (Eq. 15). y' carries no gradient. 1/2 = P(y > y) is the baseline; there is no critic. Stationary where the mixture
-    of whole responses is the Nash policy at temperature tau / (1 - beta). Responses are drawn from the token-wise
-    mixture (App. F.1), for which this is exact for responses of one token, and close otherwise.
+    (Eq. 15). y' carries no gradient. 1/2 = P(y > y) is the baseline; there is no critic. Where pi is stationary,
+    pi^(1-beta) mu^beta over whole responses is the Nash policy at temperature tau / (1 - beta). The opponent is drawn
+    from the token-wise mixture (App. F.1), which is that one for responses of one token and another for longer ones.
     """
     return regularized_policy_gradient(logp, reference_logp, mask, preference - 0.5, tau=tau)

@@ -93,6 +93,15 @@ def _log_probs_in_chunks(
     return logp.reshape(-1)[:tokens].reshape(targets.shape)
 
 
-def policy_functions(model: Model) -> PolicyFunctions:
-    """Returns a model as objectives use it: its log-probs and, for a critic, its states."""
-    return PolicyFunctions(log_prob(model), model.completion_states, model.config.width)
+def policy_functions(model: Model, critic: Model | None = None) -> PolicyFunctions:
+    """Returns a model as objectives use it: its log-probs and, for a critic, its states.
+
+    A critic of its own reads ``critic``'s states, under the parameters at ``params["critic"]``.
+    """
+    if critic is None:
+        return PolicyFunctions(log_prob(model), model.completion_states, model.config.width)
+
+    def states(params: Params, prompt: Prompt, completion: Completion) -> Array:
+        return critic.completion_states(params["critic"], prompt, completion)
+
+    return PolicyFunctions(log_prob(model), states, critic.config.width)

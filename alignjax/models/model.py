@@ -41,3 +41,26 @@ class Model(NamedTuple):
     """
     rules: Rules
     """The sharding rules of the parameters that ``init`` returns."""
+
+
+def tempered(model: Model, temperature: float) -> Model:
+    """Returns the model whose next token has probabilities softmax(logits / temperature), in log-probs and in drawing.
+
+    The log-probs of what it draws are its own: it is another policy over the same parameters.
+    """
+    if temperature == 1:
+        return model
+
+    def logits(params: Params, states: Array) -> Array:
+        return model.logits(params, states) / temperature
+
+    def prefill(params: Params, prompt: Prompt, max_new_tokens: int) -> Process:
+        process = model.prefill(params, prompt, max_new_tokens)
+
+        def step(carry: Any, token: Array, /) -> tuple[Any, Array]:
+            carry, logits = process.step(carry, token)
+            return carry, logits / temperature
+
+        return Process(step, process.carry, process.logits / temperature)
+
+    return model._replace(logits=logits, prefill=prefill)

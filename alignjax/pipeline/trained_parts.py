@@ -1,4 +1,4 @@
-"""What a stage trains of a network: all of its parameters, or adapters over its base; and heads."""
+"""What a stage trains of a network: all of its parameters, or adapters over its base; heads, and a critic."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ class TrainedParts:
     assemble: Assemble  # (params, a tree with ``base``) -> the parameters that an objective takes
     rules: Rules  # sharding rules of the trained parameters
     shared_base: SharedBase | None
+    unsaved: frozenset[str] = frozenset()  # names in ``params`` that are no part of the stage's network
 
     def network(self, start: Network, params: Params) -> Network:
         """Returns the network with these trained parameters, ready to be saved."""
-        heads = {name: params[name] for name in params.keys() - start.base.keys()}
-        own = {name: part for name, part in params.items() if name not in heads}
+        heads = {name: params[name] for name in params.keys() - start.base.keys() - self.unsaved}
+        own = {name: part for name, part in params.items() if name not in heads.keys() | self.unsaved}
         if self.shared_base is None:
             return dataclasses.replace(start, base=own, adapters={}, heads=heads, shared_base=None)
         return dataclasses.replace(start, base={}, adapters=own, heads=heads, shared_base=self.shared_base)
@@ -60,6 +61,25 @@ def split_trained(start: Network, spec: Lora | None, heads: Params, key: Key) ->
 
     shared_base = SharedBase(start.shared_base.stage if start.shared_base else start.stage, spec)
     return TrainedParts({**adapters, **heads}, start.base, assemble, (*lora.ADAPTER_RULES, *rules), shared_base)
+
+
+def with_critic(parts: TrainedParts, critic: Network, head: str | None) -> TrainedParts:
+    """Returns the parts with a critic of its own at ``params["critic"]``, which is trained whole and not saved.
+
+    With ``head`` the value head begins as that head of the critic's network. Raises UserError when there is none.
+    """
+    if head is not None and head not in critic.heads:
+        raise UserError(f"critic.head={head!r} is no head of {critic.stage!r}, which has "
+                        f"{', '.join(critic.heads) or 'none'}; name one of those, or None")  # fmt: skip
+    backbone = apply_or_abstract(lambda p: lora.merge(jax.tree.map(_float32, p)), critic.params)
+    value = {} if head is None else {"value": to_float32(critic.heads[head])}
+    rules = tuple((rf"(^|/)critic/(.*/)?{pattern}", spec) for pattern, spec in critic.model.rules)
+    return dataclasses.replace(
+        parts,
+        params={**parts.params, **value, "critic": backbone},
+        rules=(*rules, *parts.rules),
+        unsaved=frozenset({"critic", "value"}),
+    )
 
 
 def trained_spec(start: NetworkSpec, stage: str, spec: Lora | None, heads: dict[str, Any]) -> NetworkSpec:

@@ -54,15 +54,16 @@ class PreferenceView:
 
     prompt: Prompt
     responses: tuple[Completion, ...]  # K of them
-    accepted: tuple[
-        Array, ...
-    ]  # [B] bool each. With one tokenizer: it is not blank. With two: the task's filter keeps it
+    # [B] bool each. With one tokenizer: it is not blank. With two: the task's filter keeps it.
+    accepted: tuple[Array, ...]
 
 
 def roles_of(state: TrainState, frozen: Frozen, assemble: Assemble) -> Roles:
     """Returns the parameters of every role at the state."""
     average = assemble(state.average, frozen) if state.average else {}
-    return Roles(assemble(state.params, frozen), frozen.reference or {}, average, frozen.preference or {})
+    return Roles(
+        assemble(state.params, frozen), frozen.reference or {}, average, frozen.preference or {}, state.controls
+    )
 
 
 class Collector(NamedTuple):
@@ -80,7 +81,7 @@ class Collector(NamedTuple):
     unfinished_loses: bool
 
     def collect(self, roles: Roles, prompt: Prompt, key: Key) -> PreferenceBatch:
-        """Returns the batch, where policy and preference model share a tokenizer."""
+        """Draws, compares and scores, where policy and preference model share a tokenizer."""
         samples = self.draw(roles, prompt, key)
         return self.compare(roles, prompt, samples, self.view(prompt, samples))
 
@@ -96,7 +97,8 @@ class Collector(NamedTuple):
     def view(self, prompt: Prompt, samples: tuple[Sample, ...]) -> PreferenceView:
         """Returns what the preference model reads, where it shares the policy's tokenizer.
 
-        Blank responses are not accepted, because no label has one. Others that the task's filter would refuse are.
+        A blank response is not accepted: no labelled pair holds one. What else the task's filter would refuse is
+        accepted.
         """
         responses = tuple(hide_tokens(sample.completion, self.unseen) for sample in samples)
         accepted = tuple(~is_blank(sample.completion, self.stop, self.blank) for sample in samples)
@@ -119,9 +121,10 @@ class Collector(NamedTuple):
             (i, j): override_invalid(probability(self.logit(roles.preference, view, reward, i, j)), valid[i], valid[j])
             for i, j in self.objective.compared
         }
-        if reward is not None:
-            reward = jnp.where(jnp.stack(valid, 1), reward, -jnp.inf)
-        responses = tuple(Response(sample.completion, sample.logp, None, sample.finished) for sample in samples)
+        responses = tuple(
+            Response(sample.completion, sample.logp, None, sample.finished, ok)
+            for sample, ok in zip(samples, valid, strict=True)
+        )
         matrix = preference_matrix(p, len(prompt.tokens), len(samples))
         batch = PreferenceBatch(prompt, responses, matrix, reward, self.objective.compared)
         return complete_batch(self.objective, self.policy, roles, batch)
@@ -147,7 +150,7 @@ def complete_batch(
         dataclasses.replace(response, reference_logp=scored.get(k)) for k, response in enumerate(batch.responses)
     )
     batch = dataclasses.replace(batch, responses=responses)
-    return lax.stop_gradient(objective.prepare(roles.policy, batch, policy))
+    return lax.stop_gradient(objective.extras.prepare(roles, batch, policy))
 
 
 def rewards(preference: PreferenceModel, params: Params, view: PreferenceView) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax.types import Array, Key, Loss, Metrics, Params, TrainState
+from alignjax.types import Array, Key, Loss, Metrics, Params, TrainState, keep_controls
 
 COLLECT, LEARN = 0, 1
 """Numbers folded into a step's key: COLLECT for drawing, LEARN for the objective."""
@@ -50,10 +50,12 @@ def step_key(state: TrainState, purpose: int) -> Key:
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool) -> TrainState:
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool, controls: Params | None = None
+) -> TrainState:
     """Returns the state before the first step. With ``average`` the moving average starts at the parameters."""
     copy = jax.tree.map(jnp.array, params) if average else {}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key, controls or {})
 
 
 def all_trained(params: Params, frozen: Any) -> Params:
@@ -67,13 +69,14 @@ def make_learn(
     schedule: UpdateSchedule = UpdateSchedule(),
     assemble: Assemble = all_trained,
     average_decay: float | None = None,
+    adapt: Callable[[Params, Any], Params] = keep_controls,
 ) -> Learn:
     """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once:
 
         average <- average_decay * average + (1 - average_decay) * params.
 
-    Where only adapters are trained, ``assemble`` lays them over a frozen base. Metrics are means over the
-    first epoch, which meets every row once.
+    Where only adapters are trained, ``assemble`` lays them over a frozen base. ``adapt`` is the objective's
+    (``types.Extras``). Metrics are means over the first epoch, which meets every row once.
     """
     gradient = accumulated_gradient(loss, assemble, schedule.accumulate)
 
@@ -93,7 +96,8 @@ def make_learn(
         average = state.average
         if average_decay is not None:
             average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, state.params)
-        return dataclasses.replace(state, step=state.step + 1, average=average), metrics
+        controls = adapt(state.controls, batch)
+        return dataclasses.replace(state, step=state.step + 1, average=average, controls=controls), metrics
 
     return learn
 
@@ -131,10 +135,10 @@ def accumulated_gradient(
     """
 
     def gradient(params: Params, frozen: Any, batch: Any, key: Key) -> tuple[Params, Metrics]:
-        def objective(params: Params) -> tuple[Array, Metrics]:
+        def scalar(params: Params) -> tuple[Array, Metrics]:
             return loss(assemble(params, frozen), batch, key)
 
-        return jax.grad(objective, has_aux=True)(params)
+        return jax.grad(scalar, has_aux=True)(params)
 
     def accumulated(params: Params, frozen: Any, batch: Any, key: Key) -> tuple[Params, Metrics]:
         # Rows are dealt round-robin, so that each part stays spread over the whole mesh.

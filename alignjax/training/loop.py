@@ -22,7 +22,7 @@ from alignjax.training.checkpointing import Checkpointer
 from alignjax.training.learn import Assemble, UpdateSchedule, all_trained, init_state, make_learn
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
-from alignjax.types import Key, Loss, Metrics, Params, Rules, TrainState
+from alignjax.types import Extras, Key, Loss, Metrics, Params, Rules, TrainState
 
 _BAR_METRICS = ("nll", "loss", "accuracy", "preference", "kl", "length")  # shown beside the progress bar
 
@@ -110,14 +110,16 @@ class LearnerSpec(NamedTuple):
     rules: Rules  # of the trained parameters
     assemble: Assemble = all_trained
     average_decay: float | None = None  # of the moving average of the parameters; None: none is kept
+    extras: Extras = Extras()  # the objective's
 
     def compile(self, params: Params, mesh: jax.sharding.Mesh) -> Learner:
         """Returns the jitted functions for parameters of these shapes on the mesh."""
-        optimizer = self.adam.build(self.loop.steps * self.loop.schedule.updates)
-        learn = make_learn(self.loss, optimizer, self.loop.schedule, self.assemble, self.average_decay)
+        optimizer = self.adam.build(self.loop.steps, self.loop.schedule.updates)
+        schedule, extras = self.loop.schedule, self.extras
+        learn = make_learn(self.loss, optimizer, schedule, self.assemble, self.average_decay, extras.adapt)
 
         def init(params: Params, key: Key) -> TrainState:
-            return init_state(params, optimizer, key, self.average_decay is not None)
+            return init_state(params, optimizer, key, self.average_decay is not None, extras.controls())
 
         def update(state: TrainState, frozen: SharedTree, batch: Any) -> tuple[TrainState, Metrics]:
             return learn(state, frozen.tree(), batch)
@@ -165,22 +167,23 @@ class Trained(NamedTuple):
 def train(
     run: TrainingRun,
     learner: Learner,
-    parameters: Callable[[], tuple[Params, Any]],
+    load_parameters: Callable[[], tuple[Params, Any]],
     plan: Callable[[int], data.BatchPlan],
     make_batch: Callable[[data.BatchPlan], Any],
     collect: Collect = no_collect,
 ) -> Trained:
     """Trains for ``learner.loop.steps`` steps, or on from the newest save of an interrupted run.
 
-    ``parameters`` makes (first parameters, frozen trees). The loop is their only owner: it updates the first in place.
+    ``load_parameters`` returns (initial parameters, frozen trees), which nobody else may hold: training overwrites the
+    initial ones.
     Raises UserError where a gradient is not finite, or the metric that ``Loop.best`` names is not logged; RunAgain
     after a save when the run is preempted.
     """
-    first, frozen = parameters()
-    first, frozen_arguments = _unaliased(first, frozen), SharedTree(frozen)
+    initial, frozen = load_parameters()
+    initial, frozen_arguments = _unaliased(initial, frozen), SharedTree(frozen)
     with _owned_saver(run, learner.loop) as saver:
-        state = learner.init(first, run.key)
-        del first
+        state = learner.init(initial, run.key)
+        del initial
         state = saver.restore(state, run.hosts.broadcast(saver.latest))  # one answer: hosts may list differently
         start = int(state.step)
         hooks = _Hooks(run, learner, saver, start)

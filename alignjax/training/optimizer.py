@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,12 +27,13 @@ class Adam:
     """
 
     lr: float
-    warmup: int = 10  # optimiser steps
+    warmup: int = 10  # batches
     schedule: str = "cosine"  # or "linear" or "constant"
     clip: float = 1.0  # the largest global norm of the gradient
     b1: float = 0.9
     b2: float = 0.98
     eps: float = 1e-8
+    corrected: bool = True  # False: eps is added to the root of squares whose bias is not corrected, as in TensorFlow
     weight_decay: float = 0.0
     moments: str = "float32"  # or "bfloat16"
 
@@ -44,18 +48,30 @@ class Adam:
         if self.moments == "bfloat16" and self.b1 > _LARGEST_B1:
             raise UserError(f"Adam.b1={self.b1} is too close to 1 for moments in bfloat16; lower it to {_LARGEST_B1}")
 
-    def build(self, steps: int) -> optax.GradientTransformation:
-        """Returns the optimiser for a training of ``steps`` optimiser steps."""
+    def build(self, steps: int, updates: int = 1) -> optax.GradientTransformation:
+        """Returns the optimiser for a training of ``steps`` batches, with ``updates`` optimiser steps on each.
+
+        The learning rate is constant within a batch.
+        """
+        rate = self.learning_rate(steps)
+
+        def schedule(count: Any) -> Any:
+            return rate(count // updates)
+
         # A Python number would itself be rounded to bfloat16 (0.9 to 0.898), and the mean would be biased.
         b1 = np.float32(self.b1) if self.moments == "bfloat16" else self.b1
-        adam = optax.adamw(
-            self.learning_rate(steps), b1=b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay,
-            mu_dtype=self.moments,
-        )  # fmt: skip
+        options = {"b1": b1, "b2": self.b2, "eps": self.eps, "mu_dtype": self.moments}
+        adam = optax.adamw(schedule, weight_decay=self.weight_decay, **options)
+        if not self.corrected:
+            adam = optax.chain(
+                _uncorrected(optax.scale_by_adam(**options), b1, self.b2, self.eps),
+                optax.add_decayed_weights(self.weight_decay),
+                optax.scale_by_learning_rate(schedule),
+            )
         return optax.chain(optax.clip_by_global_norm(self.clip), adam)
 
     def learning_rate(self, steps: int) -> optax.Schedule:
-        """Returns step -> learning rate."""
+        """Returns batch -> learning rate."""
         warmup = min(self.warmup, max(steps - 1, 0))
         decay_steps = max(steps - warmup, 1)
         decay = {
@@ -64,3 +80,18 @@ class Adam:
             "constant": optax.constant_schedule(self.lr),
         }[self.schedule]
         return optax.join_schedules([optax.linear_schedule(0.0, self.lr, max(warmup, 1)), decay], [warmup])
+
+
+def _uncorrected(scale: optax.GradientTransformation, b1: Any, b2: float, eps: float) -> optax.GradientTransformation:
+    """Returns ``scale``, Adam's, with m^ / (sqrt(v^) + eps / sqrt(1 - b2^t)) in place of m^ / (sqrt(v^) + eps)."""
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        _, state = scale.update(grads, state, params)
+        first, second = 1 - b1**state.count, 1 - b2**state.count
+
+        def step(mean: Any, square: Any) -> Any:
+            return mean / first / (jnp.sqrt(square / second) + eps / jnp.sqrt(second))
+
+        return jax.tree.map(step, state.mu, state.nu), state
+
+    return optax.GradientTransformation(scale.init, update)

@@ -65,8 +65,9 @@ MUTANTS = (
         "accepted & (sample.finished", "(sample.finished", COLLECT,
     ),
     Mutant(
-        "a response that loses outright keeps its reward", "alignjax/training/collect.py",
-        "jnp.where(jnp.stack(valid, 1), reward, -jnp.inf)", "reward", COLLECT,
+        "a response that loses outright keeps its reward", "alignjax/types.py",
+        "return jnp.where(first & second, self.reward[:, i] - self.reward[:, j], unequal)",
+        "return self.reward[:, i] - self.reward[:, j]", COLLECT,
     ),
     Mutant(
         "the tournament asks training prompts", "alignjax/pipeline/stages/tournament.py",
@@ -103,19 +104,20 @@ MUTANTS = (
         'read_stage_pairs(context, self.pairs, "train")', 'load_pairs(context, self.pairs, "held_out")', WIRING,
     ),
     Mutant(
-        "direct alignment takes the label of the exchanged pair", "alignjax/objectives.py",
+        "direct alignment takes the label of the exchanged pair", "alignjax/objectives/direct.py",
         "p = batch.probability(0, 1)\n        loss, sign", "p = batch.probability(1, 0)\n        loss, sign", LOSSES,
     ),
     Mutant(
-        "the reward's margin is reversed", "alignjax/objectives.py", "batch.margin(0, 1)", "batch.margin(1, 0)", LOSSES,
+        "the reward's margin is reversed", "alignjax/objectives/preference.py",
+        "batch.margin(0, 1)", "batch.margin(1, 0)", LOSSES,
     ),
     Mutant(
-        "the preference gradient takes the opponent's probability", "alignjax/objectives.py",
+        "the preference gradient takes the opponent's probability", "alignjax/objectives/preference.py",
         "response, preference = batch.responses[0], batch.probability(0, 1)",
         "response, preference = batch.responses[0], batch.probability(1, 0)", LOSSES,
     ),
     Mutant(
-        "the preference gradient scores the opponent's response", "alignjax/objectives.py",
+        "the preference gradient scores the opponent's response", "alignjax/objectives/preference.py",
         "response, preference = batch.responses[0],", "response, preference = batch.responses[1],", LOSSES,
     ),
     Mutant(
@@ -219,13 +221,14 @@ MUTANTS = (
     ),
     Mutant(
         "an objective's head is not saved", "alignjax/pipeline/trained_parts.py",
-        "heads = {name: params[name] for name in params.keys() - start.base.keys()}",
+        "heads = {name: params[name] for name in params.keys() - start.base.keys() - self.unsaved}",
         "heads = {}", WIRING,
     ),
     Mutant(
         "values are not those of the collection", "alignjax/training/collect.py",
-        "lax.stop_gradient(objective.prepare(roles.policy, batch, policy))",
-        "lax.stop_gradient(objective.prepare(roles.reference, batch, policy))", (*COLLECT, *WIRING),
+        "lax.stop_gradient(objective.extras.prepare(roles, batch, policy))",
+        "lax.stop_gradient(objective.extras.prepare(roles._replace(policy=roles.reference), batch, policy))",
+        (*COLLECT, *WIRING),
     ),
     Mutant(
         "arms do not share their randomness", "alignjax/pipeline/experiment.py",

@@ -10,10 +10,11 @@ from alignjax.pipeline.stages.policy_data import OfflineData, OnlineData
 from alignjax.pipeline.stages.pretrain import Pretrain
 from alignjax.pipeline.stages.study import Finding, Study
 from alignjax.pipeline.stages.tournament import Tournament
-from alignjax.pipeline.stages.train_policy import TrainPolicy
+from alignjax.pipeline.stages.train_policy import Critic, TrainPolicy
 from alignjax.pipeline.stages.writing import Writing
 
 __all__ = [
+    "Critic",
     "Finding",
     "FitPreference",
     "Label",

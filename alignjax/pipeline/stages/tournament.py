@@ -177,7 +177,7 @@ class Tournament:
         reference: Network,
         prompts: Sequence[str],
     ) -> Iterator[tuple]:
-        """Returns the columns of a policy's replies. Without plain sampling no KL is measured."""
+        """Returns the columns of a policy's replies. No KL is measured where sampling is filtered or tempered."""
         if reference.token_digest != policy.token_digest:
             raise UserError(f"{context.name}: {name!r} and the reference have different tokenizers; use one start")
         write = function_of(programs, f"write {name}", self.writing.buckets)

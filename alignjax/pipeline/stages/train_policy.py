@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
@@ -14,22 +15,34 @@ from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
 from alignjax.models.log_probs import policy_functions
 from alignjax.models.lora import Lora
+from alignjax.models.model import tempered
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
 from alignjax.pipeline.stages.policy_data import PolicyData, PolicySetup, reads_average
 from alignjax.pipeline.stages.writing import check_positions, check_stop
-from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
+from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec, with_critic
 from alignjax.training.collect import Frozen
 from alignjax.training.loop import Learner, LearnerSpec, Loop, train
 from alignjax.training.optimizer import Adam
-from alignjax.types import Completion, Objective, PolicyFunctions, Prompt, Response, pair_batch
+from alignjax.types import Completion, Objective, PolicyFunctions, PreferenceBatch, Prompt, Response, Roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+    """A critic with a network of its own, which begins as another stage's. It is trained whole, and not saved."""
+
+    start: str = stage_input(Kind.POLICY, Kind.PREFERENCE, Kind.REWARD)
+    head: str | None = None  # the start's head that the value head begins as, such as "reward"; None: zero
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainPolicy:
-    """Trains a policy with an objective, on the batches of ``data``."""
+    """Trains a policy with an objective, on the batches of ``data``.
+
+    At another ``temperature`` than 1 the policy is softmax(logits / temperature), in drawing and in all log-probs.
+    """
 
     objective: Objective  # for example PreferenceGradient(partial(losses.nash_md, tau=0.02))
     data: PolicyData  # OnlineData(...) or OfflineData(...)
@@ -39,13 +52,16 @@ class TrainPolicy:
     max_new_tokens: int  # the most tokens of a response
     start: str = stage_input(Kind.POLICY)
     reference: str = stage_input(Kind.POLICY)
+    critic: Critic | None = None  # None: the critic of an objective that has one is a head on the policy
     lora: Lora | None = None  # train adapters over the start's frozen base
+    temperature: float = 1.0
     average_decay: float | None = None  # of the moving average that ``samplers.moving_average`` reads
     seed: int = 0
     makes: ClassVar[Kind] = Kind.POLICY
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "buckets", "max_new_tokens")
+        check_range(self, 1e-3, 1e3, "temperature")
         if self.average_decay is not None:
             check_range(self, 0, 1, "average_decay")
 
@@ -60,12 +76,22 @@ class TrainPolicy:
         start = context.spec(self.start)
         if start is None:
             return None
-        heads = networks.head_shapes(self.objective.heads(start.record.config.width))
+        own = {} if self.critic else self.objective.extras.heads(start.record.config.width)
+        heads = networks.head_shapes(own)
         return trained_spec(start, self.start, self.lora, heads)
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns what the data, the start and the reference depend on."""
-        return context.derived_exposure(self.start, self.reference) | self.data.exposure(context)
+        """Returns what the data, the start, the reference and the critic depend on.
+
+        A critic that was a preference model is one that the policy is trained against.
+        """
+        found = context.derived_exposure(self.start, self.reference) | self.data.exposure(context)
+        if self.critic is None:
+            return found
+        critic = context.exposure(self.critic.start)
+        is_policy = context.experiment.stages[self.critic.start].makes == Kind.POLICY
+        against = critic.trained_against | (frozenset() if is_policy else critic.identity)
+        return found | Exposure(trained_against=against, fitted=critic.fitted, measured=critic.measured)
 
     def check(self, context: Context) -> None:
         """Raises UserError when the batch, the data, the adapters or the objective do not fit each other."""
@@ -76,13 +102,24 @@ class TrainPolicy:
         check_adapters(context, self.start, self.lora)
         check_stop(context, self.start)
         check_objective(context.name, self.objective)
+        if self.critic and not self.objective.extras.heads(1):
+            raise UserError(f"{context.name}.critic is set and the objective has no critic; leave it out, or use PPO")
         if reads_average(self.data) and self.average_decay is None:
             raise UserError(f"{context.name}: the sampler moving_average needs average_decay; set it, e.g. 0.999")
 
-    def trained_parts(self, context: Context, start: Network) -> TrainedParts:
-        """Returns what is trained of the start's network: it, and the objective's heads."""
-        heads = self.objective.heads(start.model.config.width)
-        return split_trained(start, self.lora, heads, context.key(self.seed))
+    def trained_parts(self, context: Context, start: Network, critic: Network | None) -> TrainedParts:
+        """Returns what is trained: the start's network, the objective's heads, and a critic of its own."""
+        heads = self.objective.extras.heads((critic or start).model.config.width)
+        parts = split_trained(start, self.lora, heads, context.key(self.seed))
+        return with_critic(parts, critic, self.critic.head) if critic and self.critic else parts
+
+    def critic_network(self, context: Context, load: Callable[[str], Network], start: Network) -> Network | None:
+        """Returns the network that the critic begins as, by ``load``. Raises UserError when its tokens are others."""
+        critic = load(self.critic.start) if self.critic else None
+        if critic and critic.token_digest != start.token_digest:
+            raise UserError(f"{context.name}: {self.start!r} and the critic {critic.stage!r} have different "
+                            "tokenizers; use one start")  # fmt: skip
+        return critic
 
     def setup(self, context: Context) -> tuple[PolicySetup, Learner]:
         """Returns what the programs are made from, and the compiled training."""
@@ -91,10 +128,12 @@ class TrainPolicy:
             raise UserError(
                 f"{context.name}: {self.start!r} and {self.reference!r} are different models; use one start"
             )
-        policy = policy_functions(start.model)
-        parts = self.trained_parts(context, start)
-        loss = functools.partial(self.objective, policy=policy)
-        learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay)
+        critic = self.critic_network(context, context.abstract, start)
+        parts = self.trained_parts(context, start, critic)
+        start = dataclasses.replace(start, model=tempered(start.model, self.temperature))
+        policy = policy_functions(start.model, critic.model if critic else None)
+        loss, extras = functools.partial(self.objective, policy=policy), self.objective.extras
+        learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay, extras)
         learner = learning.compile(parts.params, context.mesh)
         setup = PolicySetup(
             self.objective, self.loop, self.buckets, self.max_new_tokens, self.seed, start, reference, parts, policy,
@@ -124,7 +163,7 @@ class TrainPolicy:
         def parameters() -> tuple[Any, Frozen]:
             start, reference = context.load(self.start), context.load(self.reference)
             preference = self.data.preference_network(context, context.load)
-            parts = self.trained_parts(context, start)
+            parts = self.trained_parts(context, start, self.critic_network(context, context.load, start))
             context.release()
             judged = preference.all_params if preference else None
             return parts.params, Frozen(parts.base, reference.params, judged)
@@ -151,10 +190,14 @@ def check_objective(name: str, objective: Objective) -> None:
 
     def call() -> Any:
         zeros = jnp.zeros((1, 1))
-        response = Response(tokens, zeros, zeros, jnp.ones(1, bool))
-        batch = dataclasses.replace(pair_batch(tokens, response, response, jnp.ones(1)), reward=jnp.zeros((1, 2)))
-        policy, params = PolicyFunctions(score, states, 1), objective.heads(1)
-        return objective(params, objective.prepare(params, batch, policy), jax.random.key(0), policy=policy)
+        response = Response(tokens, zeros, zeros, jnp.ones(1, bool), jnp.ones(1, bool))
+        count = 1 + max((*objective.scored, *(k for pair in objective.compared for k in pair), 1))
+        matrix, every = jnp.full((1, count, count), 0.5), tuple((i, j) for j in range(count) for i in range(j))
+        batch = PreferenceBatch(tokens, (response,) * count, matrix, jnp.zeros((1, count)), every)
+        policy, extras = PolicyFunctions(score, states, 1), objective.extras
+        params = extras.heads(1)
+        batch = extras.prepare(Roles(params, {}, {}, {}, extras.controls()), batch, policy)
+        return objective(params, batch, jax.random.key(0), policy=policy)
 
     try:
         jax.eval_shape(call)

@@ -1,0 +1,180 @@
+"""PPO: a policy and a critic that learn from one reward a response (1707.06347; for language models 1909.08593)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from alignjax import losses
+from alignjax.errors import POSITIVE, check_range
+from alignjax.models.heads import apply_head, init_head
+from alignjax.objectives.scoring import (
+    KL_MEANING,
+    LENGTH_MEANING,
+    require_behavior,
+    require_reference,
+    response_metrics,
+)
+from alignjax.types import (
+    Array,
+    Estimates,
+    Extras,
+    Key,
+    Metrics,
+    Pairs,
+    Params,
+    PolicyFunctions,
+    PreferenceBatch,
+    Response,
+    Roles,
+)
+
+Places = Callable[[Array], Array]
+"""The mask of a response's tokens [B, T] -> the places that something is done at, [B, T] bool."""
+Whiten = Callable[[Array, Array], Array]
+"""(x [B, T], places [B, T]) -> x, standardised over the places."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KLTarget:
+    """Lets tau follow the KL of the collected responses (1909.08593, section 2.2)."""
+
+    kl: float = 6.0  # nats a response
+    horizon: float = 10_000.0  # responses: how slowly tau moves
+
+    def __post_init__(self) -> None:
+        check_range(self, POSITIVE, math.inf, "kl", "horizon")
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO:
+    """Clipped policy gradient with a critic, of the reward of response 0 less tau times the KL of every token.
+
+    The score r(x, y), or ``penalty`` where the response is not valid, is paid at its last token. Rewards, values and
+    advantages are those of the policy that wrote; ``Loop(epochs=, minibatches=)`` says how often it learns from them.
+    The defaults are the correct form. ``training.presets`` has the settings of published code, each of whose deviations
+    is a value of a field here. Losses are means over the places of a minibatch, so parts of ``Loop.accumulate`` with
+    fewer tokens weigh as much as others.
+    """
+
+    tau: float  # reward per nat; the first value where there is a ``target``
+    kl: Callable[[Array], Array] = losses.k1  # the estimator of a token's KL, from log pi/mu
+    target: KLTarget | None = None  # None: tau stays as it is
+    discount: float = 1.0
+    gae_lambda: float = 0.95
+    clip: float = 0.2  # of the ratio
+    value_clip: float = 0.2  # nats
+    value_coefficient: float = 0.1
+    penalty: float | None = -1.0  # the score of a response that is not valid; None: its reward
+    score_places: Places = losses.real_tokens  # the score is paid at the last of these
+    value_places: Places = losses.real_tokens  # the critic is read and trained here; values elsewhere are 0
+    policy_places: Places = losses.real_tokens  # the policy learns here
+    whiten_rewards: Whiten | None = None
+    whiten_advantages: Whiten | None = losses.whiten
+    whiten_minibatches: bool = False  # over each minibatch, and not over the whole batch
+    scored: ClassVar[tuple[int, ...]] = (0,)
+    on_policy: ClassVar[tuple[int, ...]] = (0,)
+    compared: ClassVar[Pairs] = ()
+    rewarded: ClassVar[bool] = True
+    meanings: ClassVar[dict[str, str]] = {
+        "reward": "r(x, y), or the penalty, nats",
+        "tau": "reward per nat of KL",
+        "value_loss": "half the squared error of the critic, clipped, a token",
+        "approximate_kl": "half the squared change of a token's log-prob since it was drawn",
+        "clipped": "share of tokens whose ratio is clipped",
+        "kl": KL_MEANING,
+        "length": LENGTH_MEANING,
+    }
+
+    def __post_init__(self) -> None:
+        check_range(self, 0, math.inf, "tau", "value_coefficient")
+        check_range(self, POSITIVE, math.inf, "clip", "value_clip")
+        check_range(self, 0, 1, "discount", "gae_lambda")
+
+    @property
+    def extras(self) -> Extras:
+        """A value head, advantages before the policy moves, and tau, which may follow the KL."""
+        return Extras(_value_head, self.prepare, self.controls, self.adapt)
+
+    def controls(self) -> Params:
+        """Returns the first tau."""
+        return {"tau": jnp.float32(self.tau)}
+
+    def adapt(self, controls: Params, batch: PreferenceBatch) -> Params:
+        """Returns tau for the next batch."""
+        if self.target is None:
+            return controls
+        kl = jnp.mean(jnp.sum(self.token_kl(batch.responses[0]), -1))
+        rows = len(batch.prompt.tokens)
+        return {
+            "tau": losses.adapted_coefficient(
+                controls["tau"], kl, rows, target=self.target.kl, horizon=self.target.horizon
+            )
+        }
+
+    def prepare(self, roles: Roles, batch: PreferenceBatch, policy: PolicyFunctions) -> PreferenceBatch:
+        """Returns the batch with rewards, values and advantages of the policy that wrote it."""
+        response, tau = batch.responses[0], roles.controls["tau"]
+        mask = response.completion.mask
+        last = losses.last_place(self.score_places(mask))
+        reward = losses.token_rewards(self.token_kl(response), self.score(batch), last, tau)
+        value = jnp.where(self.value_places(mask), self.values(roles.policy, batch, policy), 0.0)
+        estimates = Estimates(value, reward, *self.advantages(mask, reward, value), jnp.broadcast_to(tau, len(mask)))
+        response = dataclasses.replace(response, estimates=estimates)
+        return dataclasses.replace(batch, responses=(response, *batch.responses[1:]))
+
+    def token_kl(self, response: Response) -> Array:
+        """Returns the estimate of each token's KL when the response was drawn, [B, T] nats, 0 on padding."""
+        log_ratio = require_behavior(response) - require_reference(response)
+        return jnp.where(response.completion.mask, self.kl(log_ratio), 0.0)
+
+    def score(self, batch: PreferenceBatch) -> Array:
+        """Returns r(x, y), or the penalty where the response is not valid, [B]."""
+        assert batch.reward is not None  # ``rewarded``
+        reward, valid = batch.reward[:, 0], batch.valid(0)
+        return reward if valid is None or self.penalty is None else jnp.where(valid, reward, self.penalty)
+
+    def values(self, params: Params, batch: PreferenceBatch, policy: PolicyFunctions) -> Array:
+        """Returns the critic's V_n before each token of response 0, [B, T]."""
+        return apply_head(params["value"], policy.states(params, batch.prompt, batch.responses[0].completion))
+
+    def advantages(self, mask: Array, reward: Array, value: Array) -> tuple[Array, Array]:
+        """Returns advantages and the critic's targets, both [B, T], from rewards and values of the tokens."""
+        if self.whiten_rewards:
+            reward = self.whiten_rewards(reward, self.value_places(mask))
+        advantage = losses.generalized_advantage(reward, value, discount=self.discount, gae_lambda=self.gae_lambda)
+        whitened = self.whiten_advantages(advantage, self.policy_places(mask)) if self.whiten_advantages else advantage
+        return whitened, advantage + value
+
+    def __call__(
+        self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions
+    ) -> tuple[Array, Metrics]:
+        """Returns the policy's loss plus ``value_coefficient`` times the critic's, and metrics."""
+        response, estimates = batch.responses[0], batch.responses[0].estimates
+        assert estimates is not None  # ``prepare`` has made them
+        mask, old = response.completion.mask, require_behavior(response)
+        advantage, target = estimates.advantage, estimates.target
+        if self.whiten_minibatches:
+            advantage, target = self.advantages(mask, estimates.reward, estimates.value)
+        logp, value = policy.log_prob(params, batch.prompt, response.completion), self.values(params, batch, policy)
+        actor = losses.clipped_gradient(logp, old, advantage, clip=self.clip)
+        critic = losses.clipped_value_loss(value, estimates.value, target, clip=self.value_clip)
+        value_loss = losses.masked_mean(critic, self.value_places(mask))
+        loss = losses.masked_mean(actor, self.policy_places(mask)) + self.value_coefficient * value_loss
+        is_clipped = jnp.abs(jnp.expm1(logp - old)) > self.clip
+        metrics = {
+            "reward": jnp.mean(self.score(batch)),
+            "tau": jnp.mean(estimates.tau),
+            "value_loss": value_loss,
+            "approximate_kl": losses.masked_mean(losses.k2(logp - old), self.policy_places(mask)),
+            "clipped": losses.masked_mean(is_clipped, self.policy_places(mask)),
+        }
+        return loss, {**metrics, **response_metrics(logp, response)}
+
+
+def _value_head(width: int) -> Params:
+    return {"value": init_head(width)}
