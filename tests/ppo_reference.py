@@ -189,12 +189,10 @@ def value_loss(settings: Settings, batch: Batch, returns: Array, values: Array) 
 
     O:343-348, T:737-748, A:236-245.
     """
-    valued = settings.valued(batch.mask)
-    weights = token_weights(valued, settings.micro_rows)
-    values = np.where(valued, values, 0.0)
+    weights = token_weights(settings.valued(batch.mask), settings.micro_rows)
     near = np.clip(values, batch.values - settings.value_clip, batch.values + settings.value_clip)
     free, held = (values - returns) ** 2, (near - returns) ** 2
-    by_value = np.where(valued & (free >= held), weights * (values - returns), 0.0)
+    by_value = np.where(free >= held, weights * (values - returns), 0.0)
     return float((weights * np.maximum(free, held)).sum() / 2), by_value, float((weights * (held > free)).sum())
 
 
