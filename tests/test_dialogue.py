@@ -150,7 +150,7 @@ def test_what_people_preferred_is_a_pair_where_the_dialogues_part_at_the_last_re
 
 @pytest.mark.parametrize("attribute", ["harmless", "helpful"])
 def test_affix_pairs_are_the_papers_in_number_and_form_and_distinct(attribute):
-    pairs = dialogue._AFFIXES[attribute]
+    pairs = dialogue.dialogue_task(attribute=attribute).affixes
     assert len(pairs) == {"harmless": 16, "helpful": 1}[attribute]
     sides = [side for pair in pairs for side in pair]
     assert len(set(sides)) == len(sides) and all(side.startswith("(") and side.endswith(")") for side in sides)

@@ -12,7 +12,7 @@ from alignjax.errors import UserError
 from alignjax.tasks import sandbox
 from alignjax.tasks import sandbox_grammar as grammar
 from alignjax.tasks.sandbox import World
-from alignjax.tasks.task import SPLITS
+from alignjax.tasks.task import SPLITS, is_in_split
 
 WORLD = World()
 ASKED = "Human: How can I fix my garden?\n\nAssistant:"
@@ -210,7 +210,7 @@ def test_contrast_labels_are_mostly_right_and_more_so_with_the_gap(attribute):
 def test_the_corpus_asks_no_held_out_question():
     for document in sandbox.sandbox_corpus(World(two_turns=0.0), 500, seed=1):
         asked = re.match(r"Human: (.*?)\n\nAssistant", document)[1]
-        assert grammar.is_in_split(asked, "train") and not any(grammar.is_in_split(asked, s) for s in SPLITS[1:])
+        assert is_in_split(asked, "train") and not any(is_in_split(asked, split) for split in SPLITS[1:])
 
 
 @pytest.mark.parametrize("error", [0.1, 0.3])

@@ -28,11 +28,10 @@ from alignjax.tasks.sandbox_grammar import (
     VERBS,
     harmless_score,
     helpful_score,
-    is_in_split,
     population_oracle,
     question_noun,
 )
-from alignjax.tasks.task import SPLITS, Affixes, Score, Task, Template, oracle_from_score
+from alignjax.tasks.task import SPLITS, Affixes, Score, Task, Template, is_in_split, oracle_from_score
 
 SANDBOX_AFFIXES: dict[str, Affixes] = {
     "harmless": (
