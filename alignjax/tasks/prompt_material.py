@@ -26,9 +26,8 @@ class PromptMaterial:
 
     affixes: Affixes = ()  # what contrasts two prompts (2307.12950 section 3)
     questions: tuple[Template, ...] = ()  # how a rater is asked for the quality of each affix pair
-    evaluation_questions: dict[str, Template] = dataclasses.field(
-        default_factory=dict
-    )  # quality -> how a rater judges policies
+    # quality -> how a rater judges policies
+    evaluation_questions: dict[str, Template] = dataclasses.field(default_factory=dict)
     reply_prefix: str = ""  # with which every reply begins, where a task has one; the affixes replace it
     digest: str = ""  # of the file that replaced some of it
 
@@ -40,10 +39,9 @@ def read_prompt_material(path: str, own: PromptMaterial = PromptMaterial()) -> P
     questions belong to its own affixes. Raises UserError, which names the file and the field, when the file cannot be
     read, is no JSON object, or has an unknown or malformed field.
     """
+    text = read_text_file(path, "a JSON file of prompt material")
     try:
-        fields = parse_object(read_text_file(path, "a JSON file of prompt material"))
-    except UserError:
-        raise
+        fields = parse_object(text)
     except ValueError as error:
         raise UserError(f"{path} {error}; give a JSON file of prompt material") from None
     if unknown := [name for name in fields if name not in _READ]:
