@@ -147,7 +147,7 @@ def clean_outline(raw: str) -> str | None:
     not asked for: a filter for it would hide what the contrast of form is about.
     """
     reply = clean_hh_reply(raw)
-    return None if reply is None else re.sub(r"\A(?:[^\n]*:\s*)?1\.\s+", "", reply) or None
+    return None if reply is None else re.sub(r"\A(?:[^\n]*:\s*)?1\.(?:\s+|\Z)", "", reply) or None
 
 
 def outline_points(reply: str) -> list[tuple[int, str]]:
