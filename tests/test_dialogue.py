@@ -343,6 +343,7 @@ def test_the_real_files_figures():
     counted = {name: found[name] for name in ("pairs", "multi_turn", "other_prompt", "comparisons")}
     assert counted == {"pairs": 2312, "multi_turn": 1650, "other_prompt": 5, "comparisons": 2303}
     source = Dialogues(test=str(HH))
+    assert source.digests[1] == "ebfaaed21162a4de"  # of the file as it was released
     for split, expected in {"validation": range(1, 1001), "test": range(1001, 2001)}.items():
         lines = [pair.line for pair in source.pairs(split)]
         assert set(lines) <= set(expected) and len(lines) > 980, split

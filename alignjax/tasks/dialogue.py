@@ -220,7 +220,7 @@ def dialogue_task(train: str = "", test: str = "", attribute: str = "harmless", 
         messages=dialogue_messages,
         questions=words.questions,
         evaluation_questions=words.evaluation_questions,
-        material=words.digest,
+        material_digest=words.digest,
     )
 
 

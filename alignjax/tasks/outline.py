@@ -225,7 +225,7 @@ def outline_task(premises: str = "", material: str = "") -> Task:
         messages=outline_messages,
         questions=words.questions,
         evaluation_questions=words.evaluation_questions,
-        material=words.digest,
+        material_digest=words.digest,
     )
 
 

@@ -130,7 +130,7 @@ class Task:
     corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
     questions: tuple[Template, ...] = ()  # how a rater is asked for the quality of each affix pair
     evaluation_questions: dict[str, Template] = dataclasses.field(default_factory=dict)  # quality -> how a rater judges
-    material: str = ""  # digest of the file that the words above were read from; "" where they are the task's own
+    material_digest: str = ""  # of the file that words above were read from; "" where all are the task's own
 
     def __post_init__(self) -> None:
         stop = self.format.stop
@@ -199,3 +199,9 @@ def rater_text(question: Template, reply_format: Format, prompt: str, first: str
     """
     first, second = (f"{reply_format.before}{reply}" for reply in (first, second))
     return "".join((question.preamble, prompt, question.before, first, question.between, second, question.question))
+
+
+def as_question(template: Template, reply_format: Format) -> Template:
+    """Returns the question whose ``rater_text`` is what a preference model reads: with the end markers in it."""
+    end = reply_format.end
+    return template._replace(between=f"{end}{template.between}", question=f"{end}{template.question}")
