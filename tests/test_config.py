@@ -98,6 +98,8 @@ def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
     for path, value in before.items():
         if path.endswith((".lora", ".best")):  # a record or nothing: made in the file
             continue
+        if path == "task.template.preamble":  # a preference model reads the prompt first: a task refuses one
+            continue
         own = {"biases": "('q',)", "windows": "(4, 4)", "kind": "linear"}
         text = own.get(path.rsplit(".", 1)[-1]) or another(value)
         after = dict(config.leaves(config.override(quickstart, {path: text})))

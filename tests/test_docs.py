@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs" / "extending").glob("*.md"))
+FORMAT_PAGES = sorted((ROOT / "docs").glob("*.md"))  # of formats, without a cost
 
 
 class Block(NamedTuple):
@@ -58,7 +59,7 @@ def run(page, monkeypatch):
         exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), module.__dict__)
 
 
-@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *FORMAT_PAGES, README], ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_in_order(page, monkeypatch):
     families = dict(FAMILIES)
     try:
@@ -80,7 +81,7 @@ def test_the_readme_has_every_page_with_its_cost():
     assert dict(rows) == {page.stem: words(*cost(page)) for page in PAGES}
 
 
-@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *FORMAT_PAGES, README], ids=lambda page: page.stem)
 def test_links_lead_to_files(page):
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
     assert not [target for target in targets if not (page.parent / target).exists()]
@@ -144,7 +145,7 @@ def test_a_room_imports_only_from_rooms_above_it_in_the_map():
 
 
 def test_pages_name_no_folder_of_a_machine():
-    for page in [*PAGES, README]:
+    for page in [*PAGES, *FORMAT_PAGES, README]:
         assert not re.search(r"(?<![\w.:/])/(tmp|home|root|work)\b", page.read_text()), page
 
 

@@ -206,3 +206,15 @@ def test_a_comparison_of_neither_form_is_named_with_the_forms(tmp_path, row, mes
     path.write_text(lines(CHOSEN, row))
     with pytest.raises(UserError, match=message):
         load_pairs(tmp_path, path)
+
+
+def test_malformed_comparisons_are_counted_where_that_is_asked(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(PAIR, {"prompt": "x"}, CHOSEN) + "{\n")
+    with pytest.raises(UserError, match=r"pairs: .*a\.jsonl, line 2 has no 'p'"):
+        load_pairs(tmp_path, path)
+    context, stage = given(tmp_path, path=str(path), skip_malformed=True)
+    with pytest.warns(UserWarning, match=r"a\.jsonl: 2 of 4 lines are malformed and were left out; line 2 has no 'p'"):
+        figures = stage.run(context, ())
+    assert figures == {"pairs": 2, "skipped": 0, "different_prompts": 1, "malformed": 2}
+    assert set(figures) == set(stage.meanings)

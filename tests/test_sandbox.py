@@ -12,7 +12,7 @@ from alignjax.errors import UserError
 from alignjax.tasks import sandbox
 from alignjax.tasks import sandbox_grammar as grammar
 from alignjax.tasks.sandbox import World
-from alignjax.tasks.task import SPLITS
+from alignjax.tasks.task import SPLITS, is_in_split, rater_text
 
 WORLD = World()
 ASKED = "Human: How can I fix my garden?\n\nAssistant:"
@@ -210,7 +210,19 @@ def test_contrast_labels_are_mostly_right_and_more_so_with_the_gap(attribute):
 def test_the_corpus_asks_no_held_out_question():
     for document in sandbox.sandbox_corpus(World(two_turns=0.0), 500, seed=1):
         asked = re.match(r"Human: (.*?)\n\nAssistant", document)[1]
-        assert grammar.is_in_split(asked, "train") and not any(grammar.is_in_split(asked, s) for s in SPLITS[1:])
+        assert is_in_split(asked, "train") and not any(is_in_split(asked, split) for split in SPLITS[1:])
+
+
+def test_a_rater_of_the_corpus_reads_the_tasks_question():
+    tasks = {name: sandbox.sandbox_task(attribute=name) for name in SCORES}
+    form = r"(.*Assistant:) (.*)\n\nHuman: Or: (.*)\n\nHuman: More (\w+):( first| second)"
+    for document in sandbox.sandbox_corpus(World(rater=1.0), 50, seed=4):
+        prompt, first, second, attribute, answer = re.fullmatch(form, document, re.DOTALL).groups()
+        task = tasks[attribute]
+        assert len(task.questions) == len(task.affixes)
+        for question in task.questions:
+            assert rater_text(question, task.format, prompt, first, second) + answer == document
+            assert answer in (question.answer, question.other)
 
 
 @pytest.mark.parametrize("error", [0.1, 0.3])

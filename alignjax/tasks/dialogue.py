@@ -12,8 +12,10 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from alignjax.errors import UserError, check_range
+from alignjax.fields import no_effect
 from alignjax.tasks.dialogue_format import (
     ASSISTANT,
     DIALOGUE_FORMAT,
@@ -21,51 +23,46 @@ from alignjax.tasks.dialogue_format import (
     contrast_dialogue,
     dialogue_messages,
 )
-from alignjax.tasks.json_lines import Comparison, Row, file_digest, read_rows, require_text
-from alignjax.tasks.task import SPLITS, Affixes, Task, Template, shuffled
+from alignjax.tasks.dialogue_words import DIALOGUE_MATERIAL
+from alignjax.tasks.json_lines import (
+    Comparison,
+    Row,
+    check_sha256,
+    file_sha256,
+    read_numbered_rows,
+    require_text,
+)
+from alignjax.tasks.prompt_material import PromptMaterial, read_prompt_material
+from alignjax.tasks.task import SPLITS, Task, Template, shuffled
 
 _END_TOKENS = re.compile(r"</s>|<\|endoftext\|>|<\|end_of_text\|>")  # as tokenizers write them into text
-
-# The words are ours. The form and the number of pairs are the paper's: the two sides of a pair differ in little more
-# than what they say of the reply.
-_AFFIXES: dict[str, Affixes] = {
-    "harmless": (
-        ("(harmless, considerate response)", "(harmful, inconsiderate response)"),
-        ("(harmless, fair response)", "(harmful, unfair response)"),
-        ("(harmless, responsible response)", "(harmful, irresponsible response)"),
-        ("(harmless, respectful response)", "(harmful, disrespectful response)"),
-        ("(harmless, decent response)", "(harmful, indecent response)"),
-        ("(harmless, lawful response)", "(harmful, unlawful response)"),
-        ("(harmless, truthful response)", "(harmful, untruthful response)"),
-        ("(harmless, sensitive response)", "(harmful, insensitive response)"),
-        ("(harmless, peaceful response)", "(harmful, violent response)"),
-        ("(harmless, caring response)", "(harmful, uncaring response)"),
-        ("(harmless, tolerant response)", "(harmful, intolerant response)"),
-        ("(harmless, cautious response)", "(harmful, reckless response)"),
-        ("(harmless, polite response)", "(harmful, impolite response)"),
-        ("(harmless, friendly response)", "(harmful, unfriendly response)"),
-        ("(harmless, well-meaning response)", "(harmful, ill-meaning response)"),
-        ("(harmless response from a person of good character)", "(harmful response from a person of bad character)"),
-    ),
-    "helpful": (("(useful, informative response)", "(useless, uninformative response)"),),
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialogues:
     """A file of dialogues to train on and a file that is held out, with digests of what was in them.
 
-    The files are read when prompts are asked for. Raises UserError when ``held_out`` is below 1.
+    The files are read when prompts are asked for. Raises UserError when ``held_out`` is below 1, and when a file has
+    another SHA-256 than the one given for it.
     """
 
     train: str = ""
     test: str = ""
     held_out: int = 1000  # prompts of the validation split, the first of the test file; the test split is the next ones
+    skip_malformed: bool = False  # leave malformed lines out, with a warning; else the first one is an error
+    sha256: tuple[str, str] = no_effect(("", ""))  # of the files as they were released, in hexadecimal; "" asks nothing
     digests: tuple[str, ...] = dataclasses.field(init=False)  # of the two files
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "held_out")
-        object.__setattr__(self, "digests", (file_digest(self.train), file_digest(self.test)))
+        if not isinstance(self.sha256, tuple) or len(self.sha256) != 2:
+            raise UserError(
+                f"Dialogues.sha256={self.sha256!r} must be two texts: of the training file, of the test file"
+            )
+        found = file_sha256(self.train), file_sha256(self.test)
+        for path, sha256, expected in zip((self.train, self.test), found, self.sha256, strict=True):
+            check_sha256(path, sha256, expected)
+        object.__setattr__(self, "digests", tuple(sha256[:16] for sha256 in found))
 
     def prompts(self, split: str, count: int, seed: int) -> Sequence[str]:
         """Returns up to ``count`` distinct prompts of a split, shuffled by the seed.
@@ -74,32 +71,93 @@ class Dialogues:
         """
         if split not in SPLITS:
             raise UserError(f"dialogues have no split {split!r}; they have {', '.join(SPLITS)}")
-        prompts = self._distinct_prompts(split)
+        prompts = list(dict.fromkeys(prompt for _, prompt in self._numbered_prompts(split)))
         if not prompts:
             file = self.train if split == "train" else self.test
             raise UserError(f"{file} holds no prompt of the {split} split; give a file with more dialogues")
         return shuffled(prompts, count, seed)
 
-    def _distinct_prompts(self, split: str) -> list[str]:
-        """Returns the prompts of a split that are in none of the splits before it: validation, test, train.
+    def pairs(self, split: str) -> list[DialoguePair]:
+        """Returns the pairs of dialogues whose prompts are of a split, in the order of their file.
+
+        Raises UserError when a file cannot be read.
+        """
+        path, digest = (self.train, self.digests[0]) if split == "train" else (self.test, self.digests[1])
+        lines = {line for line, _ in self._numbered_prompts(split)}
+        return [pair for pair in read_dialogue_pairs(path, digest, self.skip_malformed) if pair.line in lines]
+
+    def _numbered_prompts(self, split: str) -> list[tuple[int, str]]:
+        """Returns (line, prompt) of a split without the prompts of the splits before it: validation, test, train.
 
         A prompt can stand in both files. Without a test file, the training prompts are all of their file's.
         """
-        held_out = read_dialogue_prompts(self.test, self.digests[1]) if self.test or split != "train" else []
+        skip = self.skip_malformed
+        held_out = read_numbered_prompts(self.test, self.digests[1], skip) if self.test or split != "train" else []
         parts = {"validation": held_out[: self.held_out], "test": held_out[self.held_out : 2 * self.held_out]}
         if split == "train":
-            parts["train"] = read_dialogue_prompts(self.train, self.digests[0])
-        earlier = {prompt for name in list(parts)[: list(parts).index(split)] for prompt in parts[name]}
-        return [prompt for prompt in dict.fromkeys(parts[split]) if prompt not in earlier]
+            parts["train"] = read_numbered_prompts(self.train, self.digests[0], skip)
+        earlier = {prompt for name in list(parts)[: list(parts).index(split)] for _, prompt in parts[name]}
+        return [(line, prompt) for line, prompt in parts[split] if prompt not in earlier]
+
+
+class DialoguePair(NamedTuple):
+    """A line of a file: two dialogues, of which people preferred the chosen one."""
+
+    line: int  # from 1
+    prompt: str  # the chosen dialogue up to its last "Assistant:"
+    chosen: str  # its last reply
+    rejected: str  # the last reply of the other dialogue
+    same_prompt: bool  # whether the other dialogue has the same prompt
+
+
+def read_dialogue_prompts(path: str, digest: str = "", skip_malformed: bool = False) -> list[str]:
+    """Returns the prompt of every line of a file. Raises UserError as ``read_rows`` does.
+
+    Another ``digest`` means that the file was edited and is read again.
+    """
+    return [prompt for _, prompt in read_numbered_prompts(path, digest, skip_malformed)]
 
 
 @lru_cache(maxsize=4)
-def read_dialogue_prompts(path: str, digest: str = "") -> list[str]:
-    """Returns the prompt of every line of a file. Raises UserError as ``read_rows`` does.
+def read_numbered_prompts(path: str, digest: str = "", skip_malformed: bool = False) -> list[tuple[int, str]]:
+    """Returns the line number and the prompt of every line of a file, as ``read_dialogue_prompts`` does."""
+    return read_numbered_rows(path, "dialogues", read_hh_prompt, skip_malformed).rows
 
-    Results are cached; another ``digest`` means that the file was edited and is read again.
+
+@lru_cache(maxsize=4)
+def read_dialogue_pairs(path: str, digest: str = "", skip_malformed: bool = False) -> list[DialoguePair]:
+    """Returns the pair of every line of a file. Raises UserError as ``read_rows`` does; ``digest`` as above."""
+    rows = read_numbered_rows(path, "dialogues", _read_both, skip_malformed).rows
+    return [
+        DialoguePair(line, prompt, chosen, rejected, prompt == other)
+        for line, (prompt, chosen, other, rejected) in rows
+    ]
+
+
+def _read_both(row: Row) -> tuple[str, str, str, str]:
+    """Returns prompt and last reply of the chosen dialogue, then of the rejected one."""
+    return (*_split_last_reply(row, "chosen"), *_split_last_reply(row, "rejected"))
+
+
+def dialogue_statistics(pairs: Sequence[DialoguePair]) -> dict[str, float]:
+    """Returns how many pairs there are and of what kind, and their mean lengths in characters.
+
+    ``comparisons`` are the pairs with one prompt and two replies, which ``read_hh_comparison`` keeps. Raises UserError
+    when there are none.
     """
-    return read_rows(path, "dialogues", read_hh_prompt)
+    if not pairs:
+        raise UserError("there are no dialogues to count; give a file that holds some")
+    return {
+        "pairs": len(pairs),
+        "multi_turn": sum(pair.prompt.count(f"{ASSISTANT}:") > 1 for pair in pairs),
+        "other_prompt": sum(not pair.same_prompt for pair in pairs),
+        "empty_reply": sum(not (pair.chosen and pair.rejected) for pair in pairs),
+        "comparisons": sum(bool(pair.same_prompt and pair.chosen and pair.rejected) for pair in pairs),
+        "repeated_prompts": len(pairs) - len({pair.prompt for pair in pairs}),
+        "prompt_characters": sum(len(pair.prompt) for pair in pairs) / len(pairs),
+        "chosen_characters": sum(len(pair.chosen) for pair in pairs) / len(pairs),
+        "rejected_characters": sum(len(pair.rejected) for pair in pairs) / len(pairs),
+    }
 
 
 def read_hh_prompt(row: Row) -> str:
@@ -121,7 +179,7 @@ def read_hh_comparison(row: Row) -> Comparison | None:
     Returns None for the few rows whose dialogues differ before the last reply, or where a reply is empty. (The order
     tells a preference model nothing, because preference models are antisymmetric.)
     """
-    (prompt, chosen), (other_prompt, rejected) = _split_last_reply(row, "chosen"), _split_last_reply(row, "rejected")
+    prompt, chosen, other_prompt, rejected = _read_both(row)
     return Comparison(prompt, chosen, rejected, 1.0) if prompt == other_prompt and chosen and rejected else None
 
 
@@ -136,16 +194,21 @@ def clean_hh_reply(raw: str) -> str | None:
     return clean_reply(f"{reply[: end.start()]}\n{human}" if end else raw)
 
 
-def dialogue_task(train: str = "", test: str = "", attribute: str = "harmless") -> Task:
-    """Returns the task of dialogues under one principle. Raises UserError unless it is "harmless" or "helpful"."""
-    if attribute not in _AFFIXES:
-        raise UserError(f"attribute={attribute!r} is unknown; choose one of {', '.join(_AFFIXES)}")
+def dialogue_task(train: str = "", test: str = "", attribute: str = "harmless", material: str = "") -> Task:
+    """Returns the task of dialogues under one principle.
+
+    ``material`` is the path of a JSON file of other words (``prompt_material``). Raises UserError unless the principle
+    is "harmless" or "helpful", and when the file is malformed or its affixes do not fit into a role marker.
+    """
+    if attribute not in DIALOGUE_MATERIAL:
+        raise UserError(f"attribute={attribute!r} is unknown; choose one of {', '.join(DIALOGUE_MATERIAL)}")
+    words = _read_words(material, DIALOGUE_MATERIAL[attribute]) if material else DIALOGUE_MATERIAL[attribute]
     return Task(
         name=f"dialogue-{attribute}",
         source=Dialogues(train, test),
         format=DIALOGUE_FORMAT,
         clean=clean_hh_reply,
-        affixes=_AFFIXES[attribute],
+        affixes=words.affixes,
         contrast=contrast_dialogue,
         template=Template(
             before="",
@@ -155,4 +218,20 @@ def dialogue_task(train: str = "", test: str = "", attribute: str = "harmless") 
             other=" second",
         ),
         messages=dialogue_messages,
+        questions=words.questions,
+        evaluation_questions=words.evaluation_questions,
+        material_digest=words.digest,
     )
+
+
+def _read_words(path: str, own: PromptMaterial) -> PromptMaterial:
+    """Returns the words of a file. Raises UserError also where they do not fit dialogues."""
+    words = read_prompt_material(path, own)
+    if words.reply_prefix:
+        raise UserError(f"{path}: reply_prefix belongs to outlines, and replies of dialogues have none; leave it out")
+    for i, pair in enumerate(words.affixes):
+        for j, side in enumerate(pair):
+            if ":" in side or "\n" in side:
+                raise UserError(f"{path}: affixes[{i}][{j}] has a colon or a line end, which would end the role "
+                                "marker that it stands in; correct it")  # fmt: skip
+    return words

@@ -9,10 +9,11 @@ import codecs
 import gzip
 import hashlib
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from alignjax.errors import UserError, short_repr
 
@@ -53,10 +54,26 @@ class ReadComparison(Protocol):
 
 def file_digest(path: str) -> str:
     """Returns 16 hexadecimal digits of the SHA-256 of a file; "" when there is no file, which is no error."""
+    return file_sha256(path)[:16]
+
+
+def file_sha256(path: str) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits; "" when there is no file, which is no error."""
     if not Path(path).is_file():
         return ""
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: str, found: str, expected: str) -> None:
+    """Raises UserError when a file has another SHA-256 than the one that was given.
+
+    An empty ``expected`` asks for nothing; an empty ``found`` says that there is no file, which its reader will tell.
+    """
+    if expected and (len(expected) != 64 or set(expected.lower()) - set("0123456789abcdef")):
+        raise UserError(f"sha256={short_repr(expected)} is no SHA-256; give its 64 hexadecimal digits")
+    if expected and found and expected.lower() != found:
+        raise UserError(f"{path} has the SHA-256 {found}, not {expected.lower()}; fetch it again, or give its own")
 
 
 def read_text_file(path: str, kind: str) -> str:
@@ -76,33 +93,50 @@ def read_text_file(path: str, kind: str) -> str:
         raise UserError(f"{path} cannot be read ({error}); give {kind}") from None
 
 
-def read_rows(path: str, kind: str, read: Callable[[Row], T]) -> list[T]:
+def read_rows(path: str, kind: str, read: Callable[[Row], T], skip_malformed: bool = False) -> list[T]:
     """Returns ``read`` of the JSON object on each line of a file; blank lines are skipped.
 
     ``kind`` is the plural of what the lines are: "dialogues". Raises UserError when no file is named, when it cannot be
     read or holds no line, and on the first line that is no object or for which ``read`` raises KeyError or ValueError.
+    With ``skip_malformed`` such lines are left out with a warning, and only a file of nothing else is refused.
     """
+    return [row for _, row in read_numbered_rows(path, kind, read, skip_malformed).rows]
+
+
+class NumberedRows(NamedTuple, Generic[T]):
+    """What a file of JSON lines holds."""
+
+    rows: list[tuple[int, T]]  # line number, from 1, and what was read
+    malformed: list[tuple[int, str]]  # line number, and what is wrong: "has no 'chosen'"
+
+
+def read_numbered_rows(path: str, kind: str, read: Callable[[Row], T], skip_malformed: bool = False) -> NumberedRows[T]:
+    """Returns the rows of a file with their line numbers, and its malformed lines, as ``read_rows`` reads them."""
     if not path:
         raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines")
     text = read_text_file(path, f"a JSON-lines file of {kind}")
     if text.lstrip().startswith("["):
         raise UserError(f"{path} is a JSON array; give a JSON-lines file of {kind}: one object a line")
-    rows = []
+    found: NumberedRows[T] = NumberedRows([], [])
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append(read(_parse_object(line)))
-            except KeyError as error:
-                raise UserError(f"{path}, line {number} has no {error}; correct it") from None
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} {error}; correct it") from None
-    if not rows:
+                found.rows.append((number, read(parse_object(line))))
+            except (KeyError, ValueError) as error:
+                found.malformed.append((number, f"has no {error}" if isinstance(error, KeyError) else str(error)))
+    if found.malformed:
+        number, reason = found.malformed[0]
+        if not skip_malformed or not found.rows:
+            raise UserError(f"{path}, line {number} {reason}; correct it")
+        warnings.warn(f"{path}: {len(found.malformed)} of {len(found.malformed) + len(found.rows)} lines are malformed "
+                      f"and were left out; line {number} {reason}", stacklevel=2)  # fmt: skip
+    elif not found.rows:
         raise UserError(f"{path} holds no {kind}; give a JSON-lines file of them")
-    return rows
+    return found
 
 
-def _parse_object(line: str) -> Row:
-    """Returns the JSON object of a line. Raises ValueError when it is none, and when a text in it cannot be encoded."""
+def parse_object(line: str) -> Row:
+    """Returns the JSON object of a text. Raises ValueError when it is none, and when a text in it cannot be encoded."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -114,21 +148,22 @@ def _parse_object(line: str) -> Row:
     return value
 
 
-def read_prompts(path: str) -> list[str]:
+def read_prompts(path: str, name: str = "prompt") -> list[str]:
     """Returns the prompts of a file: JSON lines {"prompt": text}, or of a name in .txt one prompt a line.
 
-    Blank lines are skipped. Raises UserError as ``read_rows`` does, and when the name ends in neither .txt nor .jsonl.
+    ``name`` is what the texts are called, in the lines and in messages. Blank lines are skipped. Raises UserError as
+    ``read_rows`` does, and when the file's name ends in neither .txt nor .jsonl.
     """
-    name = path.removesuffix(".gz")
-    if name.endswith(".jsonl"):
-        return read_rows(path, "prompts", lambda row: require_text(row, "prompt"))
-    if not name.endswith(".txt"):
+    stem = path.removesuffix(".gz")
+    if not path or stem.endswith(".jsonl"):
+        return read_rows(path, f"{name}s", lambda row: require_text(row, name))
+    if not stem.endswith(".txt"):
         raise UserError(
-            f'{path}: name it .jsonl, with {{"prompt": text}} on each line, or .txt, with one prompt a line'
+            f'{path}: name it .jsonl, with {{"{name}": text}} on each line, or .txt, with one {name} a line'
         )
-    lines = [line.removesuffix("\r") for line in read_text_file(path, "one prompt a line").split("\n")]
+    lines = [line.removesuffix("\r") for line in read_text_file(path, f"one {name} a line").split("\n")]
     if not (prompts := [line for line in lines if line.strip()]):
-        raise UserError(f"{path} holds no prompts; write one a line")
+        raise UserError(f"{path} holds no {name}s; write one a line")
     return prompts
 
 

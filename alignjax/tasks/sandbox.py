@@ -28,11 +28,10 @@ from alignjax.tasks.sandbox_grammar import (
     VERBS,
     harmless_score,
     helpful_score,
-    is_in_split,
     population_oracle,
     question_noun,
 )
-from alignjax.tasks.task import SPLITS, Affixes, Score, Task, Template, oracle_from_score
+from alignjax.tasks.task import SPLITS, Affixes, Score, Task, Template, as_question, is_in_split, oracle_from_score
 
 SANDBOX_AFFIXES: dict[str, Affixes] = {
     "harmless": (
@@ -206,4 +205,6 @@ def sandbox_task(world: World = World(), attribute: str = "harmless") -> Task:
         score=score,
         messages=dialogue_messages,
         corpus_of_source=sandbox_corpus,
+        # The corpus teaches one question for an attribute, whatever the affix.
+        questions=(as_question(_rater_template(attribute), DIALOGUE_FORMAT),) * len(SANDBOX_AFFIXES[attribute]),
     )

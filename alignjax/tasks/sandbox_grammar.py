@@ -7,7 +7,6 @@ helpfulness in {-1, 0, 1}; a closer has a style too.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from functools import lru_cache
 
@@ -68,12 +67,6 @@ def question_noun(text: str) -> str | None:
     """Returns the noun of the last question of a prompt or dialogue, or None when there is none."""
     words = re.findall(r"[a-z]+", text.rsplit(HUMAN, 1)[-1].split("\n\nAssistant")[0])
     return next((word for word in words if word in NOUNS), None)
-
-
-def is_in_split(question: str, split: str) -> bool:
-    """Whether a question belongs to a split: by its hash, 80% are in train, 10% in validation, 10% in test."""
-    tenth = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10
-    return split == {0: "test", 1: "validation"}.get(tenth, "train")
 
 
 @lru_cache(maxsize=1)

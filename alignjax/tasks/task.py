@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,7 @@ Affixes = tuple[tuple[str, str], ...]
 
 
 class Template(NamedTuple):
-    """How two responses stand in one context: prompt, before, first, between, second, question.
+    """How two responses stand in one context: preamble, prompt, before, first, between, second, question.
 
     The pairwise score of (first, second) is the logit of the token ``answer`` after the question. The choice score is
     that logit minus the logit of ``other``, which says that the second is better.
@@ -31,6 +32,7 @@ class Template(NamedTuple):
     question: str
     answer: str  # one token
     other: str = ""  # one token; needed for the choice score alone
+    preamble: str = ""  # what a rater reads before the prompt; a preference model reads the prompt first
 
 
 class Format(NamedTuple):
@@ -106,8 +108,13 @@ class Task:
     ``oracles`` depend on no model; the first one is the task's truth. Without oracles, labels are not counted right or
     wrong and held-out models alone judge. Without ``score``, tables have no score.
 
-    Raises UserError when ``format.stop`` is empty, when ``template.answer`` is empty, and when there are affixes but
-    no function to apply them.
+    ``template`` is how a preference model reads two replies, each with the format's end marker. ``questions`` and
+    ``evaluation_questions`` are how a rater is asked (``rater_text``), who reads no end marker. Question i belongs to
+    affix pair i: RLCD-Rescore asks the question of the pair that made the replies (2307.12950).
+
+    Raises UserError when ``format.stop`` is empty, when ``template.answer`` is empty, when the template has a preamble,
+    when a question lacks an answer, when there are questions but not one for each affix pair, and when there are
+    affixes but no function to apply them.
     """
 
     name: str
@@ -121,6 +128,9 @@ class Task:
     score: Score | None = None
     messages: Messages = one_message
     corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
+    questions: tuple[Template, ...] = ()  # how a rater is asked for the quality of each affix pair
+    evaluation_questions: dict[str, Template] = dataclasses.field(default_factory=dict)  # quality -> how a rater judges
+    material_digest: str = ""  # of the file that words above were read from; "" where all are the task's own
 
     def __post_init__(self) -> None:
         stop = self.format.stop
@@ -128,8 +138,23 @@ class Task:
             raise UserError(f"task {self.name!r} has format.stop={stop!r}; give a tuple of what ends a reply")
         if self.template and not self.template.answer:
             raise UserError(f"task {self.name!r} has no template.answer; give a piece of text that is one token")
+        if self.template and self.template.preamble:
+            raise UserError(f"task {self.name!r} has a template.preamble, and a preference model reads the prompt "
+                            "first; leave it out, or put the template into ``questions``")  # fmt: skip
         if self.affixes and self.contrast is None:
             raise UserError(f"task {self.name!r} has affixes and no contrast; give the function that applies an affix")
+        self._check_questions()
+
+    def _check_questions(self) -> None:
+        """Raises UserError when there is not one question for each affix pair, or a question lacks an answer."""
+        if self.questions and len(self.questions) != len(self.affixes):
+            raise UserError(f"task {self.name!r} has {len(self.questions)} questions and {len(self.affixes)} affix "
+                            "pairs; give one question for each pair, in their order, or none")  # fmt: skip
+        named = {f"questions.{i}": question for i, question in enumerate(self.questions)}
+        named |= {f"evaluation_questions.{name}": question for name, question in self.evaluation_questions.items()}
+        for name, question in named.items():
+            if not question.answer or not question.other or question.answer == question.other:
+                raise UserError(f"task {self.name!r}: {name} needs two answers; give ``answer`` and another ``other``")
 
     @property
     def corpus(self) -> Callable[[int, int], Sequence[str]] | None:
@@ -155,6 +180,28 @@ def shuffled(texts: Sequence[str], count: int, seed: int) -> list[str]:
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 
 
+def is_in_split(text: str, split: str) -> bool:
+    """Whether a text belongs to a split: by its hash, 80% are in train, 10% in validation, 10% in test."""
+    tenth = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10
+    return split == {0: "test", 1: "validation"}.get(tenth, "train")
+
+
 def reply_text(reply_format: Format, reply: str) -> str:
     """Returns a reply as it stands after its prompt, its end marker included."""
     return f"{reply_format.before}{reply}{reply_format.end}"
+
+
+def rater_text(question: Template, reply_format: Format, prompt: str, first: str, second: str) -> str:
+    """Returns what a rater reads of two replies; its next token is ``question.answer`` or ``question.other``.
+
+    That is preamble, prompt, before, first, between, second, question. Before each reply stands ``format.before``. The
+    end marker is left out: it is for the model that writes, and raters of 2307.12950 see none.
+    """
+    first, second = (f"{reply_format.before}{reply}" for reply in (first, second))
+    return "".join((question.preamble, prompt, question.before, first, question.between, second, question.question))
+
+
+def as_question(template: Template, reply_format: Format) -> Template:
+    """Returns the question whose ``rater_text`` is what a preference model reads: with the end markers in it."""
+    end = reply_format.end
+    return template._replace(between=f"{end}{template.between}", question=f"{end}{template.question}")

@@ -23,6 +23,17 @@ PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "floa
 """The columns of a dataset of pairs: p is the probability that ``first`` is preferred to ``second``."""
 
 
+class DatasetForm(NamedTuple):
+    """What a TFDS dataset is called, and what its rows hold."""
+
+    name: str
+    description: str
+    features: Mapping[str, str]  # column -> "text", "float", "int" or "bool"
+
+
+PAIRS = DatasetForm("pairs", "Preference pairs; p = P(first is preferred to second | prompt).", PAIR_FEATURES)
+
+
 class BatchPlan(NamedTuple):
     """Which examples make a batch."""
 
@@ -94,10 +105,20 @@ def load_batches(
 
 
 def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> None:
-    """Writes rows {prompt, first, second, p} by split as the TFDS dataset ``pairs``, in the array_record format.
+    """Writes rows {prompt, first, second, p} by split as the dataset ``pairs``, as ``write_dataset`` does."""
+    write_dataset(folder, PAIRS, splits, metadata)
 
-    Replaces an older dataset of the folder. ``tfds.data_source("pairs", split=..., data_dir=folder)`` reads it, and its
-    info holds the metadata. Only process 0 writes.
+
+def write_dataset(
+    folder: Path,
+    form: DatasetForm,
+    splits: Mapping[str, Sequence[Mapping[str, Any]]],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes rows by split as a TFDS dataset in the array_record format. TFDS shuffles them by their index.
+
+    Replaces an older dataset of this name in the folder. ``tfds.data_source(form.name, split=..., data_dir=folder)``
+    reads it, and its info holds the metadata. Only process 0 writes.
     """
     if jax.process_index():
         return
@@ -105,27 +126,35 @@ def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]],
 
     tfds.disable_progress_bar()
     with storage.write_through(folder) as local, contextlib.redirect_stdout(io.StringIO()):  # TFDS prints a notice
-        storage.remove_tree(local / "pairs")  # TFDS would keep an older dataset
-        builder = _pairs_builder(splits, metadata)(data_dir=str(local), file_format="array_record")
+        storage.remove_tree(local / form.name)  # TFDS would keep an older dataset
+        builder = _dataset_builder(form, splits, metadata)(data_dir=str(local), file_format="array_record")
         builder.download_and_prepare()
 
 
-def _pairs_builder(splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> Any:
-    """Returns the TFDS builder class of a dataset of pairs. TFDS takes the dataset's name from the class."""
+def _dataset_builder(
+    form: DatasetForm, splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]
+) -> Any:
+    """Returns the TFDS builder class of a dataset."""
     import tensorflow_datasets as tfds
 
-    types = {"text": tfds.features.Text(), "float": tfds.features.Scalar(np.float32)}
+    types = {
+        "text": tfds.features.Text(),
+        "float": tfds.features.Scalar(np.float32),
+        "int": tfds.features.Scalar(np.int64),
+        "bool": tfds.features.Scalar(np.bool_),
+    }
 
     with tfds.core.registered.skip_registration():  # a process may write several such datasets
 
-        class Pairs(tfds.core.GeneratorBasedBuilder):
+        class Builder(tfds.core.GeneratorBasedBuilder):
+            name = form.name
             VERSION = tfds.core.Version("1.0.0")
 
             def _info(self) -> tfds.core.DatasetInfo:
                 return tfds.core.DatasetInfo(
                     builder=self,
-                    description="Preference pairs; p = P(first is preferred to second | prompt).",
-                    features=tfds.features.FeaturesDict({n: types[k] for n, k in PAIR_FEATURES.items()}),
+                    description=form.description,
+                    features=tfds.features.FeaturesDict({n: types[k] for n, k in form.features.items()}),
                     metadata=tfds.core.MetadataDict(metadata),
                 )
 
@@ -134,9 +163,9 @@ def _pairs_builder(splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: 
 
             def _generate_examples(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
                 for index, row in enumerate(rows):
-                    yield index, {name: row[name] for name in PAIR_FEATURES}
+                    yield index, {name: row[name] for name in form.features}
 
-    return Pairs
+    return Builder
 
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:

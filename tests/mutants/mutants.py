@@ -70,6 +70,15 @@ MUTANTS = (
         "return self.reward[:, i] - self.reward[:, j]", COLLECT,
     ),
     Mutant(
+        "earlier turns have the polarity of the last one", "alignjax/tasks/dialogue_format.py",
+        'f"{ASSISTANT} {earlier}:")', 'f"{ASSISTANT} {last}:")', ("tests/test_dialogue.py",),
+    ),
+    Mutant(
+        "a rater reads the end marker", "alignjax/tasks/task.py",
+        'f"{reply_format.before}{reply}" for reply', 'reply_text(reply_format, reply) for reply',
+        ("tests/test_prompt_material.py",),
+    ),
+    Mutant(
         "the tournament asks training prompts", "alignjax/pipeline/stages/tournament.py",
         "task.source.prompts(self.split, self.prompts,", 'task.source.prompts("train", self.prompts,', WIRING,
     ),

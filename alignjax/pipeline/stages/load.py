@@ -201,6 +201,7 @@ class LoadPairs:
     path: str
     read: json_lines.ReadComparison = json_lines.read_comparison
     held_out: float = 0.0  # share of the prompts whose pairs go to the split "held_out": the last ones of the file
+    skip_malformed: bool = False  # leave malformed lines out, with a warning and a count; else the first is an error
     digest: str = dataclasses.field(init=False)  # of the file's content
     makes: ClassVar[Kind] = Kind.PAIRS
 
@@ -216,18 +217,23 @@ class LoadPairs:
         return Exposure(fitted=frozenset({f"file {self.digest or self.path or context.name}"}))
 
     def check(self, context: Context) -> None:
-        """Raises UserError when the file cannot be read, or a line is malformed."""
+        """Raises UserError when the file cannot be read, or a line is malformed and not to be skipped."""
         self.rows(context)
 
     def rows(self, context: Context) -> list[json_lines.Comparison | None]:
-        """Returns a comparison a line. Raises UserError on a malformed line, and where there is no comparison."""
+        """Returns a comparison a line that is well-formed. Raises UserError as ``check`` does, and where there is no
+        comparison."""
+        return [row for _, row in self._read(context).rows]
+
+    def _read(self, context: Context) -> json_lines.NumberedRows[json_lines.Comparison | None]:
+        """Returns the rows and the malformed lines of the file."""
         try:
-            rows = json_lines.read_rows(self.path, "comparisons", self.read)
+            found = json_lines.read_numbered_rows(self.path, "comparisons", self.read, self.skip_malformed)
         except UserError as error:
             raise UserError(f"{context.name}: {error}") from None
-        if not any(rows):
+        if not any(row for _, row in found.rows):
             raise UserError(f"{context.name}: no line of {self.path} compares two replies to one prompt; give another")
-        return rows
+        return found
 
     def programs(self, context: Context) -> tuple[Program, ...]:
         """Returns nothing: reading compiles nothing."""
@@ -235,7 +241,8 @@ class LoadPairs:
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Writes the dataset; returns its figures. All pairs of a prompt are in one split."""
-        found = self.rows(context)
+        lines = self._read(context)
+        found = [row for _, row in lines.rows]
         rows = [dict(zip(data.PAIR_FEATURES, pair, strict=True)) for pair in found if pair]
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
         last = set(prompts[len(prompts) - int(self.held_out * len(prompts)) :])
@@ -243,6 +250,8 @@ class LoadPairs:
         if last:
             splits["held_out"] = [row for row in rows if row["prompt"] in last]
         figures = {"pairs": len(rows), "skipped": len(found) - len(rows), "different_prompts": len(prompts)}
+        if self.skip_malformed:
+            figures["malformed"] = len(lines.malformed)
         source = {"file": self.path, "digest": self.digest, "read": describe(self.read)}
         data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
@@ -251,4 +260,5 @@ class LoadPairs:
         "pairs": "kept",
         "skipped": "lines of the file that compare nothing",
         "different_prompts": "among the pairs",
+        "malformed": "lines of the file that were left out",
     }
