@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,12 +57,17 @@ def read_answer(path: Path, body: Body) -> Answer | None:
         return None
 
 
+def is_log_prob(value: Any) -> bool:
+    """Returns whether the value is a number below infinity; NaN is not."""
+    return type(value) in (int, float) and value < math.inf
+
+
 def _checked(answer: Answer) -> Answer | None:
     """Returns the answer; None when a part has another type."""
     numbers = (answer.prompt_tokens, answer.completion_tokens, answer.tries)
     positions = [(token, *pair) for token, pairs in answer.tokens for pair in pairs]
     fits = isinstance(answer.text, str) and all(type(number) is int and number >= 0 for number in numbers)
-    named = all(isinstance(a, str) and isinstance(b, str) and type(c) in (int, float) for a, b, c in positions)
+    named = all(isinstance(a, str) and isinstance(b, str) and is_log_prob(c) for a, b, c in positions)
     return answer if fits and named and isinstance(answer.tokens, list) else None
 
 

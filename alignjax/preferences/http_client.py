@@ -65,6 +65,8 @@ class Client:
 
 def check_url(url: str) -> None:
     """Raises UserError when the url of an endpoint is malformed, holds a password, or is the url of one request."""
+    if re.search(r"//[^/]*@", url):
+        raise UserError("the url holds a user or password; leave it out, and name the key's variable in key_variable")
     try:
         parts = urlsplit(url)
         _ = requests.Request("POST", url).prepare(), parts.port
@@ -72,8 +74,8 @@ def check_url(url: str) -> None:
         raise UserError(f"the url {url!r} is malformed; give one such as http://localhost:8000/v1") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"\s", url):
         raise UserError(f"the url {url!r} is not http(s)://HOST/...; give one such as http://localhost:8000/v1")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise UserError(f"the url of {parts.hostname} has a password, ? or #; give the key by an environment variable")
+    if parts.query or parts.fragment:
+        raise UserError(f"the url of {parts.hostname} has a ? or #; give what stands before it")
     if url.rstrip("/").endswith("/chat/completions"):
         raise UserError(f"the url {url!r} ends in /chat/completions, which is added to it; leave that out")
 

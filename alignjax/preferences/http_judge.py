@@ -185,7 +185,7 @@ class QuestionJudge:
         bodies = [self.form.body(prompts[i], replies[i], others[i]) for i in rows]
         if self.form.both_orders:
             bodies += [self.form.body(prompts[i], others[i], replies[i]) for i in rows]
-        answers = self.ask(bodies)
+        answers = self.ask(bodies) if bodies else []
         said = np.array([self.form.read(answer) for answer in answers], float)  # None becomes NaN
         self.count(bodies, answers, said)
         result[rows] = self.combine(said)
