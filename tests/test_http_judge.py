@@ -437,13 +437,13 @@ def test_a_tournament_writes_and_shows_the_judge_s_figures_and_asks_nothing_twic
         (second,) = json.loads((place.folder / "win_rates.json").read_text())
     # base against nash_md: (one, seven), (three, two) unread, ("", some) unasked, (same, same) unasked
     assert first["win_rate"][0][1] == pytest.approx((0 + 0.5 + 0 + 0.5) / 4)
-    # "same" against "dddd", the replies of two policies, is one question in each order
+    # "same" against "dddd" stands in two of the 9 pairs that are asked, of which 2 are unread
     assert len(chat.bodies) == asked == first["judge_figures"]["requests"] == first["judge_figures"]["questions"] - 2
     assert first["judge_figures"]["unparsed"] == 4 and first["judge_figures"]["cost"] > 0
     assert second["judge_figures"] == {**first["judge_figures"], "requests": 0, "retries": 0, "cache_hits": asked}
     assert {name for name in second if second[name] != first[name]} == {"judge_figures"}
     line = next(line for line in tables.win_rate_table(first).splitlines() if line.startswith("Of the judge:"))
-    assert f"questions {asked + 2}; unparsed 4; order disagreement 0; " in line
+    assert f"questions {asked + 2}; unparsed 4; order disagreement 0.2857; " in line
     assert f"the model m at {chat.url}, asked in both orders" in first["judge_description"]
 
 
