@@ -242,6 +242,22 @@ def test_a_refusal_ends_the_requests_that_wait(case):
     assert len(asked.chat.bodies) < 100 and len(kept_files(asked)) == len(asked.chat.bodies) - 1
 
 
+def test_after_a_refusal_a_request_that_waits_is_not_tried_again(case):
+    tried = threading.Event()
+
+    def reply(number, body):
+        if text_of(body) == "slow":
+            tried.set()
+            return 500, {}, ""
+        assert tried.wait(5)
+        return 404, {}, ""
+
+    asked = case(reply, concurrency=2)
+    with pytest.raises(UserError, match="404"):
+        asked.ask(request("bad"), request("slow"), sleep=lambda seconds: time.sleep(0.2))
+    assert sorted(map(text_of, asked.chat.bodies)) == ["bad", "slow"]
+
+
 # What is kept
 
 

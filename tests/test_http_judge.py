@@ -241,9 +241,23 @@ def test_the_probability_is_the_softmax_of_the_letters_log_probs(answer, value):
     assert found is value is None or found == pytest.approx(value, abs=1e-12)
 
 
-def test_an_endpoint_without_log_probs_is_refused():
-    with pytest.raises(UserError, match="returns no top_logprobs; set top_logprobs=0"):
-        choice_probability(Answer("(A)", [["(A)", []]], 1, 1, 1))
+def test_an_endpoint_without_log_probs_is_refused(tmp_path):
+    """One answer without them cannot be read; when all lack them, the setting is wrong."""
+    logged, bare = said("A", [("A", [("A", -0.1), ("B", -2.1)])]), said("A")
+    for reply, refused in (((logged, bare), False), ((bare, bare), True)):
+        with serve(lambda number, body, reply=reply: reply[number]) as chat:
+            judge = replace(JUDGE, url=chat.url, top_logprobs=5, limits=aj.Limits(concurrency=1))
+            opened = judge.open(context(quickstart(), "table", tmp_path / str(refused)), (), None)
+            if refused:
+                with pytest.raises(
+                    UserError, match=rf"table: the HTTP judge 'm': {chat.url} returns no top_logprobs; "
+                ):
+                    opened(["x"], ["y"], ["z"])
+            else:
+                p = opened(["x"], ["y"], ["z"])
+                assert p == pytest.approx([0.5 + 0.5 * (1 / (1 + np.exp(-2)) - 0.5)])
+                assert figures(opened)["unparsed"] == 1
+        assert all((body["logprobs"], body["top_logprobs"]) == (True, 5) for body in chat.bodies)
 
 
 def test_an_answer_that_cannot_be_read_counts_a_half_and_is_counted():

@@ -225,9 +225,13 @@ class HTTPJudge:
         client = http_client.Client(self.url, self.key_variable, context.folder / "answers", self.limits)
 
         def ask(bodies: Sequence[Body]) -> list[Answer]:
-            """Returns the answers, and shows how many there are."""
+            """Returns the answers, and shows how many there are. Raises UserError when all lack their log-probs."""
             with progress_bar(len(bodies), 0, context.name, "question") as bar:
-                return http_client.ask_all(client, bodies, context.hosts, bar.update)
+                answers = http_client.ask_all(client, bodies, context.hosts, bar.update)
+            if self.top_logprobs and not any(answer.has_log_probs for answer in answers):
+                raise UserError(f"{context.name}: the HTTP judge {self.model!r}: {self.url} returns no top_logprobs; "
+                                "set top_logprobs=0 to have the text read")  # fmt: skip
+            return answers
 
         read = (
             http_judge.choice_probability

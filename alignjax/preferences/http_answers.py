@@ -27,6 +27,11 @@ class Answer(NamedTuple):
     completion_tokens: int  # written by it
     tries: int  # requests that were sent for it; 0: it was kept
 
+    @property
+    def has_log_probs(self) -> bool:
+        """Whether the endpoint gave log-probs of any token."""
+        return any(pairs for _, pairs in self.tokens)
+
 
 def request_digest(body: Body) -> str:
     """Returns the SHA-256 of a request's content, as 64 hexadecimal digits."""

@@ -131,11 +131,8 @@ def choice_probability(answer: Answer) -> float | None:
     """Returns the softmax of the log-probs of A and B where the model wrote one of them first: P(A) / (P(A) + P(B)).
 
     Tokens count as the letter that they are without white space, brackets and quotes. A letter that is not among the
-    likeliest tokens counts as impossible. Returns None when the model wrote neither. Raises UserError when the endpoint
-    gave no log-probs.
+    likeliest tokens counts as impossible. Returns None when the model wrote neither, or there are no log-probs.
     """
-    if answer.text and not any(pairs for _, pairs in answer.tokens):
-        raise UserError("the endpoint returns no top_logprobs; set top_logprobs=0 to have the text read")
     for token, pairs in answer.tokens:
         if _letter(token) in ("A", "B"):
             a, b = (np.logaddexp.reduce([-math.inf, *(p for t, p in pairs if _letter(t) == x)]) for x in "AB")
