@@ -338,6 +338,7 @@ def table_by(judge, **changes):
         ({"url": "http://me:word@host/v1"}, "holds a user or password"),
         ({"question": Question("", "{prompt} {first}")}, "has no place {second}"),
         ({"question": Question("{prompt}", "{first} {second}")}, "has no place {prompt}"),
+        ({"question": "Which is kinder?"}, "the question is a str; make it with choice_question"),
         ({"key_variable": "NO_SUCH_KEY"}, "environment variable NO_SUCH_KEY is not set"),
         ({"model": ""}, "model is empty"),
         ({"options": {"stream": True}}, "options cannot hold 'stream'"),

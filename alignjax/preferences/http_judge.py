@@ -61,7 +61,9 @@ def choice_question(question: str) -> Question:
 
 
 def check_question(question: Question) -> None:
-    """Raises UserError when the question's text lacks a place."""
+    """Raises UserError when this is no Question, or its text lacks a place."""
+    if not isinstance(question, Question):
+        raise UserError(f"the question is a {type(question).__name__}; make it with choice_question(...)")
     if missing := [place for place in PLACES if f"{{{place}}}" not in question.text]:
         raise UserError(f"the question has no place {{{missing[0]}}}; put it where that text belongs")
 
