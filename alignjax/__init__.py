@@ -48,7 +48,9 @@ _PUBLIC = {
     "alignjax.preferences.preference_models": ("bradley_terry", "choice", "pairwise", "pairwise_head"),
     "alignjax.labeling.rlcd": ("RLCD",),
     "alignjax.labeling.judged": ("Judged",),
-    "alignjax.pipeline.judges": ("LanguageModelJudge", "ModelJudge", "Oracle"),
+    "alignjax.pipeline.judges": ("HTTPJudge", "LanguageModelJudge", "ModelJudge", "Oracle"),
+    "alignjax.preferences.http_client": ("Limits",),
+    "alignjax.preferences.http_judge": ("Prices", "Question", "choice_question", "parse_choice", "parse_however"),
     "alignjax.tasks.task": ("EOS", "Format", "Task", "Template"),
     # experiments
     "alignjax.distributed.sharding": ("Mesh",),

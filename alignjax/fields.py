@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 _KINDS, _NO_EFFECT = "alignjax.kinds", "alignjax.no_effect"
+NO_EFFECT = {_NO_EFFECT: True}
+"""The metadata of a field that cannot change a result, for ``dataclasses.field`` of one without a default."""
 
 
 class Kind(enum.Enum):
@@ -28,7 +30,7 @@ def stage_input(*kinds: Kind, default: Any = dataclasses.MISSING) -> Any:
 
 def no_effect(default: Any) -> Any:
     """Declares a field that cannot change a result: it is left out of fingerprints."""
-    return dataclasses.field(default=default, metadata={_NO_EFFECT: True})
+    return dataclasses.field(default=default, metadata=NO_EFFECT)
 
 
 def has_no_effect(field: dataclasses.Field) -> bool:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from alignjax.errors import UserError
-from alignjax.fields import Kind, stage_input
+from alignjax.errors import UserError, check_range, short_repr
+from alignjax.fields import NO_EFFECT, Kind, no_effect, stage_input
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_tokens
 from alignjax.pipeline.networks import Network
-from alignjax.preferences import judges
+from alignjax.preferences import http_client, http_judge, judges
+from alignjax.preferences.http_answers import Answer, Body
+from alignjax.preferences.http_judge import Parse, Prices, Question, parse_choice
 from alignjax.preferences.preference_models import PreferenceModel, choice, template_tokens
 from alignjax.tasks.task import Template
+from alignjax.training.metrics import progress_bar
 from alignjax.types import Judge
 
 
@@ -150,6 +156,95 @@ class LanguageModelJudge:
     def describe(self) -> str:
         """Returns who judges."""
         return f"the language model of stage {self.stage}, asked in both orders"
+
+
+@dataclasses.dataclass(frozen=True)
+class HTTPJudge:
+    """A chat model behind an OpenAI-compatible endpoint, asked a question about two replies.
+
+    Its answers are kept in the stage's folder, so that a resumed stage asks nothing twice. Prompts and replies leave
+    this machine.
+    """
+
+    url: str = dataclasses.field(metadata=NO_EFFECT)  # up to and without /chat/completions: http://localhost:8000/v1
+    model: str
+    question: Question  # ``choice_question("Which reply is more helpful?")``, or one of your own
+    parse: Parse = parse_choice  # reads the verdict in the text of an answer
+    top_logprobs: int = 0  # 0: ``parse`` reads the text; else so many log-probs a token are asked for, and A and B read
+    both_orders: bool = True  # False: each pair is shown once, the first reply first; the model's position bias stays
+    max_tokens: int = 64  # of an answer
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # more of the request's body; None leaves one out
+    key_variable: str | None = no_effect(None)  # the environment variable that holds the key
+    limits: http_client.Limits = no_effect(http_client.Limits())
+    prices: Prices | None = no_effect(None)  # of a million tokens; None: no cost is reported
+
+    def __post_init__(self) -> None:
+        check_range(self, 1, 2**20, "max_tokens")
+        check_range(self, 0, 20, "top_logprobs")
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the url is malformed, the question lacks a place, the key's variable is not set, or
+        the options cannot be part of a request. Nothing is sent."""
+        try:
+            http_client.check_url(self.url)
+            http_judge.check_question(self.question)
+            self.check_settings()
+            if context.hosts.is_first:
+                http_client.read_key(self.key_variable)
+        except UserError as error:
+            raise UserError(f"{context.name}: the HTTP judge {self.model!r}: {error}") from None
+
+    def check_settings(self) -> None:
+        """Raises UserError when the model or the options cannot be part of a request."""
+        if not self.model:
+            raise UserError("model is empty; give the name under which the endpoint serves it")
+        if taken := {"model", "messages", "stream", "n", "logprobs", "top_logprobs"} & set(self.options):
+            raise UserError(f"options cannot hold {min(taken)!r}; leave it out")
+        try:
+            json.dumps(self.options, allow_nan=False)
+        except (TypeError, ValueError):
+            raise UserError(f"options={short_repr(self.options)} is not JSON; use texts, numbers and lists") from None
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the entries of a request's body beside its messages."""
+        read = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.top_logprobs else {}
+        body = {"model": self.model, "temperature": 0, "max_tokens": self.max_tokens, **read, **self.options}
+        return {name: value for name, value in body.items() if value is not None}
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the model's own identity, a digest of where it is and its name. What it was trained on is unknown."""
+        content = f"{self.url.rstrip('/').lower()} {self.model}"
+        return Exposure(identity=frozenset({hashlib.sha256(content.encode()).hexdigest()[:16]}))
+
+    def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
+        """Returns nothing: what it computes, it computes elsewhere."""
+        return ()
+
+    def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
+        """Returns the chat model as a judge that counts."""
+        client = http_client.Client(self.url, self.key_variable, context.folder / "answers", self.limits)
+
+        def ask(bodies: Sequence[Body]) -> list[Answer]:
+            """Returns the answers, and shows how many there are. Raises UserError when all lack their log-probs."""
+            with progress_bar(len(bodies), 0, context.name, "question") as bar:
+                answers = http_client.ask_all(client, bodies, context.hosts, bar.update)
+            if self.top_logprobs and not any(answer.has_log_probs for answer in answers):
+                raise UserError(f"{context.name}: the HTTP judge {self.model!r}: {self.url} returns no top_logprobs; "
+                                "set top_logprobs=0 to have the text read")  # fmt: skip
+            return answers
+
+        read = (
+            http_judge.choice_probability
+            if self.top_logprobs
+            else functools.partial(http_judge.parse_answer, self.parse)
+        )
+        form = http_judge.Form(self.question, self.settings(), read, self.both_orders)
+        return http_judge.QuestionJudge(ask, form, self.prices)
+
+    def describe(self) -> str:
+        """Returns who judges."""
+        orders = "both orders" if self.both_orders else "one order"
+        return f"the model {self.model} at {self.url}, asked in {orders}"
 
 
 def judging_program(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import collections
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,6 +17,37 @@ from alignjax.tasks.task import ExactPreference, Format, reply_text
 from alignjax.types import Judge, Params, PreferenceLogit
 
 LENGTH_MULTIPLE = 32  # lengths are rounded up to it, for fewer compilations
+
+
+@runtime_checkable
+class CountingJudge(Protocol):
+    """A Judge that counts what it does, for the report."""
+
+    def __call__(self, prompts: Sequence[str], replies: Sequence[str], others: Sequence[str], /) -> np.ndarray:
+        """Returns P(reply > other), [N]."""
+        ...
+
+    def take_counts(self) -> dict[str, float]:
+        """Returns sums over the calls since they were taken last."""
+        ...
+
+    def figures(self, counts: Mapping[str, float], /) -> dict[str, float | None]:
+        """Returns what the report shows, from added counts."""
+        ...
+
+
+def take_counts(judge: Judge | None) -> dict[str, float]:
+    """Returns the judge's counts since they were taken last; empty for a judge that counts nothing."""
+    return judge.take_counts() if isinstance(judge, CountingJudge) else {}
+
+
+def judge_figures(judge: Judge | None, counts: Iterable[Mapping[str, float]]) -> dict[str, float | None]:
+    """Returns the judge's figures from the counts of several parts of its work; empty for one that counts nothing."""
+    total: dict[str, float] = collections.defaultdict(int)
+    for part in counts:
+        for name, value in part.items():
+            total[name] += value
+    return judge.figures(total) if isinstance(judge, CountingJudge) else {}
 
 
 def oracle_judge(oracle: ExactPreference) -> Judge:

@@ -40,7 +40,14 @@ def win_rate_table(table: Mapping[str, Any]) -> str:
         "Ties count 1/2. The judge's own errors are not in the interval. Of the row's replies: mean tokens; mean\n"
         f"log-ratio to {table['reference']}, which estimates the KL; the task's own score, higher is better.\n"
     )
+    note += judge_line(table.get("judge_figures", {}))
     return f"## Win rate of row over column, judge: {judge}\n\n{markdown_table(header, rows)}\n{note}"
+
+
+def judge_line(figures: Mapping[str, Any]) -> str:
+    """Returns the judge's own figures as a line; nothing where it counts nothing. What was not measured is left out."""
+    words = [f"{name.replace('_', ' ')} {_short(value)}" for name, value in figures.items() if value is not None]
+    return f"Of the judge: {'; '.join(words)}.\n" if words else ""
 
 
 def two_digits(value: float | None) -> str:
@@ -53,9 +60,14 @@ def figures_table(records: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, record in records.items():
         for figure, value in flatten(record["figures"]):
-            text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            rows.append([name, figure.replace(".", " ").replace("_", " "), text, record["meanings"].get(figure, "")])
+            meaning = record["meanings"].get(figure, "")
+            rows.append([name, figure.replace(".", " ").replace("_", " "), _short(value), meaning])
     return f"## Figures\n\n{markdown_table(['stage', 'figure', 'value', 'meaning'], rows)}" if rows else ""
+
+
+def _short(value: Any) -> str:
+    """Returns a figure as text, a float with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def time_table(records: Mapping[str, Mapping[str, Any]]) -> str:

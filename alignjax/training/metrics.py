@@ -109,9 +109,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def progress_bar(total: int, initial: int, name: str, unit: str) -> tqdm.tqdm:
     """Returns a progress bar on stderr with rate and time left. Without a terminal it prints a line every half minute;
-    in processes other than 0 it prints nothing."""
+    in processes other than 0 it prints nothing. A bar inside another one goes when it is done."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm.tqdm(
-        total=total, initial=initial, desc=name, unit=unit, mininterval=interval, leave=True,
+        total=total, initial=initial, desc=name, unit=unit, mininterval=interval, leave=None,
         disable=jax.process_index() > 0,
     )  # fmt: skip

@@ -19,6 +19,7 @@ COLLECT, SAMPLERS, LEARN = ("tests/test_collect.py",), ("tests/test_samplers.py"
 STAGES, WIRING, LABELING = ("tests/test_stages.py",), ("tests/test_wiring.py",), ("tests/test_labeling.py",)
 BRIDGE, HELD_OUT = ("tests/test_text_bridge.py",), ("tests/test_held_out.py",)
 LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
+CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
 MUTANTS = (
@@ -286,5 +287,34 @@ MUTANTS = (
     Mutant(
         "a trained network is saved without its adapters' base", "alignjax/pipeline/trained_parts.py",
         "start.shared_base.stage if start.shared_base else start.stage", "start.stage", (*WIRING, *STAGES),
+    ),
+    Mutant(
+        "a chat model sees both orders alike", "alignjax/preferences/http_judge.py",
+        "self.form.body(prompts[i], others[i], replies[i])", "self.form.body(prompts[i], replies[i], others[i])", CHAT,
+    ),
+    Mutant(
+        "the place that wins in both orders agrees", "alignjax/preferences/http_judge.py",
+        "np.sum(there * back > 0)", "np.sum(there * back < 0)", CHAT,
+    ),
+    Mutant(
+        "requests of different models share an answer", "alignjax/preferences/http_answers.py",
+        "json.dumps(body, sort_keys=True)", 'json.dumps(body["messages"], sort_keys=True)', CLIENT,
+    ),
+    Mutant(
+        "every process asks", "alignjax/preferences/http_client.py",
+        "distinct if hosts.is_first else {}", "distinct", CLIENT,
+    ),
+    Mutant(
+        "an endpoint that asks to wait is asked at once", "alignjax/preferences/http_client.py",
+        "max(back_off(digest, number, limits), outcome.retry_after)", "back_off(digest, number, limits)", CLIENT,
+    ),
+    Mutant(
+        "the judge that labelled the pairs judges the table", "alignjax/pipeline/judges.py",
+        "return Exposure(identity=frozenset({hashlib.sha256(content.encode()).hexdigest()[:16]}))",
+        "return Exposure()", CHAT,
+    ),
+    Mutant(
+        "a resumed labelling forgets what was counted", "alignjax/pipeline/stages/label.py",
+        '[chunk["judge_counts"] for chunk in chunks]', "[counts]", CHAT,
     ),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
 from alignjax.pipeline.judges import JudgeSizes
 from alignjax.pipeline.stages.load import PAIR_DATA
 from alignjax.pipeline.stages.writing import Writing
+from alignjax.preferences import http_judge, judges
 from alignjax.tasks.task import Task
 from alignjax.training import data, metrics
 
@@ -101,11 +102,15 @@ class Label:
             for start in range(count * size, len(prompts), size):
                 numbers = range(start, min(start + size, len(prompts)))
                 labels = self.method.label(labeler, [prompts[i] for i in numbers], numbers)
-                chunks.append({"tries": labels.tries, "asked": len(numbers), "pairs": labels.pairs})
+                counts = judges.take_counts(judge)
+                chunks.append(
+                    {"tries": labels.tries, "asked": len(numbers), "pairs": labels.pairs, "judge_counts": counts}
+                )
                 storage.write_json(chunk_file(folder, len(chunks) - 1), chunks[-1])
                 bar.update(len(numbers))
                 context.stop_if_preempted()
-        return self.finish(context, chunks)
+        figures = judges.judge_figures(judge, [chunk["judge_counts"] for chunk in chunks])
+        return {**self.finish(context, chunks), **({"judge": figures} if figures else {})}
 
     def finish(self, context: Context, chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Writes the dataset; returns what the task's first oracle says about its labels."""
@@ -133,11 +138,12 @@ class Label:
         "tries_per_prompt": "replies drawn for a prompt, both sides together",
         "oracle_ties": "share of the pairs that the task's oracle calls equal",
         "label_accuracy": "share of the labels that the oracle agrees with, where it does not tie",
+        **{f"judge.{name}": meaning for name, meaning in http_judge.FIGURES.items()},
     }
 
 
 def chunk_file(folder: Path, index: int) -> Path:
-    """Returns the file of chunk ``index``: {"tries", "asked", "pairs"}."""
+    """Returns the file of chunk ``index``: {"tries", "asked", "pairs", "judge_counts"}."""
     return folder / f"{index:06d}.json"
 
 

@@ -20,7 +20,7 @@ from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
 from alignjax.pipeline.judges import JudgeSizes, JudgeSpec, check_held_out
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.writing import Writing
-from alignjax.preferences import tournament
+from alignjax.preferences import judges, tournament
 from alignjax.sampling.process import Sampling
 from alignjax.tasks.task import Task
 from alignjax.training import metrics
@@ -103,9 +103,12 @@ class Tournament:
         tables = []
         for name, spec in self.judges.items():
             own = programs_of(programs, f"judge {name}")
-            rates = tournament.win_rates(spec.open(context, own, self.sizes()), prompts, replies)
+            judge = spec.open(context, own, self.sizes())
+            rates = tournament.win_rates(judge, prompts, replies)
+            figures = {"judge_figures": judges.judge_figures(judge, [judges.take_counts(judge)])}
+            del judge
             context.release()  # one judge at a time
-            tables.append(self.table(name, spec, rates, written, self.scores(task, prompts, replies)))
+            tables.append(self.table(name, spec, rates, written, self.scores(task, prompts, replies)) | figures)
         samples = [{"prompt": x, **{p: replies[p][i] for p in self.policies}} for i, x in enumerate(prompts[:_SAMPLES])]
         storage.write_json(context.folder / "samples.json", samples)
         storage.write_json(context.folder / "win_rates.json", tables)
