@@ -17,7 +17,8 @@ class LabeledPair(NamedTuple):
     first: str
     second: str
     p: float  # P(first is preferred)
-    affix: int  # index of the affix pair; -1 without one
+    affix: int  # number of the affix pair and of its question; -1 without one
+    positive: int = -1  # which reply was written under the positive affix, the other under the negative one: 0 or 1
 
 
 class Labels(NamedTuple):
@@ -32,7 +33,7 @@ class Labeler(NamedTuple):
 
     generate: Generate
     task: Task
-    judge: Judge | None  # the method's own, where it has one
+    judge: Any  # the method's own, opened: a Judge or a Rater; None where it has none
     seed: int
 
 

@@ -52,5 +52,5 @@ class RLCD:
             if y is not None and z is not None:
                 swapped = bool(rng.random() < 0.5)
                 first, second = (z, y) if swapped else (y, z)
-                labeled.append(LabeledPair(x, first, second, float(not swapped), affix))
+                labeled.append(LabeledPair(x, first, second, float(not swapped), affix, int(swapped)))
         return Labels(labeled, tries + more_tries)

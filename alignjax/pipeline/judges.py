@@ -212,9 +212,8 @@ class HTTPJudge:
         return {name: value for name, value in body.items() if value is not None}
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the model's own identity, a digest of where it is and its name. What it was trained on is unknown."""
-        content = f"{self.url.rstrip('/').lower()} {self.model}"
-        return Exposure(identity=frozenset({hashlib.sha256(content.encode()).hexdigest()[:16]}))
+        """Returns the model's own identity: its name, wherever it is asked. What it was trained on is unknown."""
+        return Exposure(identity=frozenset({hashlib.sha256(self.model.encode()).hexdigest()[:16]}))
 
     def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
         """Returns nothing: what it computes, it computes elsewhere."""
