@@ -102,7 +102,7 @@ def test_win_rates_count_votes_and_half_of_ties(replies):
 
 
 def test_the_matrix_is_antisymmetric_around_a_half_and_inside_its_intervals(replies):
-    rate, low, high = win_rates(by_number, PROMPTS, replies)
+    rate, low, high, *_ = win_rates(by_number, PROMPTS, replies)
     np.testing.assert_array_equal(rate + rate.T, np.ones((3, 3)))
     np.testing.assert_allclose(low + high.T, np.ones((3, 3)), atol=1e-15)
     assert np.all((low <= rate) & (rate <= high)) and np.all((low >= 0) & (high <= 1))
@@ -111,7 +111,7 @@ def test_the_matrix_is_antisymmetric_around_a_half_and_inside_its_intervals(repl
 
 
 def test_a_policy_ties_with_itself_and_with_its_copy(replies):
-    rate, low, high = win_rates(by_number, PROMPTS, {"a": replies["a"], "copy": replies["a"]})
+    rate, low, high, *_ = win_rates(by_number, PROMPTS, {"a": replies["a"], "copy": replies["a"]})
     np.testing.assert_array_equal(rate, np.full((2, 2), 0.5))
     assert low[0, 0] == high[0, 0] == 0.5 and low[0, 1] < 0.5 < high[0, 1]
 

@@ -1,5 +1,7 @@
 """Text and JSON-lines files that a user gives, plain or gzip. Every line is checked; an error names the line.
 
+A file of rows may be parquet too; an error then names the row, counted from 1.
+
 Lines end at \\n alone: a JSON text, and a prompt, may hold other separators, such as U+2028.
 """
 
@@ -10,14 +12,15 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from alignjax.errors import UserError, short_repr
+from alignjax.tasks import parquet
 
 Row = Mapping[str, Any]
-"""The JSON object of a line."""
+"""The JSON object of a line, or a row of a parquet file."""
 T = TypeVar("T")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -77,28 +80,39 @@ def read_text_file(path: str, kind: str) -> str:
 
 
 def read_rows(path: str, kind: str, read: Callable[[Row], T]) -> list[T]:
-    """Returns ``read`` of the JSON object on each line of a file; blank lines are skipped.
+    """Returns ``read`` of the JSON object on each line of a file, or of each row of a parquet file.
 
-    ``kind`` is the plural of what the lines are: "dialogues". Raises UserError when no file is named, when it cannot be
-    read or holds no line, and on the first line that is no object or for which ``read`` raises KeyError or ValueError.
+    Blank lines are skipped. ``kind`` is the plural of what the lines are: "dialogues". Raises UserError when no file is
+    named, when it cannot be read or holds no line, and on the first line that is no object or for which ``read`` raises
+    KeyError or ValueError.
     """
     if not path:
-        raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines")
+        raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines or parquet")
+    is_parquet = path.endswith(parquet.SUFFIX)
+    rows = []
+    for place, row in _parquet_rows(path, kind) if is_parquet else _json_lines(path, kind):
+        try:
+            rows.append(read(_parse_object(row) if isinstance(row, str) else row))
+        except KeyError as error:
+            raise UserError(f"{path}, {place} has no {error}; correct it") from None
+        except ValueError as error:
+            raise UserError(f"{path}, {place} {error}; correct it") from None
+    if not rows:
+        raise UserError(f"{path} holds no {kind}; give a {'parquet' if is_parquet else 'JSON-lines'} file of them")
+    return rows
+
+
+def _json_lines(path: str, kind: str) -> Iterator[tuple[str, str]]:
+    """Yields ("line 3", text) of the lines that are not blank. Raises UserError when the file cannot be read."""
     text = read_text_file(path, f"a JSON-lines file of {kind}")
     if text.lstrip().startswith("["):
         raise UserError(f"{path} is a JSON array; give a JSON-lines file of {kind}: one object a line")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(read(_parse_object(line)))
-            except KeyError as error:
-                raise UserError(f"{path}, line {number} has no {error}; correct it") from None
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} {error}; correct it") from None
-    if not rows:
-        raise UserError(f"{path} holds no {kind}; give a JSON-lines file of them")
-    return rows
+    yield from ((f"line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _parquet_rows(path: str, kind: str) -> Iterator[tuple[str, Row]]:
+    """Yields ("row 3", row) of a parquet file. Raises UserError when it cannot be read."""
+    yield from ((f"row {number}", row) for number, row in enumerate(parquet.read_parquet(path, kind), 1))
 
 
 def _parse_object(line: str) -> Row:

@@ -19,6 +19,8 @@ import numpy as np
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 
+PAIR_DATA = "data"
+"""The folder of a stage's pairs, in the stage's own."""
 PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "float"}
 """The columns of a dataset of pairs: p is the probability that ``first`` is preferred to ``second``."""
 

@@ -78,8 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "the KL estimate has the other sign", "alignjax/sampling/generate.py",
-        "(logp - log_prob(params, prompt, completion)).sum(-1)",
-        "(log_prob(params, prompt, completion) - logp).sum(-1)", WIRING,
+        "(logp - reference_logp).sum(-1)", "(reference_logp - logp).sum(-1)", WIRING,
     ),
     Mutant(
         "the KL is measured to the policy itself", "alignjax/pipeline/stages/tournament.py",

@@ -17,7 +17,6 @@ from alignjax.labeling.method import LabeledPair, Labeler, LabelingMethod
 from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
 from alignjax.pipeline.judges import JudgeSizes
-from alignjax.pipeline.stages.load import PAIR_DATA
 from alignjax.pipeline.stages.writing import Writing
 from alignjax.tasks.task import Task
 from alignjax.training import data, metrics
@@ -124,7 +123,7 @@ class Label:
             **oracle_agreement(context.task, pairs),
         }
         source = {"method": describe(self.method), "generator": self.generator, "seed": context.seed(self.seed)}
-        data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
+        data.write_pairs(context.folder / data.PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
 
     meanings: ClassVar[dict[str, str]] = {

@@ -28,8 +28,6 @@ from alignjax.pipeline.trained_parts import trained_spec
 from alignjax.tasks import json_lines
 from alignjax.training import data
 
-PAIR_DATA = "data"  # the folder of a stage's pairs
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadCheckpoint:
@@ -192,9 +190,9 @@ class LoadAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class LoadPairs:
-    """Reads a JSON-lines file of comparisons into the dataset of pairs that a Label stage writes.
+    """Reads a file of comparisons, JSON lines or parquet, into the dataset of pairs that a Label stage writes.
 
-    The whole file is read before anything runs. ``read`` says what a line is; the default reads {"prompt", "first",
+    The whole file is read before anything runs. ``read`` says what a row is; the default reads {"prompt", "first",
     "second", "p"} and {"prompt", "chosen", "rejected"}.
     """
 
@@ -244,7 +242,7 @@ class LoadPairs:
             splits["held_out"] = [row for row in rows if row["prompt"] in last]
         figures = {"pairs": len(rows), "skipped": len(found) - len(rows), "different_prompts": len(prompts)}
         source = {"file": self.path, "digest": self.digest, "read": describe(self.read)}
-        data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
+        data.write_pairs(context.folder / data.PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
 
     meanings: ClassVar[dict[str, str]] = {
