@@ -77,7 +77,7 @@ def test_one_policy_at_a_time_lives_beside_the_reference(tmp_path, monkeypatch):
 
     def draw(self, context, programs, name, policy, reference, prompts):
         seen[name] = set(context.loaded)
-        return iter([["text"], [1], [0.0]])
+        return iter([["text"], [1], [0.0], [-1.0]])
 
     monkeypatch.setattr(Tournament, "draw", draw)
     policies = {name: name for name in ("start", "low", "other", "full", "mine")}
@@ -252,14 +252,16 @@ def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
         "[]",
         "{",
         '{"text": ["a"], "length": [1]}',
-        '{"text": [], "length": [], "kl": []}',
-        '{"text": 1, "length": [1], "kl": [0]}',
-        '{"text": "a", "length": [1], "kl": [0]}',
-        '{"text": [null], "length": [1], "kl": [0]}',
-        '{"text": ["a"], "length": ["1"], "kl": [0]}',
-        '{"text": ["a"], "length": [true], "kl": [0]}',
-        '{"text": ["a"], "length": [1], "kl": [null]}',
-        '{"text": {"a": 1}, "length": [1], "kl": [0]}',
+        '{"text": [], "length": [], "kl": [], "reference_logp": []}',
+        '{"text": 1, "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": "a", "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": [null], "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": ["1"], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": [true], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": [1], "kl": [null], "reference_logp": [-1]}',
+        '{"text": {"a": 1}, "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": [1], "kl": [0]}',
+        '{"text": ["a"], "length": [1], "kl": [0], "reference_logp": ["-1"]}',
     ],
 )
 def test_damaged_replies_are_named(tmp_path, text):
@@ -267,7 +269,7 @@ def test_damaged_replies_are_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"replies-base\.json is (missing or )?damaged; remove"):
         read_replies(path, 1)
-    path.write_text('{"text": ["a"], "length": [1], "kl": [NaN]}')
+    path.write_text('{"text": ["a"], "length": [1], "kl": [NaN], "reference_logp": [NaN]}')
     assert read_replies(path, 1)["text"] == ["a"]
 
 

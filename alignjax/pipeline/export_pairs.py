@@ -34,29 +34,36 @@ def has_pairs(stage: Path) -> bool:
 def export_pairs(stage: Path, file: Path, split: str, form: PairForm) -> str:
     """Writes a split of the pairs of ``stage`` = WORKDIR/NAME as FILE.jsonl or FILE.parquet; returns a line on it.
 
-    {prompt, first, second, p} keeps every pair as it is, so ``LoadPairs`` reads back the same pairs. {prompt, chosen,
-    rejected} keeps which reply won and not which stood first: read back, the winner is the first. Raises UserError when
-    the stage is not finished, the file exists or has another name, a label is soft where none can stand, or it is not
-    known how the task's prompts become messages.
+    Rows stand as the dataset has them, shuffled. {prompt, first, second, p} keeps every pair as it is, so ``LoadPairs``
+    reads back the same pairs. {prompt, chosen, rejected} keeps which reply won and not which stood first: read back,
+    the winner is the first.
+
+    Raises UserError when the stage is not finished or has no such split, when the file exists or has another name, when
+    a label is soft where none can stand, and when it is not known how the task's prompts become messages.
     """
     if file.suffix not in (".jsonl", parquet.SUFFIX):
         raise UserError(f"{stage} holds pairs; name a file that ends in .jsonl or {parquet.SUFFIX}, not {file}")
     if file.exists():
         raise UserError(f"{file} exists; choose another file")
+    rows = pair_rows(stage, split, form)
+    if file.suffix == parquet.SUFFIX:
+        parquet.write_parquet(file, rows)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        storage.write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return f"{file}: {len(rows)} pairs of the split {split}, as {{{', '.join(rows[0])}}}"
+
+
+def pair_rows(stage: Path, split: str, form: PairForm) -> list[dict[str, Any]]:
+    """Returns the rows of a split. Raises UserError as ``export_pairs`` does."""
     record = read_record(stage)
     if not record.get("finished"):
         raise UserError(f"{stage} is not finished; run it first")
     pairs = data.read_pairs(stage / data.PAIR_DATA, split)
-    rows = pairs if form.labels else _preferred_rows(pairs, stage)
-    if form.messages:
-        messages = task_messages(record, stage)
-        rows = [chat_row(row, messages) for row in rows]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == parquet.SUFFIX:
-        parquet.write_parquet(file, rows)
-    else:
-        storage.write_atomic(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return f"{file}: {len(rows)} pairs of the split {split}, as {{{', '.join(rows[0])}}}"
+    if form.labels:
+        return [{name: pair[name] for name in data.PAIR_FEATURES} for pair in pairs]
+    rows = _preferred_rows(pairs, stage)
+    return [chat_row(row, task_messages(record, stage)) for row in rows] if form.messages else rows
 
 
 def _preferred_rows(pairs: list[dict[str, Any]], stage: Path) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ def mt_bench_files(tournament: FinishedTournament, time: float) -> Files:
 
     ``question.jsonl`` has {question_id, category, turns}, with the user's turns of the prompt.
     ``model_answer/<policy>.jsonl`` has {question_id, answer_id, model_id, choices: [{index, turns}], tstamp}, with the
-    assistant's turns: the policy wrote the last, the earlier ones are the prompt's. Raises UserError as ``split_turns``.
+    assistant's turns: the policy wrote the last, the others are the prompt's. Raises UserError as ``split_turns``.
     """
     turns = [split_turns(row, number) for number, row in enumerate(tournament.rows, 1)]
     files = {

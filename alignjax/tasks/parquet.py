@@ -31,6 +31,7 @@ def read_parquet(path: str, kind: str) -> list[dict[str, Any]]:
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes rows of equal fields; the file appears whole, or not at all. Raises UserError without pyarrow."""
     pyarrow, parquet = _import_pyarrow(str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
     os.replace(temporary, path)
