@@ -47,6 +47,7 @@ _PUBLIC = {
         "LoadAdapter",
         "LoadCheckpoint",
         "LoadPairs",
+        "MeasureBestOf",
         "OfflineData",
         "OnlineData",
         "Pretrain",

@@ -15,6 +15,7 @@ from alignjax.cli import main
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 from alignjax.models.log_probs import log_prob
+from alignjax.pipeline.judges import JudgeSizes
 from alignjax.pipeline.run import run
 from alignjax.preferences.statistics import distinct_n, length_controlled_rate, mean_interval
 from alignjax.preferences.tournament import win_rates
@@ -24,6 +25,7 @@ from alignjax.sampling.generate import reply_scorer
 from alignjax.tasks.dialogue_format import DIALOGUE_FORMAT, dialogue_messages
 from tests.conftest import ragged
 from tests.test_cli import refused
+from tests.test_summary import write_rows
 from tests.test_wiring import WORDS, experiment, longer, task
 
 WRITING = aj.Writing(max_new_tokens=6, buckets=(96,), batch=8)
@@ -75,6 +77,26 @@ def workdir(tmp_path_factory):
     stages = {"table": table(), "filtered": table(writing=filtered, policies={"a": "other"}, judges=table().judges)}
     run(dataclasses.replace(experiment(**stages), task=chats), folder)
     return folder
+
+
+BEST_OF = [("red", ["aaa"], ["a", "b"], "Math"), ("blue", ["b"], ["cc", "d"], "Math"), ("one", ["xx"], ["yy"], "Focus")]
+
+
+def test_a_judge_is_measured_on_a_file_of_right_and_wrong_replies(tmp_path):
+    """Shares of the longest reply by hand: a win, a loss; a tie of two."""
+    rows = [
+        {"prompt": prompt, "chosen": chosen, "rejected": rejected, "subset": subset, "num_correct": len(chosen)}
+        | {"total_completions": len(chosen) + len(rejected), "id": prompt}
+        for prompt, chosen, rejected, subset in [*BEST_OF, ("no", ["x"], ["y"], "Ties")]
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    stage = aj.MeasureBestOf(path, aj.Oracle("longer"), JudgeSizes(8, 32, 32))
+    run(aj.Experiment(task(), {"measured": stage}), tmp_path / "w")
+    figures = json.loads((tmp_path / "w" / "measured" / "stage.json").read_text())["figures"]
+    assert figures == {"prompts": 4, "accuracy": 0.5, "subset": {"Focus": 0.5, "Math": 0.5}}
+    write_rows(tmp_path / "a.jsonl", rows[3:])
+    with pytest.raises(UserError, match=r"measured: .*a\.jsonl holds the subset Ties alone"):
+        run(aj.Experiment(task(), {"measured": dataclasses.replace(stage)}), tmp_path / "v")
 
 
 def read(workdir, name):

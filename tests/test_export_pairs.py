@@ -14,7 +14,7 @@ import alignjax as aj
 from alignjax.cli import main
 from alignjax.errors import UserError
 from alignjax.pipeline.run import run
-from alignjax.tasks import dialogue
+from alignjax.tasks import dialogue, dialogue_format
 from alignjax.tasks.json_lines import read_rows
 from alignjax.training import data
 from tests.test_cli import refused
@@ -122,6 +122,38 @@ def test_chats_have_the_turns_of_the_task(stages, tmp_path, suffix):
         assert row["prompt"] == ([*earlier, last] if "red" in text["prompt"] else [last])
         for side in ("chosen", "rejected"):
             assert row[side] == [{"role": "assistant", "content": text[side]}]
+
+
+@both
+def test_dialogues_of_several_turns_come_back_from_chats(stages, tmp_path, suffix):
+    file = export(stages[False], tmp_path / f"out.{suffix}", "--messages")
+    assert kept(load(tmp_path / "w", file, read=dialogue.read_chat_comparison)) == ordered(
+        preferred_first(pairs(False))
+    )
+    with pytest.raises(UserError, match=r"(line|row) \d+ has a 'prompt' of other messages than one of the user"):
+        load(tmp_path / "again", file)
+
+
+SYSTEM, USER, ASSISTANT = ({"role": role, "content": role[0]} for role in ("system", "user", "assistant"))
+
+
+@pytest.mark.parametrize("messages", [
+    [USER], [USER, ASSISTANT, USER], [SYSTEM, USER], [SYSTEM, USER, ASSISTANT, USER, ASSISTANT, USER],
+])  # fmt: skip
+def test_a_dialogue_and_its_messages_are_inverse(messages):
+    prompt = dialogue_format.dialogue_prompt([(m["role"], m["content"]) for m in messages])
+    assert dialogue_format.dialogue_messages(prompt) == messages
+    row = {"prompt": messages, "chosen": [*messages, ASSISTANT], "rejected": "b"}
+    assert dialogue.read_chat_comparison(row) == (prompt, "a", "b", 1.0)
+
+
+@pytest.mark.parametrize("messages", [
+    [ASSISTANT, SYSTEM], [USER, SYSTEM], [SYSTEM], [{"role": "user", "content": "a\n\nHuman: b"}],
+    [{"role": "tool", "content": "x"}], [{"role": "user", "content": " x"}],
+])  # fmt: skip
+def test_messages_that_are_no_dialogue_are_refused(messages):
+    with pytest.raises(ValueError, match="has a 'prompt' that is no dialogue of a user and an assistant"):
+        dialogue.read_chat_comparison({"prompt": messages, "chosen": "a", "rejected": "b"})
 
 
 @both

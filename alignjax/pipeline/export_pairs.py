@@ -63,7 +63,10 @@ def pair_rows(stage: Path, split: str, form: PairForm) -> list[dict[str, Any]]:
     if form.labels:
         return [{name: pair[name] for name in data.PAIR_FEATURES} for pair in pairs]
     rows = _preferred_rows(pairs, stage)
-    return [chat_row(row, task_messages(record, stage)) for row in rows] if form.messages else rows
+    if form.messages:
+        messages = task_messages(record, stage)
+        rows = [chat_row(row, messages) for row in rows]
+    return rows
 
 
 def _preferred_rows(pairs: list[dict[str, Any]], stage: Path) -> list[dict[str, Any]]:

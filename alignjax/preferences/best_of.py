@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,12 +19,28 @@ class BestOf(NamedTuple):
     rejected: tuple[str, ...]
     subset: str
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether ``best_of_accuracy`` counts it: the subset "Ties" has a score of its own, on margins of rewards."""
+        return self.subset.lower() != "ties"
+
+
+class ReadBestOf(Protocol):
+    """Reads a prompt with its replies in the form of one kind of file."""
+
+    def __call__(self, row: Row, /) -> BestOf:
+        """Returns the prompt of a row with its replies.
+
+        Raises KeyError when a field is missing, and ValueError when a value is wrong, with words that can follow
+        "line 3 ...".
+        """
+        ...
+
 
 def read_best_of(row: Row) -> BestOf:
     """Returns a row {prompt, chosen: [], rejected: [], num_correct, total_completions, subset} of RewardBench 2.
 
-    For ``tasks.json_lines.read_rows``. Raises KeyError when a field is missing, and ValueError when a value is wrong or
-    the counts are not those of the lists.
+    Raises ValueError when a value is wrong or the counts are not those of the lists (``ReadBestOf``).
     """
     chosen, rejected = (_read_texts(row, name) for name in ("chosen", "rejected"))
     if (row["num_correct"], row["total_completions"]) != (len(chosen), len(chosen) + len(rejected)):
@@ -54,10 +70,10 @@ def best_of_accuracy(judge: Judge, rows: Sequence[BestOf]) -> dict[str, float]:
     """Returns, for every subset, the share of the prompts whose best completion is a chosen one.
 
     Where k completions tie for the best, each chosen one among them counts 1/k, as RewardBench 2 scores rewards that
-    tie. Its subset "Ties" has a score of its own, on margins of rewards, which a pairwise judge does not have: rows of
-    that subset are left out.
+    tie. Rows of its subset "Ties" are left out: their score needs margins of rewards, which a pairwise judge does not
+    have.
     """
-    rows = [row for row in rows if row.subset.lower() != "ties"]
+    rows = [row for row in rows if row.is_judged]
     best = _best_of_each(judge, [row.prompt for row in rows], [(*row.chosen, *row.rejected) for row in rows])
     credits: dict[str, list[float]] = {}
     for row, winners in zip(rows, best, strict=True):

@@ -20,8 +20,17 @@ from alignjax.tasks.dialogue_format import (
     clean_reply,
     contrast_dialogue,
     dialogue_messages,
+    dialogue_prompt,
 )
-from alignjax.tasks.json_lines import Comparison, Row, file_digest, read_rows, require_text
+from alignjax.tasks.json_lines import (
+    Comparison,
+    Row,
+    file_digest,
+    read_chat,
+    read_reply,
+    read_rows,
+    require_text,
+)
 from alignjax.tasks.task import SPLITS, Affixes, Task, Template, shuffled
 
 _END_TOKENS = re.compile(r"</s>|<\|endoftext\|>|<\|end_of_text\|>")  # as tokenizers write them into text
@@ -123,6 +132,20 @@ def read_hh_comparison(row: Row) -> Comparison | None:
     """
     (prompt, chosen), (other_prompt, rejected) = _split_last_reply(row, "chosen"), _split_last_reply(row, "rejected")
     return Comparison(prompt, chosen, rejected, 1.0) if prompt == other_prompt and chosen and rejected else None
+
+
+def read_chat_comparison(row: Row) -> Comparison:
+    """Returns the comparison of a row {"prompt", "chosen", "rejected"} of chats of any number of turns, as dialogues.
+
+    ``prompt`` is a list of messages that ends with the user's; the replies are texts or lists that end with the
+    assistant's. Raises KeyError or ValueError on another form.
+    """
+    asked = read_chat(row, "prompt")
+    try:
+        prompt = dialogue_prompt(asked)
+    except UserError:
+        raise ValueError("has a 'prompt' that is no dialogue of a user and an assistant") from None
+    return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
 
 
 def clean_hh_reply(raw: str) -> str | None:

@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -178,25 +178,30 @@ def _read_chosen(row: Row) -> Comparison:
     """Returns the comparison of a row {"prompt", "chosen", "rejected"}. Raises ValueError on another form."""
     prompt = row["prompt"]
     if isinstance(prompt, list):
-        (role, prompt), *others = _read_chat(row, "prompt")
+        (role, prompt), *others = read_chat(row, "prompt")
         if role != "user" or others:
             raise ValueError("has a 'prompt' of other messages than one of the user; give LoadPairs a ``read``")
     else:
         require_text(row, "prompt")
-    return Comparison(prompt, _read_reply(row, "chosen", prompt), _read_reply(row, "rejected", prompt), 1.0)
+    asked = [("user", prompt)]
+    return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
 
 
-def _read_reply(row: Row, name: str, prompt: str) -> str:
-    """Returns a reply that is a text, or the last message of a chat, which may begin with the prompt's message."""
+def read_reply(row: Row, name: str, asked: Sequence[tuple[str, str]]) -> str:
+    """Returns a reply that is a text, or the last message of a chat, which may begin with the prompt's messages.
+
+    ``asked`` are the (role, content) of those. Raises KeyError when the field is missing, and ValueError when it is
+    neither.
+    """
     if not isinstance(row[name], list):
         return require_text(row, name)
-    *earlier, (role, reply) = _read_chat(row, name)
-    if role != "assistant" or earlier not in ([], [("user", prompt)]):
+    *earlier, (role, reply) = read_chat(row, name)
+    if role != "assistant" or earlier not in ([], list(asked)):
         raise ValueError(f"has {name!r} that is no message of the assistant, alone or after the prompt's")
     return reply
 
 
-def _read_chat(row: Row, name: str) -> list[tuple[str, str]]:
+def read_chat(row: Row, name: str) -> list[tuple[str, str]]:
     """Returns (role, content) of messages. Raises ValueError when the field is no list of them, or one is blank."""
     messages = row[name]
     if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):

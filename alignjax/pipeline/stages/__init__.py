@@ -3,6 +3,7 @@
 Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says how.
 """
 
+from alignjax.pipeline.stages.best_of import MeasureBestOf
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
 from alignjax.pipeline.stages.label import Label
 from alignjax.pipeline.stages.load import LoadAdapter, LoadCheckpoint, LoadPairs
@@ -20,6 +21,7 @@ __all__ = [
     "LoadAdapter",
     "LoadCheckpoint",
     "LoadPairs",
+    "MeasureBestOf",
     "OfflineData",
     "OnlineData",
     "Pretrain",
