@@ -67,8 +67,8 @@ def dialogue_messages(prompt: str) -> list[dict[str, str]]:
 def dialogue_prompt(messages: Sequence[tuple[str, str]]) -> str:
     """Returns chat messages (role, content) as a dialogue that ends in an open turn of the assistant.
 
-    It is the inverse of ``dialogue_messages``. Raises UserError when the messages are none of its results, or do not end
-    with the user's.
+    It is the inverse of ``dialogue_messages``. Raises UserError when the messages are none of its results, or when the
+    last one is not the user's.
     """
     names = {"user": HUMAN, "assistant": f"{ASSISTANT.strip()}:"}
     turns = [f"{names[role]} {content}" if role in names else content for role, content in messages]
