@@ -28,7 +28,7 @@ class PairForm(NamedTuple):
 
 def has_pairs(stage: Path) -> bool:
     """Returns whether the folder is of a stage that makes pairs."""
-    return (stage / data.PAIR_DATA / "pairs").exists()
+    return any(True for _ in storage.list_files(stage / data.PAIR_DATA))
 
 
 def export_pairs(stage: Path, file: Path, split: str, form: PairForm) -> str:

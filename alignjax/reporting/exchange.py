@@ -63,9 +63,9 @@ def read_tournament(stage: Path) -> FinishedTournament:
 
     Raises UserError when it is no finished tournament, when an older version made it, and when a file is damaged.
     """
-    if not (stage / WIN_RATES).exists():
+    if storage.read_text(stage / WIN_RATES) is None:
         raise UserError(f"{stage} holds no finished tournament; give the folder WORKDIR/NAME of one")
-    if not (stage / OUTPUTS).exists():
+    if storage.read_text(stage / OUTPUTS) is None:
         raise UserError(f"{stage} was made by a version that kept no prompts; remove it and run the experiment again")
     tables, rows = storage.read_json(stage / WIN_RATES), storage.read_json(stage / OUTPUTS)
     try:

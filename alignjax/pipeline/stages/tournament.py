@@ -44,7 +44,8 @@ class Tournament:
     """Compares policies with each other on held-out prompts, by oracles and held-out preference models.
 
     Each policy draws with its own keys: P(pi > pi') is an expectation over independent y and y', which shared keys
-    would change where two policies are alike. The prompts are the same for all.
+    would change where two policies are alike. The prompts are the same for all. What its folder keeps of every prompt
+    is described in ``alignjax.reporting.exchange``.
     """
 
     judges: dict[str, JudgeSpec]  # name in the table -> Oracle("oracle"), ModelJudge("judge"), ...
