@@ -7,6 +7,8 @@ from typing import Any
 
 import alignjax
 
+OUTPUT_FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
+"""The formats of ``alignjax outputs`` (``reporting.exchange.FORMATS``)."""
 _STAGE_OR_FOLDER = "a Hugging Face folder, or the folder WORKDIR/NAME of a finished stage"
 
 
@@ -21,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_sample(commands)
     _add_compare(commands)
+    _add_outputs(commands)
     return parser
 
 
@@ -88,11 +91,23 @@ def _add_plan(commands: Any) -> None:
 
 def _add_export(commands: Any) -> None:
     """Adds ``alignjax export``."""
-    summary = "write the network of a finished stage as a folder that transformers (for adapters: PEFT) opens"
+    summary = (
+        "write the network of a finished stage as a folder that transformers (for adapters: PEFT) opens, "
+        "or the pairs of a finished stage as a file that other libraries read"
+    )
     parser = commands.add_parser("export", help=summary, description=summary)
     parser.add_argument("stage", metavar="WORKDIR/NAME", help="the folder of a finished stage")
-    parser.add_argument("folder", metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument(
+        "target", metavar="DIR|FILE", help="what to write; it must not exist. Pairs: FILE.jsonl or FILE.parquet"
+    )
     parser.add_argument("--merge", action="store_true", help="add adapters to their base and write one checkpoint")
+    pairs = parser.add_argument_group("pairs", "a row is {prompt, chosen, rejected} unless --labels is given")
+    pairs.add_argument("--split", metavar="NAME", help="the split to write (train)")
+    form = pairs.add_mutually_exclusive_group()
+    form.add_argument(
+        "--labels", action="store_true", help="write {prompt, first, second, p}: every pair in its order, with its P"
+    )
+    form.add_argument("--messages", action="store_true", help="write chats: lists of {role, content}, not texts")
     parser.set_defaults(command="export")
 
 
@@ -117,6 +132,16 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("--count", type=int, default=8, metavar="N", help="use the first N prompts of the file (8)")
     _add_sampling(parser)
     parser.set_defaults(command="compare")
+
+
+def _add_outputs(commands: Any) -> None:
+    """Adds ``alignjax outputs``."""
+    summary = "write the replies of a finished tournament in the format of a public evaluator"
+    parser = commands.add_parser("outputs", help=summary, description=summary)
+    parser.add_argument("stage", metavar="WORKDIR/NAME", help="the folder of a finished Tournament")
+    parser.add_argument("folder", metavar="DIR", help="the folder to write; it must not exist")
+    parser.add_argument("--format", required=True, choices=OUTPUT_FORMATS, help="whose format")
+    parser.set_defaults(command="outputs")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

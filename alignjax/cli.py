@@ -136,13 +136,22 @@ def plan_command(arguments: argparse.Namespace) -> int:
 
 
 def export_command(arguments: argparse.Namespace) -> int:
-    """Writes the network of a finished stage as a folder for other libraries."""
+    """Writes the network of a finished stage as a folder, or its pairs as a file, for other libraries."""
     from alignjax.distributed import storage
-    from alignjax.pipeline import export
+    from alignjax.pipeline import export, export_pairs
 
-    stage = storage.parse_path(arguments.stage)
+    stage, target = storage.parse_path(arguments.stage), Path(arguments.target).expanduser()
+    options = [name for name in ("split", "labels", "messages") if vars(arguments)[name]]
     with storage.bucket_errors(stage):
-        print(export.export(stage, Path(arguments.folder).expanduser(), arguments.merge))
+        if not export_pairs.has_pairs(stage):
+            if options:
+                raise UserError(f"--{options[0]} is for a stage of pairs, and {stage} holds none; leave it out")
+            print(export.export(stage, target, arguments.merge))
+        elif arguments.merge:
+            raise UserError(f"--merge is for adapters, and {stage} holds pairs; leave it out")
+        else:
+            form = export_pairs.PairForm(arguments.labels, arguments.messages)
+            print(export_pairs.export_pairs(stage, target, arguments.split or "train", form))
     return 0
 
 
@@ -166,6 +175,20 @@ def compare_command(arguments: argparse.Namespace) -> int:
     prompts = read_prompts(str(Path(arguments.prompts).expanduser()))[: arguments.count]
     networks = [_open_network(folder, arguments.chat) for folder in arguments.folders]
     preview.compare(networks, prompts, options)
+    return 0
+
+
+def outputs_command(arguments: argparse.Namespace) -> int:
+    """Writes the replies of a finished tournament in the format of a public evaluator."""
+    import time
+
+    from alignjax.distributed import storage
+    from alignjax.reporting import exchange
+
+    stage = storage.parse_path(arguments.stage)
+    with storage.bucket_errors(stage):
+        folder = Path(arguments.folder).expanduser()
+        print(exchange.write_outputs(stage, folder, arguments.format, time.time()))
     return 0
 
 
@@ -253,5 +276,6 @@ COMMANDS = {
     "export": export_command,
     "sample": sample_command,
     "compare": compare_command,
+    "outputs": outputs_command,
 }
 """Each returns the exit status."""

@@ -50,6 +50,7 @@ class PackedTokens:
 
     tokens: Array  # [B, T] int32
     segments: Array  # [B, T] int32: each token's document number in its row, from 1; 0 on padding
+    learned: Array | None = None  # [B, T] bool: the tokens that are learned; None: all
 
 
 class Process(NamedTuple):

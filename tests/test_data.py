@@ -16,11 +16,12 @@ from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 from alignjax.training import data, metrics
 
+KNOWN = {"affix": 3, "positive": 1}
 ROWS = [
-    {"prompt": "Human: hé 水 😀\n\nAssistant:", "first": "", "second": "tab\tand 'quotes' \\", "p": 1.0},
-    {"prompt": "", "first": "\n\n", "second": " spaces ", "p": 0.0},
-    {"prompt": "x" * 5000, "first": "\u2028\x00\x85", "second": "é", "p": 0.25},
-    {"prompt": "plain", "first": "a", "second": "b", "p": 1 / 3},
+    {"prompt": "Human: hé 水 😀\n\nAssistant:", "first": "", "second": "tab\tand 'quotes' \\", "p": 1.0, **KNOWN},
+    {"prompt": "", "first": "\n\n", "second": " spaces ", "p": 0.0, **KNOWN},
+    {"prompt": "x" * 5000, "first": "\u2028\x00\x85", "second": "é", "p": 0.25, **KNOWN},
+    {"prompt": "plain", "first": "a", "second": "b", "p": 1 / 3, **KNOWN},
 ]
 ROW = itemgetter("prompt", "first", "second")
 MESH = sharding.make_mesh(sharding.Mesh(data=2, fsdp=2, tensor=2))
@@ -193,7 +194,7 @@ def test_tensorflow_is_never_imported(tmp_path):
         from alignjax.training import data, metrics
         from alignjax.distributed import sharding
         folder = Path({str(tmp_path)!r})
-        row = dict(prompt="x", first="y", second="z", p=0.5)
+        row = dict(prompt="x", first="y", second="z", p=0.5, affix=0, positive=1)
         data.write_pairs(folder / "pairs", dict(train=[row]), dict(n=1))
         assert data.read_pairs(folder / "pairs", "train") == [row]
         mesh = sharding.make_mesh(sharding.Mesh())

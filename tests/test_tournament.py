@@ -77,7 +77,7 @@ def test_one_policy_at_a_time_lives_beside_the_reference(tmp_path, monkeypatch):
 
     def draw(self, context, programs, name, policy, reference, prompts):
         seen[name] = set(context.loaded)
-        return iter([["text"], [1], [0.0]])
+        return iter([["text"], [1], [0.0], [-1.0]])
 
     monkeypatch.setattr(Tournament, "draw", draw)
     policies = {name: name for name in ("start", "low", "other", "full", "mine")}
@@ -102,7 +102,7 @@ def test_win_rates_count_votes_and_half_of_ties(replies):
 
 
 def test_the_matrix_is_antisymmetric_around_a_half_and_inside_its_intervals(replies):
-    rate, low, high = win_rates(by_number, PROMPTS, replies)
+    rate, low, high, *_ = win_rates(by_number, PROMPTS, replies)
     np.testing.assert_array_equal(rate + rate.T, np.ones((3, 3)))
     np.testing.assert_allclose(low + high.T, np.ones((3, 3)), atol=1e-15)
     assert np.all((low <= rate) & (rate <= high)) and np.all((low >= 0) & (high <= 1))
@@ -111,7 +111,7 @@ def test_the_matrix_is_antisymmetric_around_a_half_and_inside_its_intervals(repl
 
 
 def test_a_policy_ties_with_itself_and_with_its_copy(replies):
-    rate, low, high = win_rates(by_number, PROMPTS, {"a": replies["a"], "copy": replies["a"]})
+    rate, low, high, *_ = win_rates(by_number, PROMPTS, {"a": replies["a"], "copy": replies["a"]})
     np.testing.assert_array_equal(rate, np.full((2, 2), 0.5))
     assert low[0, 0] == high[0, 0] == 0.5 and low[0, 1] < 0.5 < high[0, 1]
 
@@ -252,14 +252,16 @@ def test_a_report_shows_every_figure_and_dashes_what_was_not_measured(tmp_path):
         "[]",
         "{",
         '{"text": ["a"], "length": [1]}',
-        '{"text": [], "length": [], "kl": []}',
-        '{"text": 1, "length": [1], "kl": [0]}',
-        '{"text": "a", "length": [1], "kl": [0]}',
-        '{"text": [null], "length": [1], "kl": [0]}',
-        '{"text": ["a"], "length": ["1"], "kl": [0]}',
-        '{"text": ["a"], "length": [true], "kl": [0]}',
-        '{"text": ["a"], "length": [1], "kl": [null]}',
-        '{"text": {"a": 1}, "length": [1], "kl": [0]}',
+        '{"text": [], "length": [], "kl": [], "reference_logp": []}',
+        '{"text": 1, "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": "a", "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": [null], "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": ["1"], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": [true], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": [1], "kl": [null], "reference_logp": [-1]}',
+        '{"text": {"a": 1}, "length": [1], "kl": [0], "reference_logp": [-1]}',
+        '{"text": ["a"], "length": [1], "kl": [0]}',
+        '{"text": ["a"], "length": [1], "kl": [0], "reference_logp": ["-1"]}',
     ],
 )
 def test_damaged_replies_are_named(tmp_path, text):
@@ -267,7 +269,7 @@ def test_damaged_replies_are_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"replies-base\.json is (missing or )?damaged; remove"):
         read_replies(path, 1)
-    path.write_text('{"text": ["a"], "length": [1], "kl": [NaN]}')
+    path.write_text('{"text": ["a"], "length": [1], "kl": [NaN], "reference_logp": [NaN]}')
     assert read_replies(path, 1)["text"] == ["a"]
 
 

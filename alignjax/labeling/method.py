@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Protocol
 
 from alignjax.sampling.generate import Generate
 from alignjax.tasks.task import Clean, Task
-from alignjax.types import Judge
 
 
 class LabeledPair(NamedTuple):

@@ -26,11 +26,11 @@ class Rating:
         self, rater: Rater, task: Task, pairs: Sequence[tuple[str, str, str]], asked: Sequence[int]
     ) -> np.ndarray:
         """Returns P(first is better) of (prompt, first, second), [N]; ``asked`` are the numbers of the questions."""
-        rater, columns = in_both_orders(rater) if self.both_orders else rater, list(zip(*pairs, strict=True))
+        ask, (prompts, first, second) = in_both_orders(rater) if self.both_orders else rater, zip(*pairs, strict=True)
         rounds: list[list[Template]] = [[task.questions[number] for number in asked]]
         if self.every_question:
             rounds = [[question] * len(pairs) for question in dict.fromkeys(task.questions)]
-        p = np.mean([preference_probability(rater(*columns, questions)) for questions in rounds], axis=0)
+        p = np.mean([preference_probability(ask(prompts, first, second, questions)) for questions in rounds], axis=0)
         return 0.5 + 0.5 * np.sign(p - 0.5) if self.hard else p
 
 

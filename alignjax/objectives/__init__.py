@@ -10,7 +10,13 @@ from alignjax.objectives.group import GroupGradient
 from alignjax.objectives.ppo import PPO, KLTarget
 from alignjax.objectives.preference import PreferenceGradient, RewardGradient
 from alignjax.objectives.scoring import require_behavior, require_reference, response_metrics, score_responses
-from alignjax.objectives.supervised import NEXT_TOKEN_MEANINGS, PREFERENCE_MEANINGS, next_token_loss, preference_loss
+from alignjax.objectives.supervised import (
+    NEXT_TOKEN_MEANINGS,
+    PREFERENCE_MEANINGS,
+    next_token_loss,
+    packed_next_token_loss,
+    preference_loss,
+)
 
 __all__ = [
     "NEXT_TOKEN_MEANINGS",
@@ -22,6 +28,7 @@ __all__ = [
     "PreferenceGradient",
     "RewardGradient",
     "next_token_loss",
+    "packed_next_token_loss",
     "preference_loss",
     "require_behavior",
     "require_reference",

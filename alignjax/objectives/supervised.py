@@ -7,7 +7,19 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from alignjax import losses
-from alignjax.types import Array, Completion, Key, LogProb, Metrics, Params, PreferenceBatch, PreferenceLogit, Prompt
+from alignjax.models.log_probs import LogitsFn, token_log_probs
+from alignjax.types import (
+    Array,
+    Completion,
+    Key,
+    LogProb,
+    Metrics,
+    PackedTokens,
+    Params,
+    PreferenceBatch,
+    PreferenceLogit,
+    Prompt,
+)
 
 PREFERENCE_MEANINGS = {
     "loss": "the mean loss of a pair, nats for the cross-entropy",
@@ -34,4 +46,26 @@ def next_token_loss(
 ) -> tuple[Array, Metrics]:
     """Returns the mean negative log-likelihood of (prompt, completion) in nats a token, and metrics."""
     loss = losses.next_token(log_prob(params, *batch), batch[1].mask)
+    return loss, {"nll": loss}
+
+
+def packed_next_token_loss(
+    params: Params,
+    batch: PackedTokens,
+    key: Key,
+    /,
+    *,
+    forward: Callable[[Params, Array, Array], Array],
+    logits: LogitsFn,
+) -> tuple[Array, Metrics]:
+    """Returns the mean negative log-likelihood of the learned tokens in nats a token, and metrics.
+
+    A token is predicted from the tokens before it in its own segment, so the first of each is not. ``forward`` and
+    ``logits`` are a Model's.
+    """
+    segments, targets = batch.segments, batch.tokens[:, 1:]
+    states = forward(params, batch.tokens, segments)[:, :-1]
+    logp = token_log_probs(logits, params, states, targets)
+    mask = (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1])
+    loss = losses.next_token(logp, mask if batch.learned is None else mask & batch.learned[:, 1:])
     return loss, {"nll": loss}

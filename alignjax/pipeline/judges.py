@@ -7,27 +7,21 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from alignjax.errors import UserError, check_range, short_repr
 from alignjax.fields import NO_EFFECT, Kind, no_effect, stage_input
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_tokens
 from alignjax.pipeline.networks import Network
+from alignjax.pipeline.raters import JudgeSizes, check_answers, open_rater, rating_program
 from alignjax.preferences import http_client, http_judge, judges
 from alignjax.preferences.http_answers import Answer, Body
 from alignjax.preferences.http_judge import Parse, Prices, Question, parse_choice
-from alignjax.preferences.preference_models import PreferenceModel, choice, template_tokens
-from alignjax.tasks.task import Template
+from alignjax.preferences.preference_models import PreferenceModel
+from alignjax.preferences.raters import question_judge
+from alignjax.tasks.task import Template, as_question
 from alignjax.training.metrics import progress_bar
 from alignjax.types import Judge
-
-
-class JudgeSizes(NamedTuple):
-    """What a judge is compiled for."""
-
-    batch: int
-    prompt: int  # tokens
-    reply: int  # tokens
 
 
 class JudgeSpec(Protocol):
@@ -124,13 +118,11 @@ class LanguageModelJudge:
 
     def check(self, context: Context) -> None:
         """Raises UserError when the question lacks an answer, or an answer is known not to be one token."""
-        template, spec = self.template(context), context.spec(self.stage)
-        if not template.other:
+        if not self.asked(context).other:
             raise UserError(
                 f"{context.name}: the question of a language-model judge needs both answers; give ``other``"
             )
-        if spec and spec.tokenizer:
-            template_tokens(spec.tokenizer, template)
+        check_answers(context, self.stage, [self.asked(context)])
 
     def exposure(self, context: Context) -> Exposure:
         """Returns the language model's own identity, and what it was trained on."""
@@ -138,20 +130,21 @@ class LanguageModelJudge:
 
     def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
         """Returns the program that asks the question."""
-        network = context.abstract(self.stage)
-        model = choice(network.model, template_tokens(network.tokenizer, self.template(context)))
-        return (judging_program(context, name, model, network, sizes),)
+        return (rating_program(context, name, self.stage, [self.asked(context)], sizes),)
 
     def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
         """Returns the language model as a judge."""
-        return open_judge(context, programs[0], context.load(self.stage), sizes)
+        rater = open_rater(context, programs[0], context.load(self.stage), sizes)
+        return question_judge(rater, self.asked(context))
 
-    def template(self, context: Context) -> Template:
+    def asked(self, context: Context) -> Template:
         """Returns the question. Raises UserError when neither the judge nor the task has one."""
-        if (template := self.question or context.task.template) is None:
+        if self.question:
+            return self.question
+        if (template := context.task.template) is None:
             raise UserError(f"{context.name}: task {context.task.name!r} has no template to show two replies in; "
                             "give the judge a question")  # fmt: skip
-        return template
+        return as_question(template, context.task.format)
 
     def describe(self) -> str:
         """Returns who judges."""

@@ -83,7 +83,7 @@ def language_model_rater(
 
 
 def answer_tokens(tokenizer: Tokenizer, questions: Sequence[Template], owner: str) -> np.ndarray:
-    """Returns the tokens of the two answers of each question, [N, 2] int32. Raises UserError when one is not one token."""
+    """Returns the two answers of each question, [N, 2] int32 tokens. Raises UserError when one is not one token."""
     known: dict[Template, tuple[int, int]] = {}
     for question in set(questions):
         try:

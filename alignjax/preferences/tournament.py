@@ -1,4 +1,4 @@
-"""Everybody against everybody: win-rate matrices with exact intervals."""
+"""Everybody against everybody: matrices of win rates with exact intervals, mean probabilities, length control."""
 
 from __future__ import annotations
 
@@ -7,35 +7,31 @@ from typing import NamedTuple
 
 import numpy as np
 
+from alignjax.preferences.statistics import clopper_pearson, length_controlled_rate
 from alignjax.types import Judge
 
 
 class WinRates(NamedTuple):
-    """How often policy i beats policy j, ties counting 1/2, with a 95% interval."""
+    """How policy i compares with policy j, over the same N prompts."""
 
-    rate: np.ndarray  # [P, P]
-    low: np.ndarray  # [P, P]
+    rate: np.ndarray  # [P, P] how often i beats j, ties counting 1/2
+    low: np.ndarray  # [P, P] of the rate's 95% interval
     high: np.ndarray  # [P, P]
-
-
-def clopper_pearson(wins: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Returns the exact binomial interval (Clopper and Pearson 1934); ``wins`` may be a half-integer, with ties."""
-    from scipy import special  # here: only the end of a run needs it
-
-    tail = (1 - level) / 2
-    low = special.betaincinv(wins, n - wins + 1, tail) if wins > 0 else 0.0
-    high = special.betaincinv(wins + 1, n - wins, 1 - tail) if wins < n else 1.0
-    return float(low), float(high)
+    mean_probability: np.ndarray  # [P, P] mean of P(y_i > y_j)
+    length_controlled: np.ndarray  # [P, P] ``length_controlled_rate`` of these P, lengths in characters
+    probability: np.ndarray  # [P, P, N] P(y_i > y_j | x) of each prompt
 
 
 def win_rates(judge: Judge, prompts: Sequence[str], replies: Mapping[str, Sequence[str]]) -> WinRates:
     """Compares the replies of every two policies to the same prompts.
 
     A judge's probability is a vote for the likelier side; exactly 1/2 is a tie. A policy against itself is 1/2 by
-    symmetry.
+    symmetry. The judge is asked once for two policies: the values of (j, i) are 1 minus those of (i, j).
     """
     names, n = list(replies), len(prompts)
-    rate, low, high = (np.full((len(names), len(names)), 0.5) for _ in range(3))
+    rate, low, high, mean, controlled = (np.full((len(names), len(names)), 0.5) for _ in range(5))
+    every = np.full((len(names), len(names), n), 0.5)
+    lengths = {name: np.array([len(text) for text in texts]) for name, texts in replies.items()}
     for i, name in enumerate(names):
         for j in range(i):
             probabilities = judge(list(prompts), list(replies[name]), list(replies[names[j]]))
@@ -43,4 +39,8 @@ def win_rates(judge: Judge, prompts: Sequence[str], replies: Mapping[str, Sequen
             rate[i, j] = float(np.mean(votes))
             low[i, j], high[i, j] = clopper_pearson(float(np.sum(votes)), n)
             rate[j, i], low[j, i], high[j, i] = 1 - rate[i, j], 1 - high[i, j], 1 - low[i, j]
-    return WinRates(rate, low, high)
+            mean[i, j], every[i, j] = float(np.mean(probabilities)), probabilities
+            mean[j, i], every[j, i] = 1 - mean[i, j], 1 - every[i, j]
+            controlled[i, j] = length_controlled_rate(probabilities, lengths[name], lengths[names[j]])
+            controlled[j, i] = 1 - controlled[i, j]
+    return WinRates(rate, low, high, mean, controlled, every)

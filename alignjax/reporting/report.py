@@ -8,6 +8,7 @@ from typing import Any
 
 from alignjax.distributed.storage import read_json, read_text, write_atomic
 from alignjax.reporting import plots, tables
+from alignjax.reporting.exchange import WIN_RATES
 from alignjax.training.learn import LEARN_MEANINGS
 from alignjax.training.metrics import read_metrics
 
@@ -20,11 +21,15 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
     tournaments = [name for name, record in records.items() if record["config"]["kind"] == "Tournament"]
     sections, shown = [f"# {workdir.name}\n"], []
     for name in tournaments:
-        for table in read_json(workdir / name / "win_rates.json"):
+        judged = read_json(workdir / name / WIN_RATES)
+        for table in judged:
             picture = f"{name}-{table['judge']}.png"
             plots.win_rate_heat_map(workdir / picture, table)
-            shown.append(tables.win_rate_table(table))
-            sections += [shown[-1], f"![row beats column]({picture})\n"]
+            own = [tables.win_rate_table(table), tables.baseline_table(table)]
+            shown += own
+            sections += [own[0], f"![row beats column]({picture})\n", own[1]]
+        shown.append(tables.replies_table(judged[0]))
+        sections.append(shown[-1])
     for name in records:
         if section := read_text(workdir / name / "section.md"):
             sections.append(section)
@@ -32,7 +37,7 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
     sections += [tables.samples_section(read_json(workdir / name / "samples.json")) for name in tournaments]
     sections += [curves_section(workdir, records), tables.figures_table(records), tables.time_table(records)]
     write_atomic(workdir / "report.md", "\n".join(section for section in sections if section))
-    return "\n".join([*shown, f"report: {workdir / 'report.md'}"])
+    return "\n".join([*filter(None, shown), f"report: {workdir / 'report.md'}"])
 
 
 def curves_section(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:

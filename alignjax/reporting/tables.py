@@ -50,6 +50,42 @@ def judge_line(figures: Mapping[str, Any]) -> str:
     return f"Of the judge: {'; '.join(words)}.\n" if words else ""
 
 
+def baseline_table(table: Mapping[str, Any]) -> str:
+    """Returns one judge's comparison of each policy with the baseline; empty for tables of older versions."""
+    if "baseline" not in table:
+        return ""
+    names, baseline = table["policies"], table["policies"].index(table["baseline"])
+    rows = []
+    for i, name in enumerate(names):
+        low, high = table["probability_interval"][i]
+        rates = [f"{table['mean_probability'][i][baseline]:.3f} [{low:.3f}, {high:.3f}]"]
+        rates.append(f"{table['length_controlled'][i][baseline]:.3f}")
+        cells = ["-", "-"] if i == baseline else rates
+        rows.append([name, *cells, f"{table['mean_characters'][i]:.1f}"])
+    header = [f"{table['judge']} (n={table['n']})", "mean probability", "length-controlled", "characters"]
+    note = (
+        f"Of the row against {table['baseline']}: the mean of the judge's probabilities, in brackets Student's 95%\n"
+        "interval over the prompts; what that mean would be if both replies were equally long, by a logistic\n"
+        "regression on the difference in characters (2404.04475). Mean characters of the row's replies.\n"
+    )
+    return f"## The row against {table['baseline']}, judge: {table['judge']}\n\n{markdown_table(header, rows)}\n{note}"
+
+
+def replies_table(table: Mapping[str, Any]) -> str:
+    """Returns what each policy's replies look like, whoever judges; empty for tables of older versions."""
+    if "perplexity" not in table:
+        return ""
+    columns = [[f"{value:.3f}" for value in table[f"distinct_{n}"]] for n in (1, 2, 3)]
+    columns.append([two_digits(value) for value in table["perplexity"]])
+    rows = [[name, *cells] for name, *cells in zip(table["policies"], *columns, strict=True)]
+    note = (
+        "distinct-n: the share of different n-grams of words, in the first 20 words of each reply, in equally many\n"
+        f"words of each policy, at most 10,000 (2307.12950). Perplexity of the replies under {table['reference']}.\n"
+    )
+    header = ["replies", "distinct-1", "distinct-2", "distinct-3", "perplexity"]
+    return f"## What the replies look like\n\n{markdown_table(header, rows)}\n{note}"
+
+
 def two_digits(value: float | None) -> str:
     """Returns the value with two digits and without a negative zero; a dash where it could not be measured."""
     return "-" if value is None else f"{value + 0.0 if abs(value) >= 0.005 else 0.0:.2f}"

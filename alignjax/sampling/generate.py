@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -25,6 +26,7 @@ class Reply(NamedTuple):
     text: str  # raw, with the task's end marker if the model wrote one
     length: int  # tokens, the stop sequence included
     kl: float  # nats: log pi(y) - log mu(y) of this sample; its mean estimates KL(pi, mu). NaN: not measured
+    reference_logp: float = math.nan  # nats: log mu(y). NaN: not measured
 
 
 class ReplyFormat(NamedTuple):
@@ -80,17 +82,25 @@ class Generator:
         drawn = self.write(self.params, placed, placed_numbers, key)
         if not bool(drawn.finite):
             raise UserError(f"{self.owner} gives log-probs that are not finite; its parameters are damaged")
-        kl = np.full(len(numbers), np.nan)
+        scored = Scored(*np.full((2, len(numbers)), np.nan))
         if self.score is not None:
             score, reference = self.score
-            kl = np.asarray(score(reference, placed, drawn.completion, drawn.logp))
-            if not np.all(np.isfinite(kl)):
+            scored = Scored(*map(np.asarray, score(reference, placed, drawn.completion, drawn.logp)))
+            if not np.all(np.isfinite(scored)):
                 raise UserError(f"{self.owner} is scored by a reference whose log-probs are not finite; the "
                                 "reference's parameters are damaged")  # fmt: skip
         tokens, mask = np.asarray(drawn.replicated.tokens), np.asarray(drawn.replicated.mask)
         ids = [row[real].tolist() for row, real in zip(tokens, mask, strict=True)]
         texts = [decode_reply(self.tokenizer, row, *self.reply_format) for row in ids]
-        return [Reply(text, len(row), float(value)) for text, row, value in zip(texts, ids, kl, strict=True)]
+        columns = zip(texts, map(len, ids), *(column.tolist() for column in scored), strict=True)
+        return [Reply(*row) for row in columns]
+
+
+class Scored(NamedTuple):
+    """What a ``reply_scorer`` returns."""
+
+    kl: Array  # [B] nats: log pi(y) - log mu(y)
+    reference_logp: Array  # [B] nats: log mu(y)
 
 
 class Written(NamedTuple):
@@ -118,12 +128,13 @@ def reply_writer(
 
 
 def reply_scorer(log_prob: LogProb, mesh: jax.sharding.Mesh) -> Any:
-    """Returns a jitted (params of mu, prompt, y, log pi [B, T]) -> log pi(y) - log mu(y), [B] nats on every host."""
+    """Returns a jitted (params of mu, prompt, y, log pi [B, T]) -> Scored, on every host."""
     rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
 
     @partial(jax.jit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)
-    def score(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array) -> jax.Array:
-        return (logp - log_prob(params, prompt, completion)).sum(-1)
+    def score(params: Params, prompt: Prompt, completion: Completion, logp: jax.Array) -> Scored:
+        reference_logp = log_prob(params, prompt, completion)
+        return Scored((logp - reference_logp).sum(-1), reference_logp.sum(-1))
 
     return score
 

@@ -22,6 +22,7 @@ from alignjax.tasks.dialogue_format import (
     clean_reply,
     contrast_dialogue,
     dialogue_messages,
+    dialogue_prompt,
 )
 from alignjax.tasks.dialogue_words import DIALOGUE_MATERIAL
 from alignjax.tasks.json_lines import (
@@ -29,7 +30,9 @@ from alignjax.tasks.json_lines import (
     Row,
     check_sha256,
     file_sha256,
+    read_chat,
     read_numbered_rows,
+    read_reply,
     require_text,
 )
 from alignjax.tasks.prompt_material import PromptMaterial, read_prompt_material
@@ -181,6 +184,20 @@ def read_hh_comparison(row: Row) -> Comparison | None:
     """
     prompt, chosen, other_prompt, rejected = _read_both(row)
     return Comparison(prompt, chosen, rejected, 1.0) if prompt == other_prompt and chosen and rejected else None
+
+
+def read_chat_comparison(row: Row) -> Comparison:
+    """Returns the comparison of a row {"prompt", "chosen", "rejected"} of chats of any number of turns, as dialogues.
+
+    ``prompt`` is a list of messages that ends with the user's; the replies are texts or lists that end with the
+    assistant's. Raises KeyError or ValueError on another form.
+    """
+    asked = read_chat(row, "prompt")
+    try:
+        prompt = dialogue_prompt(asked)
+    except UserError:
+        raise ValueError("has a 'prompt' that is no dialogue of a user and an assistant") from None
+    return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
 
 
 def clean_hh_reply(raw: str) -> str | None:

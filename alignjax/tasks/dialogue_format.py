@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from alignjax.errors import UserError
 from alignjax.tasks.task import Format
@@ -61,3 +62,18 @@ def dialogue_messages(prompt: str) -> list[dict[str, str]]:
     if affix:
         messages[-1] = {**messages[-1], "content": f"{messages[-1]['content']} {affix}"}
     return messages
+
+
+def dialogue_prompt(messages: Sequence[tuple[str, str]]) -> str:
+    """Returns chat messages (role, content) as a dialogue that ends in an open turn of the assistant.
+
+    It is the inverse of ``dialogue_messages``. Raises UserError when the messages are none of its results, or when the
+    last one is not the user's.
+    """
+    names = {"user": HUMAN, "assistant": f"{ASSISTANT.strip()}:"}
+    turns = [f"{names[role]} {content}" if role in names else content for role, content in messages]
+    prompt = "\n\n".join([*turns, names["assistant"]])
+    read_back = [(message["role"], message["content"]) for message in dialogue_messages(prompt)]
+    if read_back != list(messages) or read_back[-1][0] != "user":
+        raise UserError("the messages are no dialogue of a user and an assistant; correct them")
+    return prompt

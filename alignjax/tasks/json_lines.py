@@ -1,5 +1,7 @@
 """Text and JSON-lines files that a user gives, plain or gzip. Every line is checked; an error names the line.
 
+A file of rows may be parquet too; an error then names the row, counted from 1.
+
 Lines end at \\n alone: a JSON text, and a prompt, may hold other separators, such as U+2028.
 """
 
@@ -11,14 +13,15 @@ import hashlib
 import json
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from alignjax.errors import UserError, short_repr
+from alignjax.tasks import parquet
 
 Row = Mapping[str, Any]
-"""The JSON object of a line."""
+"""The JSON object of a line, or a row of a parquet file."""
 T = TypeVar("T")
 _MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
@@ -94,17 +97,18 @@ def read_text_file(path: str, kind: str) -> str:
 
 
 def read_rows(path: str, kind: str, read: Callable[[Row], T], skip_malformed: bool = False) -> list[T]:
-    """Returns ``read`` of the JSON object on each line of a file; blank lines are skipped.
+    """Returns ``read`` of the JSON object on each line of a file, or of each row of a parquet file.
 
-    ``kind`` is the plural of what the lines are: "dialogues". Raises UserError when no file is named, when it cannot be
-    read or holds no line, and on the first line that is no object or for which ``read`` raises KeyError or ValueError.
-    With ``skip_malformed`` such lines are left out with a warning, and only a file of nothing else is refused.
+    Blank lines are skipped. ``kind`` is the plural of what the lines are: "dialogues". Raises UserError when no file is
+    named, when it cannot be read or holds no line, and on the first line that is no object or for which ``read`` raises
+    KeyError or ValueError. With ``skip_malformed`` such lines are left out with a warning, and only a file of nothing
+    else is refused.
     """
     return [row for _, row in read_numbered_rows(path, kind, read, skip_malformed).rows]
 
 
 class NumberedRows(NamedTuple, Generic[T]):
-    """What a file of JSON lines holds."""
+    """What a file of JSON lines, or a parquet file, holds."""
 
     rows: list[tuple[int, T]]  # line number, from 1, and what was read
     malformed: list[tuple[int, str]]  # line number, and what is wrong: "has no 'chosen'"
@@ -113,26 +117,41 @@ class NumberedRows(NamedTuple, Generic[T]):
 def read_numbered_rows(path: str, kind: str, read: Callable[[Row], T], skip_malformed: bool = False) -> NumberedRows[T]:
     """Returns the rows of a file with their line numbers, and its malformed lines, as ``read_rows`` reads them."""
     if not path:
-        raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines")
+        raise UserError(f"no file of {kind} is named; give the path of one, in JSON lines or parquet")
+    is_parquet, found = path.endswith(parquet.SUFFIX), NumberedRows[T]([], [])
+    for number, row in _parquet_rows(path, kind) if is_parquet else _json_lines(path, kind):
+        try:
+            found.rows.append((number, read(parse_object(row) if isinstance(row, str) else row)))
+        except (KeyError, ValueError) as error:
+            found.malformed.append((number, f"has no {error}" if isinstance(error, KeyError) else str(error)))
+    _check_malformed(path, "row" if is_parquet else "line", found, skip_malformed)
+    if not found.rows:
+        raise UserError(f"{path} holds no {kind}; give a {'parquet' if is_parquet else 'JSON-lines'} file of them")
+    return found
+
+
+def _check_malformed(path: str, unit: str, found: NumberedRows[T], skip_malformed: bool) -> None:
+    """Raises UserError on the first malformed line; where they are skipped and others are left, warns of it."""
+    if not found.malformed:
+        return
+    number, reason = found.malformed[0]
+    if not skip_malformed or not found.rows:
+        raise UserError(f"{path}, {unit} {number} {reason}; correct it")
+    warnings.warn(f"{path}: {len(found.malformed)} of {len(found.malformed) + len(found.rows)} {unit}s are malformed "
+                  f"and were left out; {unit} {number} {reason}", stacklevel=2)  # fmt: skip
+
+
+def _json_lines(path: str, kind: str) -> Iterator[tuple[int, str]]:
+    """Yields (number, text) of the lines that are not blank. Raises UserError when the file cannot be read."""
     text = read_text_file(path, f"a JSON-lines file of {kind}")
     if text.lstrip().startswith("["):
         raise UserError(f"{path} is a JSON array; give a JSON-lines file of {kind}: one object a line")
-    found: NumberedRows[T] = NumberedRows([], [])
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                found.rows.append((number, read(parse_object(line))))
-            except (KeyError, ValueError) as error:
-                found.malformed.append((number, f"has no {error}" if isinstance(error, KeyError) else str(error)))
-    if found.malformed:
-        number, reason = found.malformed[0]
-        if not skip_malformed or not found.rows:
-            raise UserError(f"{path}, line {number} {reason}; correct it")
-        warnings.warn(f"{path}: {len(found.malformed)} of {len(found.malformed) + len(found.rows)} lines are malformed "
-                      f"and were left out; line {number} {reason}", stacklevel=2)  # fmt: skip
-    elif not found.rows:
-        raise UserError(f"{path} holds no {kind}; give a JSON-lines file of them")
-    return found
+    yield from ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _parquet_rows(path: str, kind: str) -> Iterator[tuple[int, Row]]:
+    """Yields (number, row) of a parquet file. Raises UserError when it cannot be read."""
+    yield from enumerate(parquet.read_parquet(path, kind), 1)
 
 
 def parse_object(line: str) -> Row:
@@ -199,25 +218,30 @@ def _read_chosen(row: Row) -> Comparison:
     """Returns the comparison of a row {"prompt", "chosen", "rejected"}. Raises ValueError on another form."""
     prompt = row["prompt"]
     if isinstance(prompt, list):
-        (role, prompt), *others = _read_chat(row, "prompt")
+        (role, prompt), *others = read_chat(row, "prompt")
         if role != "user" or others:
             raise ValueError("has a 'prompt' of other messages than one of the user; give LoadPairs a ``read``")
     else:
         require_text(row, "prompt")
-    return Comparison(prompt, _read_reply(row, "chosen", prompt), _read_reply(row, "rejected", prompt), 1.0)
+    asked = [("user", prompt)]
+    return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
 
 
-def _read_reply(row: Row, name: str, prompt: str) -> str:
-    """Returns a reply that is a text, or the last message of a chat, which may begin with the prompt's message."""
+def read_reply(row: Row, name: str, asked: Sequence[tuple[str, str]]) -> str:
+    """Returns a reply that is a text, or the last message of a chat, which may begin with the prompt's messages.
+
+    ``asked`` are the (role, content) of those. Raises KeyError when the field is missing, and ValueError when it is
+    neither.
+    """
     if not isinstance(row[name], list):
         return require_text(row, name)
-    *earlier, (role, reply) = _read_chat(row, name)
-    if role != "assistant" or earlier not in ([], [("user", prompt)]):
+    *earlier, (role, reply) = read_chat(row, name)
+    if role != "assistant" or earlier not in ([], list(asked)):
         raise ValueError(f"has {name!r} that is no message of the assistant, alone or after the prompt's")
     return reply
 
 
-def _read_chat(row: Row, name: str) -> list[tuple[str, str]]:
+def read_chat(row: Row, name: str) -> list[tuple[str, str]]:
     """Returns (role, content) of messages. Raises ValueError when the field is no list of them, or one is blank."""
     messages = row[name]
     if not messages or not all(isinstance(message, dict) and "role" in message for message in messages):

@@ -19,8 +19,19 @@ import numpy as np
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 
-PAIR_FEATURES = {"prompt": "text", "first": "text", "second": "text", "p": "float"}
-"""The columns of a dataset of pairs: p is the probability that ``first`` is preferred to ``second``."""
+PAIR_DATA = "data"
+"""The folder of a stage's pairs, in the stage's own."""
+PAIR_FEATURES = {
+    "prompt": "text",
+    "first": "text",
+    "second": "text",
+    "p": "float",
+    "affix": "int",
+    "positive": "int",
+}
+"""The columns of a dataset of pairs: p is the probability that ``first`` is preferred to ``second``. Of pairs by RLCD,
+``affix`` is the number of the affix pair and ``positive`` which reply (0 or 1) was written under the positive affix;
+of other pairs they are -1."""
 
 
 class DatasetForm(NamedTuple):
@@ -105,8 +116,14 @@ def load_batches(
 
 
 def write_pairs(folder: Path, splits: Mapping[str, Sequence[Mapping[str, Any]]], metadata: Mapping[str, Any]) -> None:
-    """Writes rows {prompt, first, second, p} by split as the dataset ``pairs``, as ``write_dataset`` does."""
-    write_dataset(folder, PAIRS, splits, metadata)
+    """Writes rows with the columns of ``PAIR_FEATURES`` by split as the dataset ``pairs`` (``write_dataset``).
+
+    ``affix`` and ``positive`` may be left out.
+    """
+    unknown = {"affix": -1, "positive": -1}
+    write_dataset(
+        folder, PAIRS, {name: [{**unknown, **row} for row in rows] for name, rows in splits.items()}, metadata
+    )
 
 
 def write_dataset(
@@ -169,7 +186,7 @@ def _dataset_builder(
 
 
 def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
-    """Returns the rows {prompt, first, second, p} of a split, p as a float and the others as text.
+    """Returns the rows of a split, with the columns of ``PAIR_FEATURES``.
 
     Raises UserError when the dataset or the split is missing or damaged.
     """
@@ -181,7 +198,8 @@ def read_pairs(folder: Path, split: str) -> list[dict[str, Any]]:
         try:
             source = tfds.data_source("pairs", split=split, data_dir=str(local))
             rows = [source[i] for i in range(len(source))]
-            return [{n: (v.decode() if isinstance(v, bytes) else float(v)) for n, v in row.items()} for row in rows]
+            read: dict[str, Callable[[Any], Any]] = {"text": bytes.decode, "float": float, "int": int}
+            return [{name: read[kind](row[name]) for name, kind in PAIR_FEATURES.items()} for row in rows]
         except Exception as error:  # TFDS and array_record raise many types
             raise UserError(
                 f"{folder} holds no readable split {split!r} of pairs ({storage.short_reason(error)}); label again"

@@ -89,8 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "the KL estimate has the other sign", "alignjax/sampling/generate.py",
-        "(logp - log_prob(params, prompt, completion)).sum(-1)",
-        "(log_prob(params, prompt, completion) - logp).sum(-1)", WIRING,
+        "(logp - reference_logp).sum(-1)", "(reference_logp - logp).sum(-1)", WIRING,
     ),
     Mutant(
         "the KL is measured to the policy itself", "alignjax/pipeline/stages/tournament.py",
@@ -283,6 +282,27 @@ MUTANTS = (
     Mutant(
         "non-finite log-probs are written as text", "alignjax/sampling/generate.py",
         "if not bool(drawn.finite):", "if False:", WIRING,
+    ),
+    Mutant(
+        "length is controlled at another length than 0", "alignjax/preferences/statistics.py",
+        "return float(theta)", "return float(theta + phi)", ("tests/test_statistics.py",),
+    ),
+    Mutant(
+        "P = 1/2 agrees with people", "alignjax/preferences/statistics.py",
+        "np.sum(probability > 0.5)", "np.sum(probability >= 0.5)", ("tests/test_statistics.py",),
+    ),
+    Mutant(
+        "the perplexity is the policy's own", "alignjax/sampling/generate.py",
+        "(logp - reference_logp).sum(-1), reference_logp.sum(-1)", "(logp - reference_logp).sum(-1), logp.sum(-1)",
+        ("tests/test_exchange.py",),
+    ),
+    Mutant(
+        "AlpacaEval's preference is that of the baseline", "alignjax/reporting/exchange.py",
+        '"preference": 1 + p', '"preference": 2 - p', ("tests/test_exchange.py",),
+    ),
+    Mutant(
+        "the loser of a pair is exported as chosen", "alignjax/pipeline/export_pairs.py",
+        'if pair["p"] else', 'if not pair["p"] else', ("tests/test_export_pairs.py",),
     ),
     Mutant(
         "a trained network is saved without its adapters' base", "alignjax/pipeline/trained_parts.py",

@@ -3,11 +3,15 @@
 Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says how.
 """
 
+from alignjax.pipeline.stages.best_of import MeasureBestOf
+from alignjax.pipeline.stages.fine_tune import FineTune
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
 from alignjax.pipeline.stages.label import Label
 from alignjax.pipeline.stages.load import LoadAdapter, LoadCheckpoint, LoadPairs
+from alignjax.pipeline.stages.pair_study import PairStudy
 from alignjax.pipeline.stages.policy_data import OfflineData, OnlineData
 from alignjax.pipeline.stages.pretrain import Pretrain
+from alignjax.pipeline.stages.relabel import MixPairs, Relabel
 from alignjax.pipeline.stages.study import Finding, Study
 from alignjax.pipeline.stages.tournament import Tournament
 from alignjax.pipeline.stages.train_policy import Critic, TrainPolicy
@@ -16,14 +20,19 @@ from alignjax.pipeline.stages.writing import Writing
 __all__ = [
     "Critic",
     "Finding",
+    "FineTune",
     "FitPreference",
     "Label",
     "LoadAdapter",
     "LoadCheckpoint",
     "LoadPairs",
+    "MeasureBestOf",
+    "MixPairs",
     "OfflineData",
     "OnlineData",
+    "PairStudy",
     "Pretrain",
+    "Relabel",
     "Study",
     "Tournament",
     "TrainPolicy",

@@ -21,8 +21,9 @@ from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer
 from alignjax.objectives import PREFERENCE_MEANINGS, preference_loss
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
-from alignjax.pipeline.judges import JudgeSizes, judging_program
+from alignjax.pipeline.judges import judging_program
 from alignjax.pipeline.networks import Network, SharedBase
+from alignjax.pipeline.raters import JudgeSizes
 from alignjax.pipeline.stages.pair_batches import (
     PairLimits,
     PairRow,

@@ -5,25 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from alignjax.distributed import storage
 from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.fields import Kind, stage_input
 from alignjax.labeling.method import LabeledPair, Labeler, LabelingMethod
 from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
-from alignjax.pipeline.judges import JudgeSizes
-from alignjax.pipeline.stages.load import PAIR_DATA
+from alignjax.pipeline.raters import JudgeSizes
+from alignjax.pipeline.stages.chunks import in_chunks
 from alignjax.pipeline.stages.writing import Writing
 from alignjax.preferences import http_judge, judges
 from alignjax.tasks.task import Task
-from alignjax.training import data, metrics
-
-_CHUNKS = "chunks"  # a folder of the pairs of a few prompts each, in order
+from alignjax.training import data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,21 +90,14 @@ class Label:
             context, network, function_of(programs, "write", self.writing.buckets), context.key(self.seed)
         )
         labeler = Labeler(generate, context.task, judge, context.seed(self.seed))
-        folder, size = context.folder / _CHUNKS, 4 * self.writing.batch  # few retries a chunk, and they fill batches
-        storage.make_folder(folder)
-        count = context.hosts.broadcast(lambda: sum(path.suffix == ".json" for path in storage.list_files(folder)))
-        chunks = [storage.read_json(chunk_file(folder, i)) for i in range(count)]
-        with metrics.progress_bar(len(prompts), count * size, context.name, "prompt") as bar:
-            for start in range(count * size, len(prompts), size):
-                numbers = range(start, min(start + size, len(prompts)))
-                labels = self.method.label(labeler, [prompts[i] for i in numbers], numbers)
-                counts = judges.take_counts(judge)
-                chunks.append(
-                    {"tries": labels.tries, "asked": len(numbers), "pairs": labels.pairs, "judge_counts": counts}
-                )
-                storage.write_json(chunk_file(folder, len(chunks) - 1), chunks[-1])
-                bar.update(len(numbers))
-                context.stop_if_preempted()
+
+        def label(numbers: range) -> dict[str, Any]:
+            labels = self.method.label(labeler, [prompts[i] for i in numbers], numbers)
+            counts = judges.take_counts(judge)
+            return {"tries": labels.tries, "asked": len(numbers), "pairs": labels.pairs, "judge_counts": counts}
+
+        size = 4 * self.writing.batch  # few retries a chunk, and they fill batches
+        chunks = in_chunks(context, len(prompts), size, "prompt", label)
         figures = judges.judge_figures(judge, [chunk["judge_counts"] for chunk in chunks])
         return {**self.finish(context, chunks), **({"judge": figures} if figures else {})}
 
@@ -129,7 +118,7 @@ class Label:
             **oracle_agreement(context.task, pairs),
         }
         source = {"method": describe(self.method), "generator": self.generator, "seed": context.seed(self.seed)}
-        data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
+        data.write_pairs(context.folder / data.PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
 
     meanings: ClassVar[dict[str, str]] = {
@@ -140,11 +129,6 @@ class Label:
         "label_accuracy": "share of the labels that the oracle agrees with, where it does not tie",
         **{f"judge.{name}": meaning for name, meaning in http_judge.FIGURES.items()},
     }
-
-
-def chunk_file(folder: Path, index: int) -> Path:
-    """Returns the file of chunk ``index``: {"tries", "asked", "pairs", "judge_counts"}."""
-    return folder / f"{index:06d}.json"
 
 
 def oracle_agreement(task: Task, pairs: Sequence[LabeledPair]) -> dict[str, float | None]:

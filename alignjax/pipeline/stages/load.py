@@ -28,8 +28,6 @@ from alignjax.pipeline.trained_parts import trained_spec
 from alignjax.tasks import json_lines
 from alignjax.training import data
 
-PAIR_DATA = "data"  # the folder of a stage's pairs
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadCheckpoint:
@@ -192,9 +190,9 @@ class LoadAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class LoadPairs:
-    """Reads a JSON-lines file of comparisons into the dataset of pairs that a Label stage writes.
+    """Reads a file of comparisons, JSON lines or parquet, into the dataset of pairs that a Label stage writes.
 
-    The whole file is read before anything runs. ``read`` says what a line is; the default reads {"prompt", "first",
+    The whole file is read before anything runs. ``read`` says what a row is; the default reads {"prompt", "first",
     "second", "p"} and {"prompt", "chosen", "rejected"}.
     """
 
@@ -243,7 +241,7 @@ class LoadPairs:
         """Writes the dataset; returns its figures. All pairs of a prompt are in one split."""
         lines = self._read(context)
         found = [row for _, row in lines.rows]
-        rows = [dict(zip(data.PAIR_FEATURES, pair, strict=True)) for pair in found if pair]
+        rows = [pair._asdict() for pair in found if pair]
         prompts = list(dict.fromkeys(row["prompt"] for row in rows))
         last = set(prompts[len(prompts) - int(self.held_out * len(prompts)) :])
         splits = {"train": [row for row in rows if row["prompt"] not in last]}
@@ -253,7 +251,7 @@ class LoadPairs:
         if self.skip_malformed:
             figures["malformed"] = len(lines.malformed)
         source = {"file": self.path, "digest": self.digest, "read": describe(self.read)}
-        data.write_pairs(context.folder / PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
+        data.write_pairs(context.folder / data.PAIR_DATA, splits, {**source, "task": context.task.name, **figures})
         return figures
 
     meanings: ClassVar[dict[str, str]] = {

@@ -10,7 +10,6 @@ import numpy as np
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, encode_prompt, pad
 from alignjax.pipeline.experiment import Context, abstract_array, abstract_tokens
-from alignjax.pipeline.stages.load import PAIR_DATA
 from alignjax.tasks.task import Task, reply_text
 from alignjax.training import data
 from alignjax.types import PreferenceBatch, Prompt, Response
@@ -36,7 +35,7 @@ class PairLimits(NamedTuple):
 
 def read_stage_pairs(context: Context, stage: str, split: str) -> list[PairRow]:
     """Returns the pairs of a split that the stage wrote."""
-    return data.read_pairs(context.folder_of(stage) / PAIR_DATA, split)
+    return data.read_pairs(context.folder_of(stage) / data.PAIR_DATA, split)
 
 
 def pair_batches(

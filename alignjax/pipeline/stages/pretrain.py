@@ -11,15 +11,14 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import numpy as np
 
-from alignjax import losses
 from alignjax.checkpoints import huggingface
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_inputs
 from alignjax.models.build import ModelConfig, build
-from alignjax.models.log_probs import log_prob, token_log_probs
+from alignjax.models.log_probs import log_prob
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import pad, single_token
-from alignjax.objectives import NEXT_TOKEN_MEANINGS, next_token_loss
+from alignjax.objectives import NEXT_TOKEN_MEANINGS, next_token_loss, packed_next_token_loss
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network, NetworkRecord
@@ -30,7 +29,7 @@ from alignjax.training import data
 from alignjax.training.loop import Learner, LearnerSpec, Loop, train
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
-from alignjax.types import Array, Key, Metrics, PackedTokens, Params, Tokens
+from alignjax.types import Loss, PackedTokens, Tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,20 +132,11 @@ def becomes_preference(context: Context) -> bool:
     return any(starts_here(name) for name, stage in stages.items() if stage.makes == Kind.PREFERENCE)
 
 
-def pretraining_loss(model: Model) -> Callable[[Params, Any, Key], tuple[Array, Metrics]]:
+def pretraining_loss(model: Model) -> Loss:
     """Returns the loss of a corpus: of packed documents, or for an encoder-decoder of the tails of documents."""
-    forward = model.forward
-    if forward is None:
+    if model.forward is None:
         return functools.partial(next_token_loss, log_prob=log_prob(model))
-
-    def packed_loss(params: Params, batch: PackedTokens, key: Key) -> tuple[Array, Metrics]:
-        segments, targets = batch.segments, batch.tokens[:, 1:]
-        states = forward(params, batch.tokens, segments)[:, :-1]
-        logp = token_log_probs(model.logits, params, states, targets)
-        loss = losses.next_token(logp, (segments[:, 1:] > 0) & (segments[:, 1:] == segments[:, :-1]))
-        return loss, {"nll": loss}
-
-    return packed_loss
+    return functools.partial(packed_next_token_loss, forward=model.forward, logits=model.logits)
 
 
 class Corpus(NamedTuple):

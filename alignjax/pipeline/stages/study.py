@@ -50,11 +50,16 @@ class Study:
         """Calls the function and writes what it found."""
         with jax.enable_x64(True):
             finding = self.function()
-        sections = [finding.text]
-        for name, picture in finding.pictures.items():
-            file = f"{context.name}-{name}.png"
-            storage.write_picture(context.folder.parent / file, picture)
-            sections.append(f"![{name}]({file})\n")
-        storage.write_json(context.folder / "numbers.json", finding.numbers)
-        storage.write_atomic(context.folder / "section.md", "\n".join(sections))
+        write_finding(context, finding)
         return {}
+
+
+def write_finding(context: Context, finding: Finding) -> None:
+    """Writes ``section.md``, ``numbers.json`` and ``WORKDIR/<stage>-<picture>.png``."""
+    sections = [finding.text]
+    for name, picture in finding.pictures.items():
+        file = f"{context.name}-{name}.png"
+        storage.write_picture(context.folder.parent / file, picture)
+        sections.append(f"![{name}]({file})\n")
+    storage.write_json(context.folder / "numbers.json", finding.numbers)
+    storage.write_atomic(context.folder / "section.md", "\n".join(sections))

@@ -17,15 +17,26 @@ from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
 from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
-from alignjax.pipeline.judges import JudgeSizes, JudgeSpec, check_held_out
+from alignjax.pipeline.judges import JudgeSpec, check_held_out
 from alignjax.pipeline.networks import Network
+from alignjax.pipeline.raters import JudgeSizes
 from alignjax.pipeline.stages.writing import Writing
 from alignjax.preferences import judges, tournament
+from alignjax.preferences.statistics import (
+    PAPER_SAMPLE,
+    PAPER_WORDS,
+    distinct_n,
+    mean_interval,
+    perplexity,
+    word_count,
+)
+from alignjax.reporting.exchange import OUTPUTS, WIN_RATES, judgments_file, replies_file
 from alignjax.sampling.process import Sampling
 from alignjax.tasks.task import Task
 from alignjax.training import metrics
 
-_COLUMNS = {"text": (str,), "length": (int,), "kl": (float, int)}  # of a file of replies, and their types
+_NUMBER = (float, int)
+_COLUMNS = {"text": (str,), "length": (int,), "kl": _NUMBER, "reference_logp": _NUMBER}  # of a file of replies
 _SAMPLES = 8  # prompts whose replies the report shows
 
 
@@ -34,7 +45,8 @@ class Tournament:
     """Compares policies with each other on held-out prompts, by oracles and held-out preference models.
 
     Each policy draws with its own keys: P(pi > pi') is an expectation over independent y and y', which shared keys
-    would change where two policies are alike. The prompts are the same for all.
+    would change where two policies are alike. The prompts are the same for all. What its folder keeps of every prompt
+    is described in ``alignjax.reporting.exchange``.
     """
 
     judges: dict[str, JudgeSpec]  # name in the table -> Oracle("oracle"), ModelJudge("judge"), ...
@@ -100,7 +112,12 @@ class Tournament:
         written = dict(self.write(context, programs, prompts))
         context.release()
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
-        tables = []
+        rows = [
+            {"prompt": prompt, "messages": messages_of(task, prompt), "replies": {p: replies[p][i] for p in replies}}
+            for i, prompt in enumerate(prompts)
+        ]
+        storage.write_json(context.folder / OUTPUTS, rows)
+        measures, tables = self.measures(task, prompts, written, replies), []
         for name, spec in self.judges.items():
             own = programs_of(programs, f"judge {name}")
             judge = spec.open(context, own, self.sizes())
@@ -108,33 +125,68 @@ class Tournament:
             figures = {"judge_figures": judges.judge_figures(judge, [judges.take_counts(judge)])}
             del judge
             context.release()  # one judge at a time
-            tables.append(self.table(name, spec, rates, written, self.scores(task, prompts, replies)) | figures)
-        samples = [{"prompt": x, **{p: replies[p][i] for p in self.policies}} for i, x in enumerate(prompts[:_SAMPLES])]
+            storage.write_json(context.folder / judgments_file(name), self.judgments(rates))
+            tables.append({**self.table(name, spec, rates), **measures, **figures})
+        samples = [{"prompt": x, **{p: replies[p][i] for p in replies}} for i, x in enumerate(prompts[:_SAMPLES])]
         storage.write_json(context.folder / "samples.json", samples)
-        storage.write_json(context.folder / "win_rates.json", tables)
+        storage.write_json(context.folder / WIN_RATES, tables)
         return {"prompts": len(prompts), "too_long": too_long}
 
-    def table(
-        self,
-        name: str,
-        judge: JudgeSpec,
-        rates: tournament.WinRates,
-        written: Mapping[str, Any],
-        scores: list[float | None],
-    ) -> dict[str, Any]:
-        """Returns one judge's table as JSON."""
+    @property
+    def baseline(self) -> str:
+        """The policy that the others are compared with one by one: the reference's, or else the first."""
+        return next(
+            (name for name, stage in self.policies.items() if stage == self.reference), next(iter(self.policies))
+        )
+
+    def table(self, name: str, judge: JudgeSpec, rates: tournament.WinRates) -> dict[str, Any]:
+        """Returns what one judge says, as JSON."""
+        baseline = list(self.policies).index(self.baseline)
         return {
             "judge": name,
             "judge_description": judge.describe(),
             "reference": self.reference,
             "policies": list(self.policies),
-            "n": len(written[next(iter(self.policies))]["text"]),
+            "n": rates.probability.shape[-1],
             "win_rate": rates.rate.tolist(),
             "low": rates.low.tolist(),
             "high": rates.high.tolist(),
-            "mean_length": [float(np.mean(written[p]["length"])) for p in self.policies],
-            "kl_to_reference": [finite_mean(written[p]["kl"]) for p in self.policies],
-            "mean_score": scores,
+            "baseline": self.baseline,
+            "mean_probability": rates.mean_probability.tolist(),
+            "probability_interval": [mean_interval(row[baseline], (0, 1)) for row in rates.probability],
+            "length_controlled": rates.length_controlled.tolist(),
+        }
+
+    def judgments(self, rates: tournament.WinRates) -> list[dict[str, Any]]:
+        """Returns P(y > other | x) of every prompt and every two policies, as JSON; the other order is 1 minus it."""
+        names = list(self.policies)
+        return [
+            {"policy": name, "other": other, "probability": rates.probability[i, j].tolist()}
+            for i, name in enumerate(names)
+            for j, other in enumerate(names[:i])
+        ]
+
+    def measures(
+        self, task: Task, prompts: Sequence[str], written: Mapping[str, Any], replies: Mapping[str, Sequence[str]]
+    ) -> dict[str, list[float | None]]:
+        """Returns what can be said of each policy's replies without a judge; None: not measured.
+
+        distinct-n is that of 2307.12950, on as many words of each policy as the one with the fewest has.
+        """
+        columns = [written[p] for p in self.policies]
+        sample = min(PAPER_SAMPLE, *(word_count(replies[p], PAPER_WORDS) for p in self.policies))
+        return {
+            "mean_length": [float(np.mean(column["length"])) for column in columns],
+            "kl_to_reference": [finite(float(np.mean(column["kl"]))) for column in columns],
+            "mean_score": self.scores(task, prompts, replies),
+            "mean_characters": [float(np.mean(list(map(len, replies[p])))) for p in self.policies],
+            **{
+                f"distinct_{n}": [distinct_n(replies[p], n, PAPER_WORDS, sample) for p in self.policies]
+                for n in (1, 2, 3)
+            },
+            "perplexity": [
+                finite(perplexity(np.array(column["reference_logp"]), np.array(column["length"]))) for column in columns
+            ],
         }
 
     def scores(self, task: Task, prompts: Sequence[str], replies: Mapping[str, Sequence[str]]) -> list[float | None]:
@@ -160,7 +212,7 @@ class Tournament:
         kept = set(context.loaded)  # the reference, and what it lies over
         with metrics.progress_bar(len(self.policies), 0, context.name, "policy") as bar:
             for name, stage in self.policies.items():
-                path = context.folder / f"replies-{name}.json"
+                path = context.folder / replies_file(name)
                 if not context.hosts.broadcast(path.exists):
                     drawn = self.draw(context, programs, name, context.load(stage), reference, prompts)
                     for other in context.loaded.keys() - kept:
@@ -180,16 +232,18 @@ class Tournament:
         reference: Network,
         prompts: Sequence[str],
     ) -> Iterator[tuple]:
-        """Returns the columns of a policy's replies. No KL is measured where sampling is filtered or tempered."""
+        """Returns the columns of a policy's replies. Samples that are not plain estimate no KL: it is NaN."""
         if reference.token_digest != policy.token_digest:
             raise UserError(f"{context.name}: {name!r} and the reference have different tokenizers; use one start")
         write = function_of(programs, f"write {name}", self.writing.buckets)
         key = jax.random.fold_in(context.key(self.seed), zlib.crc32(name.encode()) % 2**31)
-        generate = self.writing.generator(context, policy, write, key)
-        if self.writing.sampling == Sampling():  # filtered or tempered samples estimate no KL
-            score = function_of(programs, "score", self.writing.buckets)
-            generate = dataclasses.replace(generate, score=(score, reference.params))
-        return zip(*(reply for reply in generate(prompts, range(len(prompts)), 0) if reply), strict=True)
+        score = function_of(programs, "score", self.writing.buckets)
+        generator = self.writing.generator(context, policy, write, key)
+        generate = dataclasses.replace(generator, score=(score, reference.params))
+        replies = [reply for reply in generate(prompts, range(len(prompts)), 0) if reply]
+        if self.writing.sampling != Sampling():  # filtered or tempered
+            replies = [reply._replace(kl=math.nan) for reply in replies]
+        return zip(*replies, strict=True)
 
 
 def read_replies(path: Path, count: int) -> dict[str, list]:
@@ -205,7 +259,14 @@ def read_replies(path: Path, count: int) -> dict[str, list]:
     return columns
 
 
-def finite_mean(values: Sequence[float]) -> float | None:
-    """Returns the mean; None where it is NaN, which JSON does not know."""
-    mean = float(np.mean(values))
-    return mean if np.isfinite(mean) else None
+def messages_of(task: Task, prompt: str) -> list[dict[str, str]] | None:
+    """Returns the prompt as chat messages; None where the task's function refuses it."""
+    try:
+        return list(task.messages(prompt))
+    except UserError:
+        return None
+
+
+def finite(value: float) -> float | None:
+    """Returns the value; None where it is not finite, which JSON does not know."""
+    return value if math.isfinite(value) else None

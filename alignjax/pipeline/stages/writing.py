@@ -67,9 +67,7 @@ class Writing:
         )  # fmt: skip
 
     def scoring_programs(self, context: Context, name: str, reference: Network, resident: Any) -> tuple[Program, ...]:
-        """Returns the programs that score replies by a reference, one a bucket; none where sampling is not plain."""
-        if self.sampling != Sampling():
-            return ()
+        """Returns the programs that score replies by a reference, one a bucket."""
         score = reply_scorer(log_prob(reference.model), context.mesh)
         reply = abstract_tokens(self.batch, self.max_new_tokens)
         logp = abstract_array("float32", self.batch, self.max_new_tokens)
