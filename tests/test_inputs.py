@@ -58,6 +58,11 @@ def every_stage():
         zero=aj.ZeroShotPreference("base"),
         dpo=dataclasses.replace(q.stages["nash_md"], objective=direct, data=aj.OfflineData("pairs")),
         table=table,
+        rated=dataclasses.replace(judged, method=aj.RLAIF(aj.LanguageModelRater("base"))),
+        relabeled=aj.Relabel(judge=aj.LanguageModelRater("base"), sizes=aj.JudgeSizes(8, 8, 8), pairs="pairs"),
+        mixed=aj.MixPairs(first="pairs", second="relabeled"),
+        labels=aj.PairStudy(judge=aj.ModelJudge("judge"), sizes=aj.JudgeSizes(8, 8, 8), pairs={"a": "pairs"}),
+        tuned=aj.FineTune(start="base", pairs="pairs", adam=aj.Adam(1e-3), loop=aj.Loop(steps=1, batch=8), row=64),
     )
 
 

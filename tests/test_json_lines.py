@@ -178,7 +178,7 @@ def test_a_comparison_is_read_in_either_form(tmp_path, row):
     context, stage = given(tmp_path, path=str(path))
     stage.check(context)
     assert stage.run(context, ()) == {"pairs": 2, "skipped": 0, "different_prompts": 1}
-    assert data.read_pairs(tmp_path / "pairs" / "data", "train") == [PAIR, PAIR]
+    assert data.read_pairs(tmp_path / "pairs" / "data", "train") == [{**PAIR, "affix": -1, "positive": -1}] * 2
     assert read_comparison(row) == COMPARED
 
 

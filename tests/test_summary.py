@@ -127,7 +127,7 @@ def test_given_pairs_are_the_dataset_that_a_labelling_stage_writes(tmp_path):
     assert stage.run(context, ()) == {"pairs": 10, "skipped": 0, "different_prompts": 5}
     train, held_out = (data.read_pairs(tmp_path / "pairs" / "data", split) for split in ("train", "held_out"))
     pairs = sorted([*train, *held_out], key=lambda row: row["first"])
-    assert [{**row, "p": pytest.approx(row["p"])} for row in rows] == pairs
+    assert [{**row, "p": pytest.approx(row["p"]), "affix": -1, "positive": -1} for row in rows] == pairs
     assert {row["prompt"] for row in held_out} == {"x3", "x4"} and len(train) == 6  # no prompt on both sides
 
 

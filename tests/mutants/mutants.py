@@ -330,7 +330,7 @@ MUTANTS = (
     ),
     Mutant(
         "the judge that labelled the pairs judges the table", "alignjax/pipeline/judges.py",
-        "return Exposure(identity=frozenset({hashlib.sha256(content.encode()).hexdigest()[:16]}))",
+        "return Exposure(identity=frozenset({hashlib.sha256(self.model.encode()).hexdigest()[:16]}))",
         "return Exposure()", CHAT,
     ),
     Mutant(
