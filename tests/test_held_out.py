@@ -72,7 +72,7 @@ def models(q):
     yield "so was the reference", aj.ModelJudge("judge"), {**start, "nash_md": replace(md, reference="first")}
     tuned = {"tuned": replace(fit, start="judge", pairs="pairs"), "nash_md": against(md, "tuned")}
     yield "P is made from it", aj.ModelJudge("judge"), tuned
-    fitted = {"j": replace(fit, start="base", pairs="annotated", seed=5)}
+    fitted = {"j": replace(fit, start="asked", pairs="annotated", seed=5)}
     yield "it is made from the model that P asks", aj.ModelJudge("j"), {**asked, **fitted}
 
 
@@ -160,6 +160,13 @@ def test_held_out_judges_are_accepted(quickstart, comparisons):
     rater = {"rater": replace(base, seed=1)}
     check_table(judged(quickstart, aj.LanguageModelJudge("rater"), **rater))
     check_table(judged(quickstart, aj.LanguageModelJudge("base")))  # P begins as the base, as the policy itself does
+    fit, pairs = (quickstart.stages[name] for name in ("judge", "pairs"))
+    rated = {"rated": replace(pairs, method=aj.RLAIF(aj.LanguageModelRater("base")))}
+    rated |= {"preference": replace(quickstart.stages["preference"], pairs="rated", truth=None)}
+    people = {**rated, "people": replace(fit, pairs="annotated", seed=5)}
+    check_table(
+        judged(quickstart, aj.ModelJudge("people"), **people)
+    )  # it began as the rater did, and learned from others
     check_table(judged(quickstart, aj.ModelJudge("judge"), nash_md=offline(md, "pairs")))
     other = {"file": aj.LoadPairs(comparisons), "nash_md": offline(md, "file")}
     check_table(judged(quickstart, aj.ModelJudge("judge"), **other))

@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from alignjax import losses
 from alignjax.distributed.sharding import Mesh, make_mesh
 from alignjax.errors import UserError
 from alignjax.models.build import build
+from alignjax.objectives import PPO
 from alignjax.pipeline import config, run
 from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, order
@@ -22,7 +24,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RLCD, TLDR, LLAMA = (EXPERIMENTS / f"{n}.py" for n in ("rlcd/harmless_7b", "nlhf/tldr_t5_xl", "nlhf/llama_70b"))
 ARMS = ["rlhf", "sp", "md1", "md2", "md3", "md4", "md5", "md6", "br", "ema1", "ema2"]
 EACH = [
-    (RLCD, {}, ["base", "pairs", "human", "human_test", "reward", "preference", "judge", "nash_md", "policy_gradient"]),
+    (RLCD, {}, ["base", "pairs", "rlaif_pairs", "rescore_pairs", "human", "human_test", "reward", "rlaif_reward"]),
     (RLCD, {"labeller": "30b", "attribute": "helpful"}, ["base", "labeller", "pairs"]),
     (TLDR, {}, ["sft", "reader", "rater", "pairs", "truth", "preference", "reward", "judge", *ARMS]),
     (LLAMA, {}, ["base", "small", "pairs", "preference", "judge", "nash_md", "self_play"]),
@@ -63,7 +65,7 @@ def test_a_model_has_the_published_size(file, name, count):
 
 
 @pytest.mark.parametrize(("file", "settings", "buckets"), [
-    (RLCD, {}, {"reward": 3, "nash_md": 3, "policy_gradient": 3}), (TLDR, {}, {"preference": 3, "rlhf": 3}),
+    (RLCD, {}, {"reward": 3, "rlcd": 3, "nash_md": 3, "policy_gradient": 3}), (TLDR, {}, {"preference": 3, "rlhf": 3}),
     (LLAMA, {"mesh.tensor": "2"}, {"nash_md": 2}),
 ])  # fmt: skip
 def test_what_it_compiles_is_known_from_shapes_and_divides_over_a_mesh(file, settings, buckets):
@@ -97,7 +99,29 @@ def test_the_larger_labeller_changes_who_writes_the_pairs_alone():
     small, large = (config.load(RLCD, {"labeller": size}).stages for size in ("7b", "30b"))
     assert large.pop("labeller").model.layers == 60
     assert large["pairs"] == dataclasses.replace(small["pairs"], generator="labeller")
-    assert {name for name in small if describe(small[name]) != describe(large[name])} == {"pairs"}
+    changed = {name for name in small if describe(small[name]) != describe(large[name])}
+    assert changed == {"pairs", "rlaif_pairs", "rescore_pairs"}
+
+
+def test_the_arms_of_rlcd_differ_in_their_labels_alone():
+    """Each has its own pairs, reward model and critic; the optimiser and its numbers are one."""
+    stages = config.load(RLCD, {}).stages
+    for arm, reward, pairs in (
+        ("rlaif", "rlaif_reward", "rlaif_pairs"),
+        ("rescore", "rescore_reward", "rescore_pairs"),
+    ):
+        assert stages[arm].critic.start == stages[arm].data.preference == reward and stages[reward].pairs == pairs
+        same = dataclasses.replace(stages[arm], critic=stages["rlcd"].critic, data=stages["rlcd"].data)
+        assert same == stages["rlcd"] and dataclasses.replace(stages[reward], pairs="pairs") == stages["reward"]
+    rlcd, nash_md = stages["rlcd"].loop, stages["nash_md"].loop
+    assert rlcd.steps * rlcd.batch == nash_md.steps * nash_md.batch == 80 * 512
+    assert stages["distilled"].pairs == stages["rescore_pairs"].pairs == "pairs"
+
+
+def test_the_faithful_ppo_has_the_faults_of_the_released_code_and_the_other_has_not():
+    correct, faithful = (config.load(RLCD, {"faithful": value}).stages["rlcd"].objective for value in ("False", "True"))
+    assert faithful.kl is losses.clamped_k1 and faithful.whiten_rewards and faithful.policy_places is losses.all_places
+    assert correct == PPO(tau=faithful.tau, gae_lambda=1.0)
 
 
 def test_a_preference_model_shares_the_adapters_base_or_is_of_the_small_model():

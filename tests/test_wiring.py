@@ -21,10 +21,11 @@ from alignjax.errors import UserError
 from alignjax.fields import Kind
 from alignjax.models.build import build
 from alignjax.models.heads import apply_head, init_head
-from alignjax.models.log_probs import log_prob
+from alignjax.models.log_probs import log_prob, policy_functions
 from alignjax.models.tokenizer import encode_continuation, pad
 from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec
+from alignjax.pipeline.judges import check_held_out
 from alignjax.pipeline.networks import Network, NetworkRecord
 from alignjax.pipeline.run import run
 from alignjax.pipeline.stages.policy_data import OnlineData
@@ -194,6 +195,15 @@ def line(tmp_path_factory):
             objective=Critic(), lora=lora, loop=aj.Loop(steps=2, batch=8, log_every=1, epochs=2, minibatches=2)
         ),
         "adapted_further": policy_stage(start="adapted", lora=lora),
+        "ppo": policy_stage(
+            objective=aj.PPO(tau=0.1), critic=aj.Critic("fitted", head="reward"), lora=lora,
+            data=OnlineData(samplers=(aj.policy,), prompts=10, preference="fitted"),
+            loop=aj.Loop(steps=2, batch=8, log_every=1, epochs=2),
+        ),
+        "group": policy_stage(
+            objective=aj.GroupGradient(3, aj.losses.leave_one_out, aj.losses.score_function, aj.losses.mean_of_sums),
+            data=OnlineData(samplers=(aj.policy,) * 3, prompts=10, preference="fitted"),
+        ),
         "table": aj.Tournament(
             policies={"base": "base", "other": "other", "adapted": "adapted"}, reference="base",
             judges={"longer": aj.Oracle("longer")}, prompts=10, writing=WRITING,
@@ -258,6 +268,66 @@ def test_an_objective_has_a_head_that_is_trained_saved_and_read_back(line):
     assert np.any(np.asarray(network.heads["value"]["kernel"])) and network.shared_base.stage == "base"
     assert storage.read_json(line[1] / "critic" / "model.json")["heads"] == {"value": {"kernel": [16]}}
     assert network.params.keys() == network.base.keys()  # the backbone is asked without the head
+
+
+def test_a_critic_of_its_own_begins_as_the_reward_model_and_is_not_saved(line):
+    context, stage = context_of(line, "ppo"), line[0].stages["ppo"]
+    start, critic = context.load("base"), context.load("fitted")
+    parts = stage.trained_parts(context, start, critic)
+    jax.tree.map(np.testing.assert_array_equal, parts.params["critic"], critic.params)
+    assert np.any(np.asarray(critic.heads["reward"]["kernel"]))
+    np.testing.assert_array_equal(parts.params["value"]["kernel"], critic.heads["reward"]["kernel"])
+    new = dataclasses.replace(stage, critic=aj.Critic("fitted")).trained_parts(context, start, critic)
+    assert not np.any(np.asarray(new.params["value"]["kernel"]))
+    record = storage.read_json(line[1] / "ppo" / "model.json")
+    assert record["heads"] == {} and record["shared_base"]["stage"] == "base"
+    assert context.load("ppo").adapters.keys() == {"blocks"}
+
+
+def test_a_critic_of_its_own_reads_its_own_network_and_lies_on_the_mesh_as_that_does(line):
+    context, stage = context_of(line, "ppo"), line[0].stages["ppo"]
+    start, critic, row = context.load("base"), context.load("fitted"), pad([[5, 6, 7]], 4)
+    policy = policy_functions(start.model, critic.model)
+    want = critic.model.completion_states(critic.params, row, row)
+    np.testing.assert_array_equal(policy.states({**start.params, "critic": critic.params}, row, row), want)
+    assert np.abs(np.asarray(start.model.completion_states(start.params, row, row)) - np.asarray(want)).max() > 1e-3
+    tree = {"critic": critic.params}
+    own = sharding.shardings(critic.params, sharding.matching_rules(critic.model.rules, critic.params), mesh())
+    rules = sharding.matching_rules(stage.trained_parts(context, start, critic).rules, tree)
+    assert sharding.shardings(tree, rules, mesh(), strict=False)["critic"] == own
+
+
+def test_ppo_starts_at_its_reference_and_moves_within_a_batch(line):
+    """The first epoch's ratios are 1: nothing has moved. The second batch is drawn by the policy that has moved."""
+    first, second = read_metrics(line[1] / "ppo" / "metrics.jsonl")
+    assert first["kl"] == 0 and second["kl"] != 0
+    for row in (first, second):
+        assert row["clipped"] == 0 and row["approximate_kl"] < 1e-9 and row["value_loss"] > 0
+
+
+def test_rewards_of_a_group_are_of_its_own_responses(line):
+    rows = read_metrics(line[1] / "group" / "metrics.jsonl")
+    assert abs(rows[0]["kl"]) < 1e-6 < abs(rows[1]["kl"]) and all(row["spread"] > 0 for row in rows)
+
+
+def test_a_judge_that_the_critic_began_as_is_not_held_out(line):
+    stage = dataclasses.replace(
+        line[0].stages["online"], objective=aj.PPO(tau=0.1), critic=aj.Critic("fitted"),
+        data=OnlineData(samplers=(aj.policy,), prompts=10, preference="asked"),
+    )  # fmt: skip
+    whole = dataclasses.replace(line[0], stages={**line[0].stages, "other_ppo": stage})
+    context = dataclasses.replace(context_of(line, "table"), experiment=whole)
+    with pytest.raises(UserError, match="that 'other_ppo' was trained against"):
+        check_held_out(context, "judge", aj.ModelJudge("fitted"), ["other_ppo"])
+    check_held_out(context, "judge", aj.ModelJudge("fitted"), ["online"])
+
+
+def test_a_critic_is_refused_where_it_cannot_work(line):
+    context = context_of(line, "ppo")
+    with pytest.raises(UserError, match=r"ppo\.critic is set and the objective has no critic"):
+        dataclasses.replace(line[0].stages["online"], critic=aj.Critic("fitted")).check(context)
+    with pytest.raises(UserError, match=r"critic\.head='value' is no head of 'fitted', which has reward"):
+        dataclasses.replace(line[0].stages["ppo"], critic=aj.Critic("fitted", "value")).programs(context)
 
 
 def test_adapters_over_adapters_lie_over_the_first_base(line):

@@ -178,6 +178,16 @@ class Context:
         exposures = (self.experiment.stages[name].exposure(self.for_stage(name)) for name in names)
         return Exposure(*(frozenset().union(*parts) for parts in zip(Exposure(), *exposures, strict=True)))
 
+    def asked_exposure(self, source: str) -> Exposure:
+        """Returns the exposure of the language model of ``source`` that is asked, as it is, which of two replies is
+        better.
+
+        As such it is a preference model of its own. Others that merely began with the same weights are not made from
+        it, as two reward models over one base are not made from each other.
+        """
+        start = self.exposure(source)
+        return start._replace(identity=frozenset(f"{name} asked" for name in start.identity))
+
     def derived_exposure(self, *sources: str) -> Exposure:
         """Returns the exposure of a network that this stage trains from the networks of ``sources``."""
         start = self.exposure(*sources)

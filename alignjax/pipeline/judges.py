@@ -125,8 +125,8 @@ class LanguageModelJudge:
         check_answers(context, self.stage, [self.asked(context)])
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the language model's own identity, and what it was trained on."""
-        return context.exposure(self.stage)
+        """Returns the language model as one that is asked, and what it was trained on."""
+        return context.asked_exposure(self.stage)
 
     def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
         """Returns the program that asks the question."""

@@ -40,8 +40,8 @@ class LanguageModelRater:
         check_answers(context, self.stage, context.task.questions)
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the language model's own identity, and what it was trained on."""
-        return context.exposure(self.stage)
+        """Returns the language model as one that is asked, and what it was trained on."""
+        return context.asked_exposure(self.stage)
 
     def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
         """Returns the program that asks a question."""

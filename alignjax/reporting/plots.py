@@ -27,6 +27,34 @@ def win_rate_heat_map(path: Path, table: Mapping[str, Any]) -> None:
     write_picture(path, figure)
 
 
+def score_against_kl(path: Path, table: Mapping[str, Any]) -> bool:
+    """Writes every policy's score by the task over its KL to the reference; returns whether they were measured.
+
+    Policies whose names differ only behind a space ("ppo 0.02", "ppo 0.1") make one curve.
+    """
+    from matplotlib.figure import Figure
+
+    rows = zip(table["policies"], table["kl_to_reference"], table["mean_score"], strict=True)
+    points = [(name, kl, score) for name, kl, score in rows if kl is not None and score is not None]
+    if not points:
+        return False
+    curves: dict[str, list[tuple[float, float, str]]] = {}
+    for name, kl, score in points:
+        curve, _, setting = name.partition(" ")
+        curves.setdefault(curve, []).append((kl, score, setting))
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for curve, places in curves.items():
+        kls, scores, settings = zip(*sorted(places), strict=True)
+        axes.plot(kls, scores, marker="o", label=curve, linewidth=1)
+        for kl, score, setting in zip(kls, scores, settings, strict=True):
+            axes.annotate(setting, (kl, score), textcoords="offset points", xytext=(4, -8), fontsize=7)
+    axes.set(xlabel=f"KL to {table['reference']}, nats a response", ylabel="score by the task")
+    axes.legend(fontsize=8)
+    write_picture(path, figure)
+    return True
+
+
 def logged_metrics(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """Returns the names of all metrics that stages logged, in the order of their first rows. ``runs`` are rows by
     stage."""

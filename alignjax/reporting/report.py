@@ -30,6 +30,8 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
             sections += [own[0], f"![row beats column]({picture})\n", own[1]]
         shown.append(tables.replies_table(judged[0]))
         sections.append(shown[-1])
+        if plots.score_against_kl(workdir / f"{name}-score.png", judged[0]):
+            sections.append(f"![score by the task over KL]({name}-score.png)\n")
     for name in records:
         if section := read_text(workdir / name / "section.md"):
             sections.append(section)

@@ -35,6 +35,10 @@ _TEMPLATES = {
     "girl": Template(before="", between="\nOr:", question="\nMore about a girl:", answer=" a"),
     "happy": Template(before="", between="\nOr:", question="\nThe happy one:", answer=" a"),
 }
+_QUESTIONS = {
+    "girl": Template("", "\nOr b:", "\nThe one that is more about a girl, a or b:", answer=" a", other=" b"),
+    "happy": Template("", "\nOr b:", "\nThe happy one, a or b:", answer=" a", other=" b"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,4 +186,5 @@ def stories_task(openings: str, principle: str = "girl", documents: str = "") ->
         oracles={"oracle": oracle_from_score(score)},
         score=score,
         corpus_of_source=stories_corpus,
+        questions=(_QUESTIONS[principle],) * len(_AFFIXES[principle]),
     )

@@ -213,8 +213,9 @@ class ZeroShotPreference:
         return start._replace(record=dataclasses.replace(start.record, shared_base=SharedBase(self.start, None)))
 
     def exposure(self, context: Context) -> Exposure:
-        """Returns the identity of the start: whatever the form, it is one model."""
-        return context.exposure(self.start)
+        """Returns a language model as one that is asked; a reward model as what it is. The form does not matter."""
+        is_policy = context.experiment.stages[self.start].makes == Kind.POLICY
+        return context.asked_exposure(self.start) if is_policy else context.exposure(self.start)
 
     def check(self, context: Context) -> None:
         """Raises UserError when the task's template is known not to suit."""
