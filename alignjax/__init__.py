@@ -53,7 +53,7 @@ _PUBLIC = {
     "alignjax.pipeline.judges": ("HTTPJudge", "LanguageModelJudge", "ModelJudge", "Oracle"),
     "alignjax.preferences.http_client": ("Limits",),
     "alignjax.preferences.http_judge": ("Prices", "Question", "choice_question", "parse_choice", "parse_however"),
-    "alignjax.tasks.task": ("EOS", "Format", "Task", "Template"),
+    "alignjax.tasks.task": ("EOS", "Format", "RatedExample", "Task", "Template", "few_shot"),
     # experiments
     "alignjax.distributed.sharding": ("Mesh",),
     "alignjax.training.loop": ("Best", "Loop"),
@@ -70,6 +70,7 @@ _PUBLIC = {
         "LoadAdapter",
         "LoadCheckpoint",
         "LoadPairs",
+        "LoadReplies",
         "MeasureBestOf",
         "MixPairs",
         "OfflineData",

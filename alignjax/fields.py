@@ -19,6 +19,7 @@ class Kind(enum.Enum):
     PREFERENCE = "a preference model"
     REWARD = "a reward model"  # a checkpoint with a scalar head; it writes nothing
     PAIRS = "pairs"
+    REPLIES = "replies"  # to imitate; each stands alone
     TABLES = "tables"
     FINDINGS = "findings"
 

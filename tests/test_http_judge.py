@@ -404,8 +404,8 @@ def test_a_judge_that_labelled_the_pairs_is_refused_as_the_judge_of_the_table():
     q = quickstart()
     rated = replace(q.stages["pairs"], method=aj.Judged(JUDGE))
     again = replace(JUDGE, url=f"{JUDGE.url}/", question=choice_question("?"))
-    others = replace(JUDGE, model="other"), replace(JUDGE, url="http://other/v1")
-    for judge, words in ((JUDGE, "was taught"), (again, "was taught"), (others[0], None), (others[1], None)):
+    elsewhere, other = replace(JUDGE, url="http://other/v1"), replace(JUDGE, model="other")  # one model, wherever it is
+    for judge, words in ((JUDGE, "was taught"), (again, "was taught"), (elsewhere, "was taught"), (other, None)):
         table = table_by(judge, policies={"nash_md": "nash_md"})
         experiment = q.with_stages(pairs=rated, table=table)
         if words is None:
@@ -432,9 +432,12 @@ def chat_longer(number, body):
 def tournament(monkeypatch):
     """Makes tournaments judge ``REPLIES``, without a model."""
     written = {
-        n: {"text": [f" {x}\n\nHuman:" for x in t], "length": [len(x) for x in t], "kl": [0.0] * 4}
+        n: {
+            "text": [f" {x}\n\nHuman:" for x in t], "length": list(map(len, t)), "kl": [0.0] * 4,
+            "reference_logp": [-1.0] * 4,
+        }
         for n, t in REPLIES.items()
-    }
+    }  # fmt: skip
     monkeypatch.setattr(Tournament, "write", lambda *_: iter(written.items()))
     monkeypatch.setattr(Tournament, "fitting", lambda self, context, prompts: (list("wxyz"), 0))
 

@@ -27,6 +27,7 @@ from alignjax.tasks.dialogue_format import (
 from alignjax.tasks.dialogue_words import DIALOGUE_MATERIAL
 from alignjax.tasks.json_lines import (
     Comparison,
+    Demonstration,
     Row,
     check_sha256,
     file_sha256,
@@ -192,12 +193,26 @@ def read_chat_comparison(row: Row) -> Comparison:
     ``prompt`` is a list of messages that ends with the user's; the replies are texts or lists that end with the
     assistant's. Raises KeyError or ValueError on another form.
     """
+    prompt, asked = _read_chat_prompt(row)
+    return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
+
+
+def read_chat_demonstration(row: Row) -> Demonstration:
+    """Returns the demonstration of a row {"prompt", "completion"} of chats of any number of turns, as a dialogue.
+
+    Its messages are those of ``read_chat_comparison``. Raises KeyError or ValueError on another form.
+    """
+    prompt, asked = _read_chat_prompt(row)
+    return Demonstration(prompt, read_reply(row, "completion", asked))
+
+
+def _read_chat_prompt(row: Row) -> tuple[str, list[tuple[str, str]]]:
+    """Returns the messages of a prompt as a dialogue, and as (role, content). Raises ValueError when they are none."""
     asked = read_chat(row, "prompt")
     try:
-        prompt = dialogue_prompt(asked)
+        return dialogue_prompt(asked), asked
     except UserError:
         raise ValueError("has a 'prompt' that is no dialogue of a user and an assistant") from None
-    return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
 
 
 def clean_hh_reply(raw: str) -> str | None:

@@ -43,6 +43,21 @@ class Comparison(NamedTuple):
     p: float  # P(first is preferred)
 
 
+class Demonstration(NamedTuple):
+    """A prompt and a reply to imitate."""
+
+    prompt: str
+    reply: str
+
+
+class ReadDemonstration(Protocol):
+    """Reads a demonstration in the form of one kind of file."""
+
+    def __call__(self, row: Row, /) -> Demonstration:
+        """Returns the demonstration of a row. Raises KeyError and ValueError as a ``ReadComparison`` does."""
+        ...
+
+
 class ReadComparison(Protocol):
     """Reads a comparison in the form of one kind of file."""
 
@@ -216,15 +231,29 @@ def read_comparison(row: Row) -> Comparison:
 
 def _read_chosen(row: Row) -> Comparison:
     """Returns the comparison of a row {"prompt", "chosen", "rejected"}. Raises ValueError on another form."""
-    prompt = row["prompt"]
-    if isinstance(prompt, list):
-        (role, prompt), *others = read_chat(row, "prompt")
-        if role != "user" or others:
-            raise ValueError("has a 'prompt' of other messages than one of the user; give LoadPairs a ``read``")
-    else:
-        require_text(row, "prompt")
+    prompt = _read_prompt(row)
     asked = [("user", prompt)]
     return Comparison(prompt, read_reply(row, "chosen", asked), read_reply(row, "rejected", asked), 1.0)
+
+
+def read_demonstration(row: Row) -> Demonstration:
+    """Returns the demonstration of a row {"prompt", "completion"}.
+
+    The prompt is a text, or a chat of one message; the completion is a text, or a chat that ends in it. Raises KeyError
+    or ValueError on another form (``ReadDemonstration``).
+    """
+    prompt = _read_prompt(row)
+    return Demonstration(prompt, read_reply(row, "completion", [("user", prompt)]))
+
+
+def _read_prompt(row: Row) -> str:
+    """Returns a prompt that is a text, or a chat of one message. Raises KeyError or ValueError when it is neither."""
+    if not isinstance(row["prompt"], list):
+        return require_text(row, "prompt")
+    (role, prompt), *others = read_chat(row, "prompt")
+    if role != "user" or others:
+        raise ValueError("has a 'prompt' of other messages than one of the user; give the stage a ``read``")
+    return prompt
 
 
 def read_reply(row: Row, name: str, asked: Sequence[tuple[str, str]]) -> str:

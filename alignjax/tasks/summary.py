@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from alignjax.errors import UserError
-from alignjax.tasks.json_lines import Comparison, Row, file_digest, read_rows, require_text
+from alignjax.tasks.json_lines import Comparison, Demonstration, Row, file_digest, read_rows, require_text
 from alignjax.tasks.task import EOS, SPLITS, Format, Task, Template, shuffled
 
 _PLACEHOLDER = "{post}"
@@ -107,6 +107,15 @@ def read_tldr_comparison(row: Row, instruction: str = T5_INSTRUCTION) -> Compari
         raise ValueError("has 'summaries' without a text, or a 'choice' that is neither 0 nor 1")
     first, second = (require_text(summary, "text").strip() for summary in summaries)
     return Comparison(_fill_instruction(instruction, _read_post(info)), first, second, float(1 - choice))
+
+
+def read_tldr_demonstration(row: Row, instruction: str = T5_INSTRUCTION) -> Demonstration:
+    """Returns a post as the prompt that ``Posts`` makes of it, and the summary that a person wrote.
+
+    The row is one of a file of posts; ``instruction`` must be the task's. Raises KeyError and ValueError on another
+    form (``json_lines.ReadDemonstration``).
+    """
+    return Demonstration(_fill_instruction(instruction, _read_post(row)), require_text(row, "summary").strip())
 
 
 def summary_task(train: str = "", validation: str = "", test: str = "", instruction: str = T5_INSTRUCTION) -> Task:

@@ -43,6 +43,15 @@ class Format(NamedTuple):
     stop: tuple[str, ...]  # what ends a completion: EOS, or pieces of text
 
 
+class RatedExample(NamedTuple):
+    """Two replies to one prompt, and which is better: what ``few_shot`` shows a rater."""
+
+    prompt: str
+    first: str
+    second: str
+    first_is_better: bool
+
+
 class Contrast(Protocol):
     """Puts an affix into a prompt."""
 
@@ -199,6 +208,21 @@ def rater_text(question: Template, reply_format: Format, prompt: str, first: str
     """
     first, second = (f"{reply_format.before}{reply}" for reply in (first, second))
     return "".join((question.preamble, prompt, question.before, first, question.between, second, question.question))
+
+
+def few_shot(question: Template, reply_format: Format, examples: Sequence[RatedExample]) -> Template:
+    """Returns the question behind answered examples of it: a preamble that a base model continues.
+
+    Each example stands as its ``rater_text``, the right answer and a blank line; the question's own preamble begins
+    each and the question itself. Raises UserError when there is no example, and when both answers are the same.
+    """
+    if not examples or question.answer == question.other:
+        raise UserError("few_shot needs an example and a question with two answers; give both")
+    shown = (
+        rater_text(question, reply_format, prompt, first, second) + (question.answer if is_first else question.other)
+        for prompt, first, second, is_first in examples
+    )
+    return question._replace(preamble="".join(f"{text}\n\n" for text in shown) + question.preamble)
 
 
 def as_question(template: Template, reply_format: Format) -> Template:

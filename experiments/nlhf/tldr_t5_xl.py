@@ -4,13 +4,15 @@
         --set reader=PATH/t5-v1_1-xl --set rater=PATH/flan-t5-xxl \\
         --set train=PATH/train.jsonl --set test=PATH/test.jsonl \\
         --set comparisons=PATH/comparisons-train.jsonl --set held_out=PATH/comparisons-test.jsonl
+    ... --set policy=PATH/t5-v1_1-large --set replies=PATH/train.jsonl   # fine-tunes the policies' start itself
     ... --only md3                                                   # an arm as a job of its own
     alignjax plan experiments/nlhf/tldr_t5_xl.py --topology v5e:4x4  # needs no checkpoint and no data
 
 To fetch, with a network, as safetensors: google/t5-v1_1-xl and google/flan-t5-xxl; a T5 v1.1 Large that was
-fine-tuned on the summaries of the training posts, with prompts in the form of ``summary.T5_INSTRUCTION`` (no stage does
-this fine-tuning yet); the filtered TL;DR posts and the comparisons of openai/summarize-from-feedback (2009.01325), the
-files of one kind joined. A folder of another size than T5_LARGE, T5_XL or T5_XXL is refused.
+fine-tuned on the summaries of the training posts, with prompts in the form of ``summary.T5_INSTRUCTION``, or
+google/t5-v1_1-large and as ``replies`` the training posts with their authors' summaries; the filtered TL;DR posts and
+the comparisons of openai/summarize-from-feedback (2009.01325), the files of one kind joined. A folder of another size
+than T5_LARGE, T5_XL or T5_XXL is refused.
 
 From the paper: data, sizes, the fine-tuned policy as start and reference of every arm, 10,000 steps, tau .008 (of the
 reward's policy gradient, RLHF: .05), the betas, the decays of the moving averages (from memory), 2000 comparisons a
@@ -18,9 +20,9 @@ cell, the preference model's question with its answers 1 and 2.
 
 Ours, where the paper does not say: Adam at a constant 3e-5 and batches of 32, as in 2403.08635 for the same algorithm
 (which uses Adafactor); posts of at most 512 tokens and summaries of at most 64, temperature 1; the preference models'
-rate and one epoch. The arms whose result is an average of the weights (EMA1*, EMA2*) are left out. The paper's judge is
-a larger language model; here it is Flan-T5-XXL, asked in both orders without training. Batches of 32 divide over 16
-devices; with more devices, --set mesh.tensor=4.
+rate and one epoch; the fine-tuning's rate, batch and one epoch. The arms whose result is an average of the weights
+(EMA1*, EMA2*) are left out. The paper's judge is a larger language model; here it is Flan-T5-XXL, asked in both orders
+without training. Batches of 32 divide over 16 devices; with more devices, --set mesh.tensor=4.
 """
 
 from dataclasses import replace
@@ -48,9 +50,24 @@ def get_config(
     test: str = "",
     comparisons: str = "",
     held_out: str = "",
+    replies: str = "",
 ) -> aj.Experiment:
-    """Returns the arms of table 1; ``rater`` is the checkpoint that judges."""
-    sft = aj.LoadCheckpoint(policy, compute_dtype="bfloat16", remat="full", model=T5_LARGE)
+    """Returns the arms of table 1; ``rater`` is the checkpoint that judges.
+
+    ``policy`` is fine-tuned on the summaries of ``replies``; without a file it has been.
+    """
+    checkpoint = aj.LoadCheckpoint(policy, compute_dtype="bfloat16", remat="full", model=T5_LARGE)
+    supervised = {
+        "base": checkpoint,
+        "replies": aj.LoadReplies(replies, summary.read_tldr_demonstration),
+        "sft": aj.FineTune(
+            start="base",
+            pairs="replies",
+            adam=aj.Adam(lr=1e-4, warmup=50, b2=0.999),
+            loop=aj.Loop(steps=910, batch=128, accumulate=2),  # an epoch of 116,722 posts
+            row=max(POSTS),
+        ),
+    }
     fit = aj.FitPreference(
         start="reader",
         pairs="pairs",
@@ -93,9 +110,9 @@ def get_config(
         task=summary.summary_task(train, test=test),
         mesh=aj.Mesh(data=1, fsdp=-1, tensor=1),
         stages={
-            "sft": sft,
-            "reader": replace(sft, path=reader, model=T5_XL),
-            "rater": replace(sft, path=rater, model=T5_XXL, dtype="bfloat16"),
+            **(supervised if replies else {"sft": checkpoint}),
+            "reader": replace(checkpoint, path=reader, model=T5_XL),
+            "rater": replace(checkpoint, path=rater, model=T5_XXL, dtype="bfloat16"),
             "pairs": aj.LoadPairs(comparisons, summary.read_tldr_comparison),
             "truth": aj.LoadPairs(held_out, summary.read_tldr_comparison),
             "preference": fit,

@@ -7,7 +7,7 @@ from alignjax.pipeline.stages.best_of import MeasureBestOf
 from alignjax.pipeline.stages.fine_tune import FineTune
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
 from alignjax.pipeline.stages.label import Label
-from alignjax.pipeline.stages.load import LoadAdapter, LoadCheckpoint, LoadPairs
+from alignjax.pipeline.stages.load import LoadAdapter, LoadCheckpoint, LoadPairs, LoadReplies
 from alignjax.pipeline.stages.pair_study import PairStudy
 from alignjax.pipeline.stages.policy_data import OfflineData, OnlineData
 from alignjax.pipeline.stages.pretrain import Pretrain
@@ -26,6 +26,7 @@ __all__ = [
     "LoadAdapter",
     "LoadCheckpoint",
     "LoadPairs",
+    "LoadReplies",
     "MeasureBestOf",
     "MixPairs",
     "OfflineData",

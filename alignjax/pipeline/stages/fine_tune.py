@@ -26,9 +26,9 @@ from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
 from alignjax.pipeline.stages.pair_batches import PairRow, read_stage_pairs
 from alignjax.pipeline.stages.pretrain import Corpus, pack_documents, pretraining_loss
-from alignjax.pipeline.stages.writing import check_positions
+from alignjax.pipeline.stages.writing import check_positions, check_stop
 from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
-from alignjax.tasks.task import Task, reply_text
+from alignjax.tasks.task import EOS, Task, reply_text
 from alignjax.training import data
 from alignjax.training.collect import Frozen
 from alignjax.training.loop import Learner, LearnerSpec, Loop, train
@@ -44,16 +44,17 @@ Example = tuple[list[int], list[int]]
 class FineTune:
     """Trains a policy on the preferred reply of each pair, as the reply to its plain prompt; the prompt is masked.
 
-    On RLCD's pairs it is context distillation: the preferred reply was written under the positive prompt (2307.12950
-    section 4). Examples are packed into rows; for an encoder-decoder each has a row of its own, of a prompt and a reply
-    of at most ``row`` tokens each. Pairs with p = 1/2 are left out.
+    ``LoadReplies`` gives it replies that stand alone. On RLCD's pairs it is context distillation: the preferred reply was
+    written under the positive prompt (2307.12950 section 4). Examples are packed into rows; for an encoder-decoder each
+    has a row of its own, of a prompt and a reply of at most ``row`` tokens each. Pairs with p = 1/2 are left out. Where
+    a task's replies end with the tokenizer's end token, it is learned too.
     """
 
     adam: Adam
     loop: Loop
     row: int  # tokens
     start: str = stage_input(Kind.POLICY)
-    pairs: str = stage_input(Kind.PAIRS)
+    pairs: str = stage_input(Kind.PAIRS, Kind.REPLIES)
     lora: Lora | None = None  # train adapters over the start's frozen base
     seed: int = 0
     makes: ClassVar[Kind] = Kind.POLICY
@@ -78,9 +79,10 @@ class FineTune:
         return context.derived_exposure(self.start) | context.exposure(self.pairs)
 
     def check(self, context: Context) -> None:
-        """Raises UserError when batch, adapters or row do not fit the start."""
+        """Raises UserError when batch, adapters, row or the task's stop do not fit the start."""
         self.loop.check(context.name, context.mesh)
         check_adapters(context, self.start, self.lora)
+        check_stop(context, self.start)
         check_positions(context, self.start, "row", self.row)
 
     def trained_parts(self, context: Context, start: Network) -> TrainedParts:
@@ -108,7 +110,9 @@ class FineTune:
         """Trains the policy and writes its network."""
         start = context.abstract(self.start)
         rows = read_stage_pairs(context, self.pairs, "train")
-        examples = encode_examples(rows, start.tokenizer, context.task)
+        if not (examples := encode_examples(rows, start.tokenizer, context.task)):
+            raise UserError(f"{context.name}: all {len(rows)} pairs of {self.pairs!r} have p = 1/2 and no preferred reply; "
+                            "name another stage")  # fmt: skip
         corpus = packed_examples if start.model.forward else separate_examples
         batches = corpus(examples, self.row, self.loop.batch, context.seed(self.seed))
         learner, parts = self.learner(context)
@@ -126,14 +130,22 @@ class FineTune:
 
 def encode_examples(rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task) -> list[Example]:
     """Returns the prompt and the preferred reply of each pair that has one."""
-    return [
-        (
-            encode_prompt(tokenizer, row["prompt"]),
-            encode_continuation(tokenizer, reply_text(task.format, row["first" if row["p"] > 0.5 else "second"])),
-        )
-        for row in rows
-        if row["p"] != 0.5
-    ]
+    preferred = [(row["prompt"], row["first" if row["p"] > 0.5 else "second"]) for row in rows if row["p"] != 0.5]
+    return [(encode_prompt(tokenizer, prompt), encode_ended(tokenizer, task, reply)) for prompt, reply in preferred]
+
+
+def encode_ended(tokenizer: Tokenizer, task: Task, reply: str) -> list[int]:
+    """Returns the ids of a reply that ends as its writer must end it.
+
+    That is the format's end marker where a stop piece is in it, else the tokenizer's end token, which stands for the
+    marker (``models.tokenizer.decode_reply``). Of several end tokens it is the one that the tokenizer calls EOS.
+    """
+    is_text = any(piece in task.format.end for piece in task.format.stop if piece != EOS)
+    if is_text or EOS not in task.format.stop or not tokenizer.end_tokens:
+        return encode_continuation(tokenizer, reply_text(task.format, reply))
+    eos = tokenizer.specials.get("eos_token_id")
+    end = eos if eos in tokenizer.end_tokens else tokenizer.end_tokens[0]
+    return [*encode_continuation(tokenizer, f"{task.format.before}{reply}"), end]
 
 
 def packed_examples(examples: Sequence[Example], row: int, batch: int, seed: int) -> Corpus:

@@ -1,4 +1,4 @@
-"""Stages that read what lies outside: a checkpoint, adapters over one, comparisons."""
+"""Stages that read what lies outside: a checkpoint, adapters over one, comparisons, replies to imitate."""
 
 from __future__ import annotations
 
@@ -225,10 +225,7 @@ class LoadPairs:
 
     def _read(self, context: Context) -> json_lines.NumberedRows[json_lines.Comparison | None]:
         """Returns the rows and the malformed lines of the file."""
-        try:
-            found = json_lines.read_numbered_rows(self.path, "comparisons", self.read, self.skip_malformed)
-        except UserError as error:
-            raise UserError(f"{context.name}: {error}") from None
+        found = read_stage_file(context, self, "comparisons")
         if not any(row for _, row in found.rows):
             raise UserError(f"{context.name}: no line of {self.path} compares two replies to one prompt; give another")
         return found
@@ -260,3 +257,63 @@ class LoadPairs:
         "different_prompts": "among the pairs",
         "malformed": "lines of the file that were left out",
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReplies:
+    """Reads a file of replies to imitate, JSON lines or parquet: what ``FineTune`` makes a first policy of.
+
+    The whole file is read before anything runs. ``read`` says what a row is; the default reads {"prompt",
+    "completion"}, texts or chats. The dataset is one of pairs whose second reply is empty, with p = 1.
+    """
+
+    path: str
+    read: json_lines.ReadDemonstration = json_lines.read_demonstration
+    skip_malformed: bool = False  # leave malformed lines out, with a warning and a count; else the first is an error
+    digest: str = dataclasses.field(init=False)  # of the file's content
+    makes: ClassVar[Kind] = Kind.REPLIES
+    meanings: ClassVar[dict[str, str]] = {
+        "replies": "kept",
+        "different_prompts": "among the replies",
+        "malformed": LoadPairs.meanings["malformed"],
+    }
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", json_lines.file_digest(self.path))
+
+    def network(self, context: Context) -> None:
+        """Returns None: replies are no network."""
+
+    def exposure(self, context: Context) -> Exposure:
+        """Returns the content of the file; without a file, the stage alone."""
+        return Exposure(fitted=frozenset({f"file {self.digest or self.path or context.name}"}))
+
+    def check(self, context: Context) -> None:
+        """Raises UserError when the file cannot be read, or a line is malformed and not to be skipped."""
+        read_stage_file(context, self, "replies")
+
+    def programs(self, context: Context) -> tuple[Program, ...]:
+        """Returns nothing: reading compiles nothing."""
+        return ()
+
+    def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
+        """Writes the dataset; returns its figures."""
+        lines = read_stage_file(context, self, "replies")
+        rows = [{"prompt": row.prompt, "first": row.reply, "second": "", "p": 1.0} for _, row in lines.rows]
+        figures = {"replies": len(rows), "different_prompts": len({row["prompt"] for row in rows})}
+        if self.skip_malformed:
+            figures["malformed"] = len(lines.malformed)
+        source = {"file": self.path, "digest": self.digest, "read": describe(self.read), "task": context.task.name}
+        data.write_pairs(context.folder / data.PAIR_DATA, {"train": rows}, {**source, **figures})
+        return figures
+
+
+def read_stage_file(context: Context, stage: LoadPairs | LoadReplies, kind: str) -> json_lines.NumberedRows[Any]:
+    """Returns the rows and the malformed lines of the stage's file; ``kind`` is the plural of what they are.
+
+    Raises UserError, beginning with the stage's name, as ``json_lines.read_rows`` does.
+    """
+    try:
+        return json_lines.read_numbered_rows(stage.path, kind, stage.read, stage.skip_malformed)
+    except UserError as error:
+        raise UserError(f"{context.name}: {error}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -129,7 +128,7 @@ class MixPairs:
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Writes the dataset. Raises UserError when the second stage has too few pairs."""
         first, second = (read_stage_pairs(context, stage, "train") for stage in (self.first, self.second))
-        wanted = math.ceil(self.share / (1 - self.share) * len(first))
+        wanted = round(self.share / (1 - self.share) * len(first))
         if wanted > len(second):
             raise UserError(f"{context.name}: share={self.share:g} needs {wanted} pairs of {self.second!r}, which has "
                             f"{len(second)}; lower the share")  # fmt: skip
