@@ -116,9 +116,9 @@ def in_both_orders(rater: Rater) -> Rater:
 
 
 def preference_probability(log_odds: np.ndarray) -> np.ndarray:
-    """Returns the sigmoid of log-odds [N], infinite ones included."""
-    small = np.exp(-np.abs(log_odds))
-    return np.where(log_odds >= 0, 1.0, small) / (1 + small)
+    """Returns sigmoid(z) of log-odds z [N], infinite ones included, with P(z) + P(-z) = 1 exactly."""
+    likelier = 1 / (1 + np.exp(-np.abs(log_odds)))
+    return np.where(log_odds >= 0, likelier, 1 - likelier)  # 1 - s has no rounding for s in [1/2, 1]
 
 
 def question_judge(rater: Rater, question: Template) -> Judge:

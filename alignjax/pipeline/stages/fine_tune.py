@@ -44,10 +44,10 @@ Example = tuple[list[int], list[int]]
 class FineTune:
     """Trains a policy on the preferred reply of each pair, as the reply to its plain prompt; the prompt is masked.
 
-    ``LoadReplies`` gives it replies that stand alone. On RLCD's pairs it is context distillation: the preferred reply was
-    written under the positive prompt (2307.12950 section 4). Examples are packed into rows; for an encoder-decoder each
-    has a row of its own, of a prompt and a reply of at most ``row`` tokens each. Pairs with p = 1/2 are left out. Where
-    a task's replies end with the tokenizer's end token, it is learned too.
+    ``LoadReplies`` gives it replies that stand alone. On RLCD's pairs it is context distillation: the preferred reply
+    was written under the positive prompt (2307.12950 section 4). Examples are packed into rows; for an encoder-decoder
+    each has a row of its own, of a prompt and a reply of at most ``row`` tokens each. Pairs with p = 1/2 are left out.
+    Where a task's replies end with the tokenizer's end token, it is learned too.
     """
 
     adam: Adam
@@ -111,8 +111,8 @@ class FineTune:
         start = context.abstract(self.start)
         rows = read_stage_pairs(context, self.pairs, "train")
         if not (examples := encode_examples(rows, start.tokenizer, context.task)):
-            raise UserError(f"{context.name}: all {len(rows)} pairs of {self.pairs!r} have p = 1/2 and no preferred reply; "
-                            "name another stage")  # fmt: skip
+            raise UserError(f"{context.name}: all {len(rows)} pairs of {self.pairs!r} have p = 1/2, and so no preferred "
+                            "reply; name another stage")  # fmt: skip
         corpus = packed_examples if start.model.forward else separate_examples
         batches = corpus(examples, self.row, self.loop.batch, context.seed(self.seed))
         learner, parts = self.learner(context)
