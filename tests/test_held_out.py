@@ -49,6 +49,11 @@ def against(stage, preference, **changes):
     return replace(stage, data=replace(stage.data, preference=preference), **changes)
 
 
+def tuned_on(pairs):
+    """Returns a FineTune stage that imitates the preferred replies of pairs."""
+    return aj.FineTune(start="base", pairs=pairs, adam=aj.Adam(1e-3), loop=aj.Loop(steps=1, batch=8), row=64)
+
+
 def offline(stage, pairs):
     """Returns a TrainPolicy stage that learns from pairs on disk."""
     objective = aj.DirectAlignment(partial(aj.losses.dpo, beta=0.1))
@@ -84,6 +89,17 @@ def labels(q):
     yield "it rated P's pairs", aj.LanguageModelJudge("rater"), fitted
     yield "its model rated P's pairs", aj.ModelJudge("j"), {**fitted, "j": aj.ZeroShotPreference("rater")}
     yield "it rated the policy's pairs", aj.LanguageModelJudge("rater"), {**rated, "nash_md": offline(md, "rated")}
+    asked = {"rater": replace(base, seed=1), "rated": replace(pairs, method=aj.RLAIF(aj.LanguageModelRater("rater")))}
+    yield (
+        "it rated the pairs that were imitated",
+        aj.LanguageModelJudge("rater"),
+        {**asked, "nash_md": tuned_on("rated")},
+    )
+    again = aj.Relabel(judge=aj.LanguageModelRater("rater"), sizes=aj.JudgeSizes(8, 32, 32), pairs="pairs")
+    again = {"rater": asked["rater"], "again": again, "preference": replace(fit, pairs="again", truth=None)}
+    yield "it labelled P's pairs again", aj.LanguageModelJudge("rater"), again
+    mixed = {**again, "mixed": aj.MixPairs(first="pairs", second="again"), "nash_md": offline(md, "mixed")}
+    yield "its labels are mixed into the policy's pairs", aj.LanguageModelJudge("rater"), mixed
     own = {"rated": replace(pairs, method=aj.Judged(aj.ModelJudge("judge")))}
     own |= {"preference": replace(fit, pairs="rated", truth=None)}
     yield "the model itself labelled P's pairs", aj.ModelJudge("judge"), own
@@ -122,6 +138,11 @@ def pairs_seen(q, file):
     yield "the policy learns from them offline", aj.ModelJudge("judge"), {"nash_md": offline(md, "annotated")}
     first = {"first": offline(md, "annotated"), "nash_md": replace(md, start="first")}
     yield "its start learnt from them offline", aj.ModelJudge("judge"), first
+    yield "the policy imitates their preferred replies", aj.ModelJudge("judge"), {"nash_md": tuned_on("annotated")}
+    first = {"first": tuned_on("annotated"), "nash_md": replace(md, start="first")}
+    yield "its start imitated their preferred replies", aj.ModelJudge("judge"), first
+    mixed = {"mixed": aj.MixPairs(first="pairs", second="annotated"), "nash_md": tuned_on("mixed")}
+    yield "they are mixed into what it imitates", aj.ModelJudge("judge"), mixed
     tuned = {"judge": replace(judge, pairs="pairs"), "tuned": replace(judge, start="judge", pairs="truth", truth=None)}
     yield "the judge's start was fitted to P's pairs", aj.ModelJudge("tuned"), tuned
 
@@ -171,6 +192,9 @@ def test_held_out_judges_are_accepted(quickstart, comparisons):
     other = {"file": aj.LoadPairs(comparisons), "nash_md": offline(md, "file")}
     check_table(judged(quickstart, aj.ModelJudge("judge"), **other))
     check_table(judged(quickstart, aj.Oracle("oracle"), nash_md=offline(md, "annotated")))
+    check_table(judged(quickstart, aj.ModelJudge("judge"), nash_md=tuned_on("pairs")))
+    replies = {"replies": aj.LoadReplies(comparisons), "nash_md": tuned_on("replies")}
+    check_table(judged(quickstart, aj.ModelJudge("judge"), **replies))
 
 
 def test_a_checkpoint_is_one_model_whatever_its_path_and_dtype(quickstart, tmp_path):

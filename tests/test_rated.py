@@ -78,7 +78,8 @@ def test_which_question_is_drawn_depends_on_seed_and_number_alone_and_is_stored(
 
     whole = affixes(range(2000))
     assert affixes([7, 3, 1999]) == [whole[i] for i in (7, 3, 1999)]
-    assert affixes(range(50), writer=lambda prompt, n, attempt: f" other {n} {attempt}\n\nHuman:") == whole[:50] != affixes(range(50), 1)
+    assert affixes(range(50), writer=lambda prompt, n, attempt: f" other {n} {attempt}\n\nHuman:") == whole[:50]
+    assert affixes(range(50), seed=1) != whole[:50]
     counts = Counter(whole)
     assert set(counts) == set(range(4)) and stats.chisquare(list(counts.values())).pvalue > 1e-4
 
@@ -154,7 +155,7 @@ def test_without_a_pair_nobody_is_asked():
 
 
 def test_a_task_without_questions_is_refused():
-    with pytest.raises(UserError, match="^task 'sandbox-harmless' has no questions to ask a rater; give it one for"):
+    with pytest.raises(UserError, match=r"^task 'sandbox-harmless' has no questions to ask a rater; give it one for"):
         RLAIF(None).check(dataclasses.replace(TASK, questions=()))
     with pytest.raises(UserError, match=r"RLAIF\.attempts=0 must be in"):
         RLAIF(None, attempts=0)

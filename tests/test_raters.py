@@ -178,10 +178,10 @@ def test_an_answer_of_several_tokens_is_refused_in_one_line(network):
 
 
 def test_logits_that_are_not_finite_are_refused_in_the_rater_s_name(network):
-    model, params, ask = network
+    _, params, ask = network
     broken = jax.tree.map(lambda x: x * np.nan, params)
     rater = language_model_rater(ask, broken, tokenizer(), FORMAT, batch=8, mesh=mesh(), owner="the rater 'r'")
-    with pytest.raises(UserError, match="^the rater 'r' gives logits that are not finite; its parameters are damaged"):
+    with pytest.raises(UserError, match=r"^the rater 'r' gives logits that are not finite; its parameters are damaged"):
         rater(*rows(3))
 
 
@@ -230,11 +230,11 @@ def test_a_rater_asks_in_the_order_in_which_it_is_given():
 
 def test_what_a_rater_or_judge_lacks_is_told_before_anything_runs():
     context = Context(experiment(), None, "base", mesh())
-    with pytest.raises(UserError, match="^base: task 'words' has no questions to ask a rater; give it one for each"):
+    with pytest.raises(UserError, match=r"^base: task 'words' has no questions to ask a rater; give it one for each"):
         aj.LanguageModelRater("other").check(context)
-    with pytest.raises(UserError, match="^base: the question of a language-model judge needs both answers"):
+    with pytest.raises(UserError, match=r"^base: the question of a language-model judge needs both answers"):
         aj.LanguageModelJudge("other", ASKED[0]._replace(other="")).check(context)
-    with pytest.raises(UserError, match="^base: a question's answer: .* is 2 tokens"):
+    with pytest.raises(UserError, match=r"^base: a question's answer: .* is 2 tokens"):
         aj.LanguageModelJudge("other", ASKED[0]._replace(other=" yes no")).check(context)
 
 

@@ -60,6 +60,8 @@ def pair_rows(stage: Path, split: str, form: PairForm) -> list[dict[str, Any]]:
     record = read_record(stage)
     if not record.get("finished"):
         raise UserError(f"{stage} is not finished; run it first")
+    if record["config"]["kind"] == "LoadReplies":
+        raise UserError(f"{stage} holds replies that stand alone, as its file does; name a stage of pairs")
     pairs = data.read_pairs(stage / data.PAIR_DATA, split)
     if form.labels:
         return [{name: pair[name] for name in Comparison._fields} for pair in pairs]

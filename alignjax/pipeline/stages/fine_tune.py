@@ -111,8 +111,8 @@ class FineTune:
         start = context.abstract(self.start)
         rows = read_stage_pairs(context, self.pairs, "train")
         if not (examples := encode_examples(rows, start.tokenizer, context.task)):
-            raise UserError(f"{context.name}: all {len(rows)} pairs of {self.pairs!r} have p = 1/2, and so no preferred "
-                            "reply; name another stage")  # fmt: skip
+            raise UserError(f"{context.name}: all {len(rows)} pairs of {self.pairs!r} have p = 1/2, and so no preferred"
+                            " reply; name another stage")  # fmt: skip
         corpus = packed_examples if start.model.forward else separate_examples
         batches = corpus(examples, self.row, self.loop.batch, context.seed(self.seed))
         learner, parts = self.learner(context)
