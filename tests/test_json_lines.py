@@ -8,7 +8,14 @@ import pytest
 from alignjax.errors import UserError
 from alignjax.pipeline.stages import LoadPairs
 from alignjax.tasks import dialogue, stories, summary
-from alignjax.tasks.json_lines import Comparison, read_comparison, read_prompts, read_rows, read_text_file
+from alignjax.tasks.json_lines import (
+    Comparison,
+    read_comparison,
+    read_demonstration,
+    read_prompts,
+    read_rows,
+    read_text_file,
+)
 from alignjax.training import data
 from tests.test_summary import given
 
@@ -56,8 +63,12 @@ READERS = {
     "hh": (lambda path: read_rows(path, "dialogues", dialogue.read_hh_comparison), HH, "chosen"),
     "openings": (stories.read_openings, OPENING, "prompt"),
     "posts": (summary.read_posts, {"post": "I ran"}, "post"),
+    "replies": (
+        lambda path: read_rows(path, "replies", read_demonstration),
+        {"prompt": "A cat", "completion": "sat"}, "completion",
+    ),
     "prompts": (read_prompts, {"prompt": "One day"}, "prompt"),
-}
+}  # fmt: skip
 every_reader = pytest.mark.parametrize(("read", "row", "field"), READERS.values(), ids=READERS)
 
 

@@ -157,6 +157,7 @@ def test_without_a_pair_nobody_is_asked():
 def test_a_task_without_questions_is_refused():
     with pytest.raises(UserError, match=r"^task 'sandbox-harmless' has no questions to ask a rater; give it one for"):
         RLAIF(None).check(dataclasses.replace(TASK, questions=()))
+    RLAIF(RATER).check(DIALOGUES)
     with pytest.raises(UserError, match=r"RLAIF\.attempts=0 must be in"):
         RLAIF(None, attempts=0)
 
@@ -337,6 +338,20 @@ def test_a_mixture_depends_on_its_seed_and_is_refused_where_pairs_are_too_few(tm
     for share in (1.0, -0.1):
         with pytest.raises(UserError, match=r"MixPairs\.share"):
             aj.MixPairs(first="a", second="b", share=share)
+
+
+def test_a_judge_is_no_rater_and_a_rater_no_judge():
+    label = aj.Label(generator="base", method=aj.RLAIF(aj.Oracle("longer")), split="train", prompts=8, writing=WRITING)
+    judged = dataclasses.replace(label, method=aj.Judged(RATER))
+    again = aj.Relabel(judge=aj.LanguageModelJudge("other"), sizes=SIZES, pairs="a")
+    whole = experiment(rlaif=label, judged=judged, again=again, a=given(3))
+    for name, words in {
+        "rlaif": r"^rlaif\.method: Oracle is no rater, which answers the task's questions; use LanguageModelRater, or",
+        "judged": r"^judged\.method: LanguageModelRater is a rater, which .* label with RLAIF, or use LanguageModelJ",
+        "again": r"^again\.judge: LanguageModelJudge is no rater, which",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            whole.stages[name].check(Context(whole, None, name, mesh()))
 
 
 def exposures(**stages):

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from alignjax.errors import check_range
-from alignjax.labeling.method import LabeledPair, Labeler, Labels, draw_replies
+from alignjax.errors import UserError, check_range
+from alignjax.labeling.method import LabeledPair, Labeler, Labels, RaterSpec, draw_replies
 from alignjax.tasks.task import Task
 
 
@@ -30,7 +30,10 @@ class Judged:
         check_range(self, 1, 2**20, "attempts")
 
     def check(self, task: Task) -> None:
-        """Does nothing: the judge is checked by its stage."""
+        """Raises UserError when the judge is a rater. All else of it is checked by its stage."""
+        if isinstance(self.judge, RaterSpec):
+            raise UserError(f"{type(self.judge).__name__} is a rater, which answers the task's questions; "
+                            "label with RLAIF, or use LanguageModelJudge")  # fmt: skip
 
     def label(self, labeler: Labeler, prompts: Sequence[str], numbers: Sequence[int]) -> Labels:
         """Labels one pair a prompt."""

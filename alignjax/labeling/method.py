@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from alignjax.sampling.generate import Generate
 from alignjax.tasks.task import Clean, Task
@@ -34,6 +34,13 @@ class Labeler(NamedTuple):
     task: Task
     judge: Any  # the method's own, opened: a Judge or a Rater; None where it has none
     seed: int
+
+
+@runtime_checkable
+class RaterSpec(Protocol):
+    """A rater as data, which a stage opens: it answers the task's questions, and a judge as data asks none."""
+
+    is_rater: bool  # true
 
 
 class LabelingMethod(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignjax.errors import UserError, check_range
-from alignjax.labeling.method import LabeledPair, Labeler, Labels, draw_replies
+from alignjax.labeling.method import LabeledPair, Labeler, Labels, RaterSpec, draw_replies
 from alignjax.preferences.raters import Rater, in_both_orders, preference_probability
 from alignjax.tasks.task import Task, Template
 
@@ -50,8 +50,9 @@ class RLAIF:
         check_range(self, 1, 2**20, "attempts")
 
     def check(self, task: Task) -> None:
-        """Raises UserError when the task has no questions, or no affixes to be positive with."""
+        """Raises UserError when the task has no questions, or the judge is no rater."""
         check_questions(task)
+        check_rater(self.judge)
 
     def label(self, labeler: Labeler, prompts: Sequence[str], numbers: Sequence[int]) -> Labels:
         """Labels one pair a prompt."""
@@ -81,3 +82,10 @@ def check_questions(task: Task) -> None:
     """Raises UserError when the task has no questions for a rater."""
     if not task.questions:
         raise UserError(f"task {task.name!r} has no questions to ask a rater; give it one for each affix pair")
+
+
+def check_rater(judge: Any) -> None:
+    """Raises UserError when a judge as data is no rater as data."""
+    if not isinstance(judge, RaterSpec):
+        raise UserError(f"{type(judge).__name__} is no rater, which answers the task's questions; "
+                        "use LanguageModelRater, or label with Judged")  # fmt: skip

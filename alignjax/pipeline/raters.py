@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from alignjax.errors import UserError
 from alignjax.fields import Kind, stage_input
@@ -31,6 +31,7 @@ class LanguageModelRater:
     """
 
     stage: str = stage_input(Kind.POLICY)
+    is_rater: ClassVar[bool] = True
 
     def check(self, context: Context) -> None:
         """Raises UserError when the task has no questions, or an answer is known not to be one token."""

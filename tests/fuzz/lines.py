@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 from alignjax.pipeline.stages import LoadPairs
 from alignjax.tasks import dialogue, stories, summary
-from alignjax.tasks.json_lines import ReadComparison, file_digest, read_comparison, read_prompts
+from alignjax.tasks.json_lines import (
+    ReadComparison,
+    file_digest,
+    read_comparison,
+    read_demonstration,
+    read_prompts,
+    read_rows,
+)
 from tests.fuzz import plain_readers
 from tests.fuzz.json_mutations import NESTED, WHOLE, entries, mutations, replaced, write
 from tests.fuzz.outcomes import Disagreement, Input
@@ -78,6 +85,19 @@ FORMATS = {
         ({"chosen": "\n\nHuman: A\n\nAssistant: b"},),
         lambda path: dialogue.read_dialogue_prompts(path, file_digest(path)),
         plain_readers.hh_prompt,
+    ),
+    "replies": Format(
+        (
+            {"prompt": "A cat", "completion": " sat."},
+            {"prompt": _said("user", "A cat"), "completion": _said("assistant", " sat.")},
+        ),
+        lambda path: read_rows(path, "replies", read_demonstration),
+        plain_readers.demonstration,
+    ),
+    "summaries": Format(
+        ({"title": "Mine", "post": "I ran.", "summary": " A run."},),
+        lambda path: read_rows(path, "replies", summary.read_tldr_demonstration),
+        plain_readers.summary,
     ),
     "openings": Format(({"prompt": "One day", "story": 13},), _openings, plain_readers.opening),
     "posts": Format(

@@ -95,13 +95,28 @@ def comparison(row: Any) -> tuple[str, str, str, float]:
     chosen = ("chosen" in row or "rejected" in row) and not {"first", "second", "p"} & set(row)
     if not chosen:
         return prompt(row), text(field(row, "first")), text(field(row, "second")), share(field(row, "p"))
+    asked = question(row)
+    return asked, reply(field(row, "chosen"), asked), reply(field(row, "rejected"), asked), 1.0
+
+
+def question(row: Any) -> str:
+    """Returns a prompt that is a text, or the message of a user."""
     asked = field(row, "prompt")
     if isinstance(asked, list):
         ((role, asked),) = messages(asked, 1)
         if role != "user":
             raise Wrong
-    asked = text(asked)
-    return asked, reply(field(row, "chosen"), asked), reply(field(row, "rejected"), asked), 1.0
+    return text(asked)
+
+
+def demonstration(row: Any) -> tuple[str, str]:
+    """{"prompt", "completion"} with texts or messages."""
+    return question(row), reply(field(row, "completion"), question(row))
+
+
+def summary(row: Any) -> tuple[str, str]:
+    """A post with its author's summary."""
+    return "summarize: " + post(row), text(field(row, "summary")).strip()
 
 
 def messages(value: Any, *counts: int) -> list[tuple[str, str]]:

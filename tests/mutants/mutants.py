@@ -19,6 +19,8 @@ COLLECT, SAMPLERS, LEARN = ("tests/test_collect.py",), ("tests/test_samplers.py"
 STAGES, WIRING, LABELING = ("tests/test_stages.py",), ("tests/test_wiring.py",), ("tests/test_labeling.py",)
 BRIDGE, HELD_OUT = ("tests/test_text_bridge.py",), ("tests/test_held_out.py",)
 LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
+RATERS, RATED = ("tests/test_raters.py",), ("tests/test_rated.py",)
+PAIR_STUDY, FINE_TUNE = ("tests/test_pair_study.py",), ("tests/test_fine_tune.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -336,5 +338,108 @@ MUTANTS = (
     Mutant(
         "a resumed labelling forgets what was counted", "alignjax/pipeline/stages/label.py",
         '[chunk["judge_counts"] for chunk in chunks]', "[counts]", CHAT,
+    ),
+    Mutant(
+        "every pair is asked the first question", "alignjax/preferences/raters.py",
+        "map(rater_text, questions, ", "map(rater_text, questions[:1] * len(prompts), ", RATERS,
+    ),
+    Mutant(
+        "every question has the answers of the first", "alignjax/preferences/raters.py",
+        "answers[full, 0], answers[full, 1]", "answers[0 * full, 0], answers[0 * full, 1]", RATERS,
+    ),
+    Mutant(
+        "the orders of a rater are added", "alignjax/preferences/raters.py",
+        "(forward - backward) / 2", "(forward + backward) / 2", RATERS,
+    ),
+    Mutant(
+        "an empty reply does not lose to a rater", "alignjax/preferences/raters.py",
+        "return np.where(first & second, log_odds, np.where(first == second, 0.0, outright))", "return log_odds",
+        RATERS,
+    ),
+    Mutant(
+        "an example of few_shot has the answer of the first", "alignjax/tasks/task.py",
+        "(question.answer if is_first else question.other)", "question.answer", RATERS,
+    ),
+    Mutant(
+        "RLAIF asks another question than it stores", "alignjax/labeling/rated.py",
+        "[row[3] for row in rows])", "[0 for row in rows])", RATED,
+    ),
+    Mutant(
+        "replies under a positive prompt are written under the negative one", "alignjax/labeling/rated.py",
+        "contrast(x, *task.affixes[i])", "contrast(x, *task.affixes[i][::-1])", RATED,
+    ),
+    Mutant(
+        "every question is the first", "alignjax/labeling/rated.py",
+        "for question in dict.fromkeys(task.questions)", "for question in task.questions[:1]", RATED,
+    ),
+    Mutant(
+        "RLAIF's label is of the exchanged pair", "alignjax/labeling/rated.py",
+        "LabeledPair(x, y, z, float(q), i)", "LabeledPair(x, z, y, float(q), i)", RATED,
+    ),
+    Mutant(
+        "RLCD calls the negative reply positive", "alignjax/labeling/rlcd.py",
+        "affix, int(swapped)", "affix, int(not swapped)", RATED,
+    ),
+    Mutant(
+        "a relabelling asks the first question alone", "alignjax/pipeline/stages/relabel.py",
+        '[row["affix"] for row in chunk]', "[0 for row in chunk]", RATED,
+    ),
+    Mutant(
+        "a relabelling forgets which reply was positive", "alignjax/pipeline/stages/relabel.py",
+        '{**row, "p": p}', '{**row, "p": p, "positive": -1}', RATED,
+    ),
+    Mutant(
+        "a relabelling forgets its rater", "alignjax/pipeline/stages/relabel.py",
+        "pairs.trained_against | judged.identity | judged.trained_against", "pairs.trained_against", HELD_OUT,
+    ),
+    Mutant(
+        "a mixture repeats pairs", "alignjax/pipeline/stages/relabel.py",
+        ".permutation(len(second))[:wanted]", ".integers(len(second), size=wanted)", RATED,
+    ),
+    Mutant(
+        "a mixture forgets its second stage", "alignjax/pipeline/stages/relabel.py",
+        "context.exposure(self.first, self.second)", "context.exposure(self.first)", HELD_OUT,
+    ),
+    Mutant(
+        "a study's judge reads the replies exchanged", "alignjax/pipeline/stages/pair_study.py",
+        '("prompt", "first", "second")', '("prompt", "second", "first")', PAIR_STUDY,
+    ),
+    Mutant(
+        "a study reads the pairs held out", "alignjax/pipeline/stages/pair_study.py",
+        'read_stage_pairs(context, stage, "train")', 'read_stage_pairs(context, stage, "held_out")', PAIR_STUDY,
+    ),
+    Mutant(
+        "the positive reply is always the first", "alignjax/labeling/statistics.py",
+        "np.where(positive == 0, pairs.judged < 0.5, pairs.judged > 0.5)", "pairs.judged < 0.5", PAIR_STUDY,
+    ),
+    Mutant(
+        "agreement depends on the order of the replies", "alignjax/labeling/statistics.py",
+        'frozenset((row["first"], row["second"]))', '(row["first"], row["second"])', PAIR_STUDY,
+    ),
+    Mutant(
+        "prompts are learned", "alignjax/pipeline/stages/fine_tune.py",
+        "[0] * len(prompt) + [1] * len(reply)", "[1] * len(prompt) + [1] * len(reply)", FINE_TUNE,
+    ),
+    Mutant(
+        "the loss of packed examples does not read what is learned", "alignjax/objectives/supervised.py",
+        "mask if batch.learned is None else mask & batch.learned[:, 1:]", "mask", FINE_TUNE,
+    ),
+    Mutant(
+        "the first reply is imitated", "alignjax/pipeline/stages/fine_tune.py",
+        'row["first" if row["p"] > 0.5 else "second"]', 'row["first"]', FINE_TUNE,
+    ),
+    Mutant(
+        "pairs held out are imitated", "alignjax/pipeline/stages/fine_tune.py",
+        'read_stage_pairs(context, self.pairs, "train")', 'read_stage_pairs(context, self.pairs, "held_out")',
+        FINE_TUNE,
+    ),
+    Mutant(
+        "the end of a reply is not learned", "alignjax/pipeline/stages/fine_tune.py",
+        'f"{task.format.before}{reply}"), end]', 'f"{task.format.before}{reply}")]', FINE_TUNE,
+    ),
+    Mutant(
+        "a fine-tuned policy has seen no pairs", "alignjax/pipeline/stages/fine_tune.py",
+        "context.derived_exposure(self.start) | context.exposure(self.pairs)", "context.derived_exposure(self.start)",
+        HELD_OUT,
     ),
 )  # fmt: skip

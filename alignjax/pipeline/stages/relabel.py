@@ -11,7 +11,7 @@ import numpy as np
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
 from alignjax.labeling.method import LabeledPair
-from alignjax.labeling.rated import Rating
+from alignjax.labeling.rated import Rating, check_rater
 from alignjax.pipeline.experiment import Context, Exposure, Program
 from alignjax.pipeline.raters import JudgeSizes, LanguageModelRater
 from alignjax.pipeline.stages.chunks import in_chunks
@@ -58,7 +58,11 @@ class Relabel:
         )
 
     def check(self, context: Context) -> None:
-        """Raises UserError when the rater is known to fail."""
+        """Raises UserError when the judge is no rater, or is known to fail."""
+        try:
+            check_rater(self.judge)
+        except UserError as error:
+            raise UserError(f"{context.name}.judge: {error}") from None
         self.judge.check(context)
 
     def programs(self, context: Context) -> tuple[Program, ...]:
