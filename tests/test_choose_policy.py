@@ -56,13 +56,14 @@ def line(tmp_path_factory):
 def test_the_policy_with_the_highest_mean_over_the_references_replies_is_the_result(line):
     whole, folder, judge = line
     replies = {
-        name: storage.read_json(folder / "best" / f"write-{name}.json") for name in ("first", "second", "reference")
+        name: storage.read_json(folder / "best" / f"replies-{name}.json")
+        for name in ("policy first", "policy second", "reference")
     }
-    assert judge.asked == [(replies[name], replies["reference"]) for name in ("first", "second")]
+    assert judge.asked == [(replies[f"policy {name}"], replies["reference"]) for name in ("first", "second")]
     assert len({tuple(texts) for texts in replies.values()}) == 3
     figures = storage.read_json(folder / "best" / "stage.json")["figures"]
     for name in ("first", "second"):
-        signs = [np.sign(len(a) - len(b)) for a, b in zip(replies[name], replies["reference"], strict=True)]
+        signs = [np.sign(len(a) - len(b)) for a, b in zip(replies[f"policy {name}"], replies["reference"], strict=True)]
         assert figures["preference"][name] == pytest.approx(0.5 + 0.5 * np.mean(signs))
     assert figures["chosen"] == max(figures["preference"], key=figures["preference"].get)
     context = Context(whole, folder, "best", sharding.make_mesh(whole.mesh))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import zlib
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -18,7 +18,7 @@ from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of, programs_of
 from alignjax.pipeline.judges import ModelJudge
 from alignjax.pipeline.raters import JudgeSizes
-from alignjax.pipeline.stages.writing import Writing
+from alignjax.pipeline.stages.writing import Writing, fitting_prompts
 from alignjax.training import metrics
 
 
@@ -42,6 +42,7 @@ class ChoosePolicy:
     meanings: ClassVar[dict[str, str]] = {
         "chosen": "the policy that was chosen",
         "prompts": "compared on",
+        "too_long": "prompts longer than every bucket, left out",
         "preference": "mean of P(policy > reference) by the judge",
     }
 
@@ -49,6 +50,11 @@ class ChoosePolicy:
         check_range(self, 1, math.inf, "prompts")
         if not self.policies:
             raise UserError("ChoosePolicy.policies is empty; name one")
+        if self.split == "test":
+            raise UserError("ChoosePolicy.split='test' would choose by what is measured later; name validation")
+        for name in self.policies:
+            if not re.fullmatch(r"[\w. +-]+", name):
+                raise UserError(f"{name!r} cannot name a policy, because it names a file; use letters and digits")
 
     def network(self, context: Context) -> NetworkSpec | None:
         """Returns the network of the first policy, without heads: the policies must be alike."""
@@ -87,38 +93,32 @@ class ChoosePolicy:
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Has every policy answer, compares them, and writes the network of the best."""
-        prompts = list(context.task.source.prompts(self.split, self.prompts, context.seed(self.seed)))
-        stages = {"write reference": self.reference, **{f"write {name}": s for name, s in self.policies.items()}}
-        replies = {}
-        with metrics.progress_bar(len(stages), 0, context.name, "policy") as bar:
-            for name, stage in stages.items():
-                own = programs_of(
-                    programs, "write reference" if stage == self.reference else "write", self.writing.buckets
-                )
-                replies[name] = self.replies(context, own, name, stage, prompts)
+        every = context.task.source.prompts(self.split, self.prompts, context.seed(self.seed))
+        prompts, too_long = fitting_prompts(context, self.reference, self.writing, every)
+        write = function_of(programs, "write", self.writing.buckets)
+        with metrics.progress_bar(1 + len(self.policies), 0, context.name, "policy") as bar:
+            reference = function_of(programs, "write reference", self.writing.buckets)
+            base, replies = self.replies(context, reference, "reference", self.reference, prompts), {}
+            for name, stage in self.policies.items():
                 bar.update()
-                context.stop_if_preempted()
+                replies[name] = self.replies(context, write, f"policy {name}", stage, prompts)
+            bar.update()
         judge = self.judge.open(context, programs_of(programs, "judge"), self.sizes())
-        base, means = replies.pop("write reference"), {}
-        for name, texts in replies.items():
-            means[name.removeprefix("write ")] = float(np.mean(judge(prompts, texts, base)))
+        means = {name: float(np.mean(judge(prompts, texts, base))) for name, texts in replies.items()}
         context.release()
         chosen = max(means, key=lambda name: means[name])
         network = dataclasses.replace(context.load(self.policies[chosen]), heads={})
         networks.save(context.folder, network)
-        return {"chosen": chosen, "prompts": len(prompts), "preference": means}
+        return {"chosen": chosen, "prompts": len(prompts), "too_long": too_long, "preference": means}
 
-    def replies(
-        self, context: Context, programs: tuple[Program, ...], name: str, stage: str, prompts: Sequence[str]
-    ) -> list[str]:
+    def replies(self, context: Context, write: Any, name: str, stage: str, prompts: list[str]) -> list[str]:
         """Returns a policy's replies, empty where the task's filter refuses one. Each policy's are kept in a file."""
-        path = context.folder / f"{name.replace(' ', '-')}.json"
+        path = context.folder / f"replies-{name}.json"
         if not context.hosts.broadcast(path.exists):
             key = jax.random.fold_in(context.key(self.seed), zlib.crc32(name.encode()) % 2**31)
-            write = function_of(programs, programs[0].name.rsplit(" ", 1)[0], self.writing.buckets)
-            generate = self.writing.generator(context, context.load(stage), write, key)
-            drawn = generate(prompts, range(len(prompts)), 0)
-            storage.write_json(path, [context.task.clean(reply.text) or "" if reply else "" for reply in drawn])
+            drawn = self.writing.generator(context, context.load(stage), write, key)(prompts, range(len(prompts)), 0)
+            storage.write_json(path, [context.task.clean(reply.text) or "" for reply in drawn if reply])
             context.release()  # one policy at a time
         context.hosts.barrier(f"the replies of {name}")
+        context.stop_if_preempted()
         return list(storage.read_json(path))
