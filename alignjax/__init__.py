@@ -63,6 +63,7 @@ _PUBLIC = {
     "alignjax.pipeline.experiment": ("Context", "Experiment", "Exposure", "Program"),
     "alignjax.pipeline.stages": (
         "Finding",
+        "ChoosePolicy",
         "Critic",
         "FineTune",
         "FitPreference",

@@ -250,13 +250,17 @@ class Extras(NamedTuple):
     """What an algorithm with more than a loss adds to it."""
 
     heads: Callable[[int], Params] = no_heads
-    """width -> the first heads that are trained beside the policy, such as a critic's."""
+    """width -> the first heads that are trained beside the policy. A critic's is called "value"."""
     prepare: Callable[[Roles, PreferenceBatch, PolicyFunctions], PreferenceBatch] = keep_batch
     """Returns the batch with what must be computed before the policy moves, such as a critic's values."""
     controls: Callable[[], Params] = no_controls
     """() -> the first values of what the objective adjusts itself, such as a coefficient that follows the KL."""
     adapt: Callable[[Params, PreferenceBatch], Params] = keep_controls
     """(controls, batch) -> the controls after a batch was learned from."""
+    last_epoch: tuple[str, ...] = ()
+    """Metrics that are means over the last epoch of a batch; the others are over the first."""
+    whole_minibatch: bool = False
+    """Whether the loss of a minibatch is not the mean of those of its parts, so that ``accumulate`` would change it."""
 
 
 class Objective(Protocol):

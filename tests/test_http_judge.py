@@ -16,6 +16,7 @@ from alignjax.errors import RunAgain, UserError
 from alignjax.pipeline.config import load
 from alignjax.pipeline.experiment import Context
 from alignjax.pipeline.stages import Label, Tournament, Writing
+from alignjax.pipeline.stages import tournament as tournament_stage
 from alignjax.preferences import judges
 from alignjax.preferences.http_answers import Answer, request_digest
 from alignjax.preferences.http_judge import (
@@ -439,7 +440,7 @@ def tournament(monkeypatch):
         for n, t in REPLIES.items()
     }  # fmt: skip
     monkeypatch.setattr(Tournament, "write", lambda *_: iter(written.items()))
-    monkeypatch.setattr(Tournament, "fitting", lambda self, context, prompts: (list("wxyz"), 0))
+    monkeypatch.setattr(tournament_stage, "fitting_prompts", lambda *arguments: (list("wxyz"), 0))
 
 
 def test_a_tournament_writes_and_shows_the_judge_s_figures_and_asks_nothing_twice(tournament, tmp_path):

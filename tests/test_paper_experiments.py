@@ -22,10 +22,12 @@ from alignjax.types import Role
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 RLCD, TLDR, LLAMA = (EXPERIMENTS / f"{n}.py" for n in ("rlcd/harmless_7b", "nlhf/tldr_t5_xl", "nlhf/llama_70b"))
+OUTLINE = EXPERIMENTS / "rlcd/outline_7b.py"
 ARMS = ["rlhf", "sp", "md1", "md2", "md3", "md4", "md5", "md6", "br", "ema1", "ema2"]
 EACH = [
     (RLCD, {}, ["base", "pairs", "rlaif_pairs", "rescore_pairs", "human", "human_test", "reward", "rlaif_reward"]),
     (RLCD, {"labeller": "30b", "attribute": "helpful"}, ["base", "labeller", "pairs"]),
+    (OUTLINE, {}, ["base", "pairs", "rlaif_pairs", "rescore_pairs", "reward", "rlaif_reward", "rescore_reward"]),
     (TLDR, {}, ["sft", "reader", "rater", "pairs", "truth", "preference", "reward", "judge", *ARMS]),
     (TLDR, {"replies": "posts.jsonl"}, ["base", "replies", "sft", "reader", "rater", "pairs", "truth", "preference"]),
     (LLAMA, {}, ["base", "small", "pairs", "preference", "judge", "nash_md", "self_play"]),
@@ -52,7 +54,10 @@ def test_every_leaf_can_be_set(file, settings, first):
     texts = {Role: lambda role: role.name, str: str}
     same = {path: texts.get(type(value), repr)(value) for path, value in leaves.items()}
     assert describe(config.override(experiment, same)) == describe(experiment)
-    assert {"mesh.tensor", "stages.pairs.path" if file != RLCD else "stages.pairs.prompts"} <= leaves.keys()
+    assert {
+        "mesh.tensor",
+        "stages.pairs.path" if file not in (RLCD, OUTLINE) else "stages.pairs.prompts",
+    } <= leaves.keys()
 
 
 @pytest.mark.parametrize(("file", "name", "count"), [

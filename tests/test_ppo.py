@@ -11,9 +11,12 @@ import pytest
 
 from alignjax import losses
 from alignjax.errors import UserError
-from alignjax.objectives import PPO, GroupGradient
+from alignjax.models.build import build
+from alignjax.models.config import TransformerConfig
+from alignjax.models.heads import apply_head
+from alignjax.objectives import PPO, GroupGradient, KLTarget
 from alignjax.training import presets
-from alignjax.training.learn import LEARN, init_state, make_learn, step_key
+from alignjax.training.learn import LEARN, UpdateSchedule, batch_metrics, init_state, make_learn, step_key
 from alignjax.training.loop import Loop
 from alignjax.training.optimizer import Adam
 from alignjax.types import Completion, PolicyFunctions, PreferenceBatch, Prompt, Response, Roles
@@ -84,7 +87,7 @@ def test_three_steps_of_ppo_are_the_referees_number_by_number(name):
         objective, policy = found.objective, tabular(found.temperature)
         optimizer = found.adam.build(STEPS, found.loop.schedule.updates)
         loss = partial(objective, policy=policy)
-        learn = jax.jit(make_learn(loss, optimizer, found.loop.schedule, adapt=objective.extras.adapt))
+        learn = jax.jit(make_learn(loss, optimizer, found.loop.schedule, extras=objective.extras))
         state = init_state(parameters(first), optimizer, jax.random.key(7), False, objective.extras.controls())
         keys = [step_key(dataclasses.replace(state, step=step), LEARN) for step in range(STEPS)]
         orders = np.array([row_orders(key, found.loop) for key in keys])
@@ -296,3 +299,74 @@ def test_averages_over_tokens():
 def test_settings_of_ppo_out_of_range_are_refused(field):
     with pytest.raises(UserError, match=rf"PPO\.{field}=-1.0"):
         PPO(**{"tau": 0.1, field: -1.0})
+
+
+def test_only_k1_has_the_gradient_of_the_kl_when_it_is_paid_as_a_reward():
+    """E[grad log pi (y) k(y)], for one token. k3's is that of KL(pi, mu) - KL(mu, pi), so PPO refuses it."""
+    logits, mu = np.random.default_rng(0).normal(size=(2, 4))
+    mu = jax.nn.log_softmax(jnp.asarray(mu))
+
+    def paid(estimator):
+        def surrogate(logits):
+            logp = jax.nn.log_softmax(logits)
+            held = jax.lax.stop_gradient(logp)
+            return jnp.sum(jnp.exp(held) * logp * estimator(held - mu))
+
+        return np.asarray(jax.grad(surrogate)(jnp.asarray(logits)))
+
+    def forward(x):
+        return jnp.sum(jnp.exp(jax.nn.log_softmax(x)) * (jax.nn.log_softmax(x) - mu))
+
+    def reverse(x):
+        return jnp.sum(jnp.exp(mu) * (mu - jax.nn.log_softmax(x)))
+
+    kl, other = (np.asarray(jax.grad(f)(jnp.asarray(logits))) for f in (forward, reverse))
+    np.testing.assert_allclose(paid(losses.k1), kl, atol=1e-6)
+    np.testing.assert_allclose(paid(losses.k3), kl - other, atol=1e-6)
+    for estimator in (losses.k2, losses.k3):
+        with pytest.raises(UserError, match="not its gradient"):
+            PPO(tau=0.1, kl=estimator)
+
+
+def test_a_batch_shows_its_largest_gradient_and_what_is_asked_of_its_last_epoch():
+    updates = {"gradient_norm": jnp.array([1.0, 2.0, jnp.nan, 3.0]), "clipped": jnp.arange(4.0), "kl": jnp.arange(4.0)}
+    found = batch_metrics(updates, UpdateSchedule(epochs=2, minibatches=2), ("clipped",))
+    assert np.isnan(found["gradient_norm"]) and found["clipped"] == 2.5 and found["kl"] == 0.5
+    fine = batch_metrics({"gradient_norm": jnp.array([1.0, 4.0, 2.0])}, UpdateSchedule(epochs=3), ())
+    assert fine["gradient_norm"] == 4.0
+
+
+@pytest.mark.parametrize("places", [losses.all_places, losses.one_past_the_end, losses.real_tokens])
+def test_no_value_depends_on_how_much_padding_there_is(places):
+    """Nor does one behind the end of a response, which the presets of published code learn from."""
+    config = TransformerConfig(vocab_size=8, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, hidden=32)
+    model = build(config)
+    params = jax.tree.map(lambda x: 3 * x, model.init(jax.random.key(0)))
+    completion = Completion(np.array([[3, 4, 0, 0, 0]], np.int32), np.array([[True, True, False, False, False]]))
+    short, long = (
+        Prompt(np.pad([[5, 6, 7]], ((0, 0), (n, n))).astype(np.int32), np.pad([[True] * 3], ((0, 0), (n, n))))
+        for n in (0, 6)
+    )
+    head = {"kernel": np.random.default_rng(0).normal(size=16).astype(np.float32)}
+    mask = np.asarray(places(completion.mask))
+    values = [apply_head(head, model.completion_states(params, prompt, completion)) for prompt in (short, long)]
+    np.testing.assert_allclose(*(np.asarray(v)[mask] for v in values), atol=1e-4)
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"tau": 0.0, "target": KLTarget()}, "stays 0"), ({"tau": 0.1, "penalty": float("nan")}, "penalty=nan"),
+    ({"tau": 0.1, "penalty": -float("inf")}, "penalty=-inf"),
+])  # fmt: skip
+def test_settings_of_ppo_that_cannot_work_are_refused(settings, words):
+    with pytest.raises(UserError, match=words):
+        PPO(**settings)
+
+
+def test_a_horizon_that_is_shorter_than_a_batch_is_refused():
+    completion = Completion(np.zeros((8, 1), np.int32), np.ones((8, 1), bool))
+    zeros = np.zeros((8, 1))
+    batch = PreferenceBatch(completion, (Response(completion, zeros, zeros),), jnp.zeros((8, 1, 1)), zeros)
+    with pytest.raises(UserError, match="raise it"):
+        PPO(tau=0.1, target=KLTarget(horizon=1.6)).adapt({"tau": jnp.float32(0.1)}, batch)
+    with pytest.raises(UserError, match="whole number"):
+        GroupGradient(2.5, losses.leave_one_out, losses.score_function, losses.mean_of_sums)

@@ -19,7 +19,7 @@ from alignjax.pipeline.experiment import Context, order
 from alignjax.pipeline.stages import fit_preference as fit
 from alignjax.pipeline.stages import pair_batches
 from alignjax.pipeline.stages.pretrain import pack_documents
-from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops
+from alignjax.pipeline.stages.writing import fitting_prompts, stop_tokens, unseen_stops
 from alignjax.sampling.generate import assign_buckets
 from alignjax.tasks.task import Format
 from alignjax.training import collect
@@ -186,9 +186,9 @@ def test_a_tournament_asks_nobody_what_is_too_long():
     table = load_module(FILE).get_config().stages["table"]
     network = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
     context = SimpleNamespace(abstract=lambda name: network, name="table")
-    assert table.fitting(context, ["a" * 80, "b" * 81, "c"]) == (["a" * 80, "c"], 1)
+    assert fitting_prompts(context, "base", table.writing, ["a" * 80, "b" * 81, "c"]) == (["a" * 80, "c"], 1)
     with pytest.raises(UserError, match=r"all 1 prompts are longer than 80 tokens; add a larger one to table\.writing"):
-        table.fitting(context, ["b" * 81])
+        fitting_prompts(context, "base", table.writing, ["b" * 81])
 
 
 def test_prompts_go_to_the_smallest_bucket_that_holds_them():

@@ -20,12 +20,19 @@ def k1(log_ratio: Array) -> Array:
 
 
 def k2(log_ratio: Array) -> Array:
-    """Returns (log pi/mu)^2 / 2: never negative, and biased by third order in the log-ratio."""
+    """Returns (log pi/mu)^2 / 2: never negative, and biased by third order in the log-ratio.
+
+    It estimates the value of the KL. Paid as a reward it does not have the KL's gradient, which k1 has.
+    """
     return log_ratio**2 / 2
 
 
 def k3(log_ratio: Array) -> Array:
-    """Returns mu/pi - 1 - log mu/pi: never negative, and for y ~ pi its mean is KL(pi, mu), exactly."""
+    """Returns mu/pi - 1 - log mu/pi: never negative, and for y ~ pi its mean is KL(pi, mu), exactly.
+
+    It estimates the value of the KL. Paid as a reward its gradient is that of KL(pi, mu) - KL(mu, pi), which vanishes
+    to first order near the reference; in a loss it is that of KL(mu, pi).
+    """
     return jnp.expm1(-log_ratio) + log_ratio
 
 

@@ -124,9 +124,14 @@ def attend(
 
 
 def causal_mask(segments: Array) -> Array:
-    """Returns the mask [B, T, T] of segments [B, T]: query t attends to key s <= t of its own segment, 0 excepted."""
+    """Returns the mask [B, T, T] of segments [B, T]: query t attends to key s <= t of its own segment, 0 excepted.
+
+    Nothing attends to padding, which is segment 0. Padding attends to all real tokens before it: what is computed there
+    does not depend on how much padding there is.
+    """
     length = segments.shape[1]
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+    query, key = segments[:, :, None], segments[:, None, :]
+    same = ((query == key) | (query == 0)) & (key > 0)
     return same & jnp.tril(jnp.ones((1, length, length), bool))
 
 

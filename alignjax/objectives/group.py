@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from alignjax import losses
-from alignjax.errors import check_range
+from alignjax.errors import UserError, check_range
 from alignjax.objectives.scoring import (
     KL_MEANING,
     LENGTH_MEANING,
@@ -49,8 +49,10 @@ class GroupGradient:
     }
 
     def __post_init__(self) -> None:
-        check_range(self, 2, math.inf, "responses")
+        if not isinstance(self.responses, int) or self.responses < 2:
+            raise UserError(f"GroupGradient.responses={self.responses!r} must be a whole number from 2 on")
         check_range(self, 0, math.inf, "tau")
+        check_range(self, -math.inf, math.inf, "penalty")
 
     @property
     def scored(self) -> tuple[int, ...]:

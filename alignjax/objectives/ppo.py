@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from alignjax import losses
-from alignjax.errors import POSITIVE, check_range
+from alignjax.errors import POSITIVE, UserError, check_range
 from alignjax.models.heads import apply_head, init_head
 from alignjax.objectives.scoring import (
     KL_MEANING,
@@ -62,7 +62,7 @@ class PPO:
     """
 
     tau: float  # reward per nat; the first value where there is a ``target``
-    kl: Callable[[Array], Array] = losses.k1  # the estimator of a token's KL, from log pi/mu
+    kl: Callable[[Array], Array] = losses.k1  # a token's KL as it is paid, from log pi/mu; losses.clamped_k1 is biased
     target: KLTarget | None = None  # None: tau stays as it is
     discount: float = 1.0
     gae_lambda: float = 0.95
@@ -84,8 +84,8 @@ class PPO:
         "reward": "r(x, y), or the penalty, nats",
         "tau": "reward per nat of KL",
         "value_loss": "half the squared error of the critic, clipped, a token",
-        "approximate_kl": "half the squared change of a token's log-prob since it was drawn",
-        "clipped": "share of tokens whose ratio is clipped",
+        "approximate_kl": "half the squared change of a token's log-prob since it was drawn, in the last epoch",
+        "clipped": "share of tokens whose ratio is clipped, in the last epoch",
         "kl": KL_MEANING,
         "length": LENGTH_MEANING,
     }
@@ -94,11 +94,19 @@ class PPO:
         check_range(self, 0, math.inf, "tau", "value_coefficient")
         check_range(self, POSITIVE, math.inf, "clip", "value_clip")
         check_range(self, 0, 1, "discount", "gae_lambda")
+        if self.penalty is not None:
+            check_range(self, -math.inf, math.inf, "penalty")
+        if self.kl in (losses.k2, losses.k3):
+            raise UserError("PPO.kl is paid as a reward, and k2 and k3 have the KL's value but not its gradient there; "
+                            "use losses.k1")  # fmt: skip
+        if self.target and self.tau == 0:
+            raise UserError("PPO.tau=0 stays 0, whatever the KL; give its first value, such as 0.15")
 
     @property
     def extras(self) -> Extras:
         """A value head, advantages before the policy moves, and tau, which may follow the KL."""
-        return Extras(_value_head, self.prepare, self.controls, self.adapt)
+        last = ("approximate_kl", "clipped")
+        return Extras(_value_head, self.prepare, self.controls, self.adapt, last, self.whiten_minibatches)
 
     def controls(self) -> Params:
         """Returns the first tau."""
@@ -110,6 +118,9 @@ class PPO:
             return controls
         kl = jnp.mean(jnp.sum(self.token_kl(batch.responses[0]), -1))
         rows = len(batch.prompt.tokens)
+        if rows >= 5 * self.target.horizon:
+            raise UserError(f"PPO.target.horizon={self.target.horizon:g} lets tau change its sign in a batch of "
+                            f"{rows}; raise it")  # fmt: skip
         return {
             "tau": losses.adapted_coefficient(
                 controls["tau"], kl, rows, target=self.target.kl, horizon=self.target.horizon
@@ -118,7 +129,7 @@ class PPO:
 
     def prepare(self, roles: Roles, batch: PreferenceBatch, policy: PolicyFunctions) -> PreferenceBatch:
         """Returns the batch with rewards, values and advantages of the policy that wrote it."""
-        response, tau = batch.responses[0], roles.controls["tau"]
+        response, tau = batch.responses[0], roles.controls.get("tau", self.tau)
         mask = response.completion.mask
         last = losses.last_place(self.score_places(mask))
         reward = losses.token_rewards(self.token_kl(response), self.score(batch), last, tau)

@@ -16,6 +16,7 @@ from alignjax.distributed.hosts import Hosts
 from alignjax.errors import RunAgain, UserError
 from alignjax.fields import stage_inputs
 from alignjax.models.build import build
+from alignjax.models.model import tempered
 from alignjax.models.tokenizer import Tokenizer, placeholder_tokenizer
 from alignjax.pipeline import networks
 from alignjax.pipeline.fingerprint import fingerprint, input_names
@@ -242,7 +243,8 @@ class Context:
             assert self.workdir is not None
             networks.check_base(self.workdir, name, record.shared_base)
         tokenizer, digest = self._tokenizer(name, record)
-        network = Network(name, build(record.config), tokenizer, digest, base={}, chat=record.chat)
+        model = tempered(build(record.config), record.temperature)
+        network = Network(name, model, tokenizer, digest, base={}, chat=record.chat, temperature=record.temperature)
         return networks.fill_network(network, record, base, self.mesh, read)
 
 

@@ -36,7 +36,7 @@ _REPLIES = (
 
 
 def export(stage: Path, folder: Path, merge: bool) -> str:
-    """Writes ``stage`` = WORKDIR/NAME as the folder; returns a line that says what it is.
+    """Writes ``stage`` = WORKDIR/NAME as the folder; returns a line that says what it is, and its temperature if not 1.
 
     A policy becomes a checkpoint of its family; adapters a PEFT folder, or with ``merge`` the merged checkpoint; a
     Bradley-Terry model the family's sequence classification, where it is decoder-only. Any other preference model is
@@ -46,8 +46,9 @@ def export(stage: Path, folder: Path, merge: bool) -> str:
     if folder.exists():
         raise UserError(f"{folder} exists; choose another folder")
     network = load_network(stage, sharding.make_mesh(sharding.Mesh(data=1, fsdp=-1)))
+    is_tempered = f"; it is the policy at temperature {network.temperature:g}" if network.temperature != 1 else ""
     if network.shared_base and network.shared_base.lora and not merge:
-        return _export_adapters(network, stage, folder)
+        return _export_adapters(network, stage, folder) + is_tempered
     params, config = network.merged(), network.model.config
     folder.parent.mkdir(parents=True, exist_ok=True)
     if "reward" in network.heads and not isinstance(config, T5Config):
@@ -60,7 +61,9 @@ def export(stage: Path, folder: Path, merge: bool) -> str:
     if description:
         _write_preference(partial, network, description)
     partial.rename(folder)
-    return f"{folder}: {'a preference model' if description else 'a policy'}, of the family {config.family}"
+    return (
+        f"{folder}: {'a preference model' if description else 'a policy'}, of the family {config.family}{is_tempered}"
+    )
 
 
 def _export_adapters(network: Network, stage: Path, folder: Path) -> str:

@@ -52,6 +52,7 @@ class NetworkRecord:
     heads: dict[str, Any]  # name -> nested shapes
     chat: bool
     shared_base: SharedBase | None
+    temperature: float = 1.0  # the network is softmax(logits / temperature)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Network:
     heads: Params = dataclasses.field(default_factory=dict)  # what a preference model has beside its backbone
     shared_base: SharedBase | None = None
     chat: bool = False
+    temperature: float = 1.0  # ``model`` has it in its logits
 
     @functools.cached_property  # one overlay, so that every user of the network shares its arrays
     def params(self) -> Params:
@@ -93,7 +95,8 @@ def read_network_record(folder: Path) -> NetworkRecord:
         if shared is not None:
             spec = shared["lora"] and Lora(**{**shared["lora"], "targets": tuple(shared["lora"]["targets"])})
             shared = SharedBase(shared["stage"], spec, shared["fingerprint"])
-        return NetworkRecord(config, found["dtype"], found["heads"], bool(found["chat"]), shared)
+        temperature = float(found.get("temperature", 1.0))
+        return NetworkRecord(config, found["dtype"], found["heads"], bool(found["chat"]), shared, temperature)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no model ({one_line(error)}); run its stage first") from None
 
@@ -110,7 +113,8 @@ def save(folder: Path, network: Network) -> None:
     if shared:
         shared = dataclasses.replace(shared, fingerprint=stage_fingerprint(folder.parent / shared.stage))
     dtype = str(backbone[0].dtype) if backbone and not shared else "float32"
-    record = NetworkRecord(network.model.config, dtype, head_shapes(network.heads), network.chat, shared)
+    heads = head_shapes(network.heads)
+    record = NetworkRecord(network.model.config, dtype, heads, network.chat, shared, network.temperature)
     storage.write_json(folder / "model.json", {**dataclasses.asdict(record), "config": to_json(record.config)})
 
 

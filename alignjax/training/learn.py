@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from alignjax.types import Array, Key, Loss, Metrics, Params, TrainState, keep_controls
+from alignjax.types import Array, Extras, Key, Loss, Metrics, Params, TrainState
 
 COLLECT, LEARN = 0, 1
 """Numbers folded into a step's key: COLLECT for drawing, LEARN for the objective."""
 
-LEARN_MEANINGS = {"gradient_norm": "global norm of the gradient before clipping"}
+LEARN_MEANINGS = {"gradient_norm": "global norm of the gradient before clipping, the largest of a batch"}
 """What the metrics show that ``learn`` adds to the objective's."""
 
 Assemble = Callable[[Params, Any], Params]
@@ -69,14 +69,15 @@ def make_learn(
     schedule: UpdateSchedule = UpdateSchedule(),
     assemble: Assemble = all_trained,
     average_decay: float | None = None,
-    adapt: Callable[[Params, Any], Params] = keep_controls,
+    extras: Extras = Extras(),
 ) -> Learn:
     """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once:
 
         average <- average_decay * average + (1 - average_decay) * params.
 
-    Where only adapters are trained, ``assemble`` lays them over a frozen base. ``adapt`` is the objective's
-    (``types.Extras``). Metrics are means over the first epoch, which meets every row once.
+    Where only adapters are trained, ``assemble`` lays them over a frozen base. ``extras`` are the objective's.
+    Metrics are means over the first epoch, which meets every row once, or over the last for those that ``extras``
+    names; the norm of the gradient is the largest of all updates.
     """
     gradient = accumulated_gradient(loss, assemble, schedule.accumulate)
 
@@ -93,10 +94,11 @@ def make_learn(
             state, metrics = update(state, frozen, batch, key)
         else:
             state, metrics = over_minibatches(update, schedule, state, frozen, batch, key)
+            metrics = batch_metrics(metrics, schedule, extras.last_epoch)
         average = state.average
         if average_decay is not None:
             average = jax.tree.map(lambda a, p: average_decay * a + (1 - average_decay) * p, average, state.params)
-        controls = adapt(state.controls, batch)
+        controls = extras.adapt(state.controls, batch)
         return dataclasses.replace(state, step=state.step + 1, average=average, controls=controls), metrics
 
     return learn
@@ -110,7 +112,7 @@ def over_minibatches(
     batch: Any,
     key: Key,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after ``schedule.updates`` updates, and the mean metrics.
+    """Returns the state after ``schedule.updates`` updates, and the metrics of each, [updates].
 
     Every epoch shuffles the rows anew.
     """
@@ -122,8 +124,14 @@ def over_minibatches(
         minibatch = jax.tree.map(lambda x: jnp.asarray(x)[order[part]], batch)
         return update(state, frozen, minibatch, jax.random.fold_in(key, schedule.epochs + number))
 
-    state, metrics = jax.lax.scan(update_number, state, jnp.arange(schedule.updates))
-    return state, jax.tree.map(lambda x: jnp.mean(x[: schedule.minibatches]), metrics)
+    return jax.lax.scan(update_number, state, jnp.arange(schedule.updates))
+
+
+def batch_metrics(metrics: Metrics, schedule: UpdateSchedule, last_epoch: tuple[str, ...]) -> Metrics:
+    """Returns the metrics of a batch from those of its updates, each [updates]; a NaN of the gradient stays."""
+    first, last = slice(None, schedule.minibatches), slice(-schedule.minibatches, None)
+    means = {name: jnp.mean(values[last if name in last_epoch else first]) for name, values in metrics.items()}
+    return {**means, "gradient_norm": jnp.max(metrics["gradient_norm"])}
 
 
 def accumulated_gradient(

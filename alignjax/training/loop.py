@@ -24,7 +24,7 @@ from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
 from alignjax.types import Extras, Key, Loss, Metrics, Params, Rules, TrainState
 
-_BAR_METRICS = ("nll", "loss", "accuracy", "preference", "kl", "length")  # shown beside the progress bar
+_BAR_METRICS = ("nll", "loss", "accuracy", "preference", "reward", "kl", "length")  # shown beside the progress bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ class LearnerSpec(NamedTuple):
         """Returns the jitted functions for parameters of these shapes on the mesh."""
         optimizer = self.adam.build(self.loop.steps, self.loop.schedule.updates)
         schedule, extras = self.loop.schedule, self.extras
-        learn = make_learn(self.loss, optimizer, schedule, self.assemble, self.average_decay, extras.adapt)
+        learn = make_learn(self.loss, optimizer, schedule, self.assemble, self.average_decay, extras)
 
         def init(params: Params, key: Key) -> TrainState:
             return init_state(params, optimizer, key, self.average_decay is not None, extras.controls())

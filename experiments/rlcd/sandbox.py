@@ -9,6 +9,8 @@ question, labels two replies to the plain prompt, in one order as in the paper. 
 Each fits a reward model, against which PPO optimises the policy. ``distilled`` is fine-tuned on the replies under
 positive prompts.
 ``nash_md`` and ``gradient`` take RLCD's labels too: they and PPO draw the same number of replies. The oracle judges.
+
+The defaults are the setting of appendix N: latent means 3 apart, and a rater who is right in 3 of 4 pairs.
 """
 
 from dataclasses import replace
@@ -22,8 +24,9 @@ REPLY = 28  # tokens
 STEPS, BATCH = 70, 48
 
 
-def get_config(small: bool = False, gap: float = 2.0) -> aj.Experiment:
-    """Returns the study; ``gap`` is the distance of the latent means under a positive and a negative prompt."""
+def get_config(small: bool = False, gap: float = 3.0, rater_error: float = 0.25) -> aj.Experiment:
+    """Returns the study. ``gap`` is the distance of the latent means under a positive and a negative prompt;
+    ``rater_error`` is how often raters are wrong in the corpus that the base learns from."""
     writing = aj.Writing(max_new_tokens=REPLY, buckets=(32, 104), batch=128)
     sizes = aj.JudgeSizes(batch=128, prompt=TWO_TURNS, reply=REPLY)
     base = aj.Pretrain(
@@ -78,9 +81,9 @@ def get_config(small: bool = False, gap: float = 2.0) -> aj.Experiment:
         prompts=600,
         writing=replace(writing, buckets=(ONE_TURN, TWO_TURNS)),
     )
-    world, truth_prompts = sandbox.World(mean_gap=gap), 512
+    world, truth_prompts = sandbox.World(mean_gap=gap, rater_error=rater_error), 512
     if small:
-        world = sandbox.World(nouns=8, verbs=6, two_turns=0.0, mean_gap=gap)
+        world = sandbox.World(nouns=8, verbs=6, two_turns=0.0, mean_gap=gap, rater_error=rater_error)
         base = replace(
             base,
             model=replace(base.model, vocab_size=576, width=96, layers=2, heads=4, kv_heads=2, head_dim=24, hidden=192),

@@ -21,6 +21,7 @@ BRIDGE, HELD_OUT = ("tests/test_text_bridge.py",), ("tests/test_held_out.py",)
 LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
 RATERS, RATED = ("tests/test_raters.py",), ("tests/test_rated.py",)
 PAIR_STUDY, FINE_TUNE = ("tests/test_pair_study.py",), ("tests/test_fine_tune.py",)
+PPO = ("tests/test_ppo.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -441,5 +442,47 @@ MUTANTS = (
         "a fine-tuned policy has seen no pairs", "alignjax/pipeline/stages/fine_tune.py",
         "context.derived_exposure(self.start) | context.exposure(self.pairs)", "context.derived_exposure(self.start)",
         HELD_OUT,
+    ),
+    Mutant(
+        "PPO pays an invalid response its reward", "alignjax/objectives/ppo.py",
+        "jnp.where(valid, reward, self.penalty)", "reward", PPO,
+    ),
+    Mutant(
+        "PPO's KL is that of the reference to the policy", "alignjax/objectives/ppo.py",
+        "require_behavior(response) - require_reference(response)",
+        "require_reference(response) - require_behavior(response)", PPO,
+    ),
+    Mutant(
+        "the critic learns whitened advantages", "alignjax/objectives/ppo.py",
+        "return whitened, advantage + value", "return whitened, whitened + value", PPO,
+    ),
+    Mutant(
+        "the score is paid at the first token", "alignjax/losses/ppo.py",
+        "(jnp.cumsum(mask, -1) == jnp.sum(mask, -1, keepdims=True))", "(jnp.cumsum(mask, -1) == 1)", PPO,
+    ),
+    Mutant(
+        "values are kept near their targets", "alignjax/losses/ppo.py",
+        "near = old + jnp.clip(value - old,", "near = target + jnp.clip(value - target,", PPO,
+    ),
+    Mutant(
+        "tau does not follow the KL", "alignjax/training/learn.py",
+        "controls = adapt(state.controls, batch)", "controls = state.controls", PPO,
+    ),
+    Mutant(
+        "the learning rate moves within a batch", "alignjax/training/optimizer.py",
+        "rate(count // updates)", "rate(count)", PPO,
+    ),
+    Mutant(
+        "a critic of its own reads the policy's parameters", "alignjax/models/log_probs.py",
+        'critic.completion_states(params["critic"], prompt', "critic.completion_states(params, prompt", WIRING,
+    ),
+    Mutant(
+        "a critic of its own is saved with the policy", "alignjax/pipeline/trained_parts.py",
+        'unsaved=frozenset({"critic", "value"})', "unsaved=frozenset()", WIRING,
+    ),
+    Mutant(
+        "a group's baseline is another prompt's", "alignjax/losses/ppo.py",
+        "return (reward - jnp.mean(reward, -1, keepdims=True)) * count", "return (reward - jnp.mean(reward)) * count",
+        PPO,
     ),
 )  # fmt: skip

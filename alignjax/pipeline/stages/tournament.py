@@ -20,7 +20,7 @@ from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
 from alignjax.pipeline.judges import JudgeSpec, check_held_out
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.raters import JudgeSizes
-from alignjax.pipeline.stages.writing import Writing
+from alignjax.pipeline.stages.writing import Writing, fitting_prompts
 from alignjax.preferences import judges, tournament
 from alignjax.preferences.statistics import (
     PAPER_SAMPLE,
@@ -108,7 +108,7 @@ class Tournament:
         """Writes replies, has them judged, and writes the tables and a few samples."""
         task = context.task
         all_prompts = task.source.prompts(self.split, self.prompts, context.seed(self.seed))
-        prompts, too_long = self.fitting(context, all_prompts)
+        prompts, too_long = fitting_prompts(context, self.reference, self.writing, all_prompts)
         written = dict(self.write(context, programs, prompts))
         context.release()
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
@@ -194,15 +194,6 @@ class Tournament:
         if task.score is None:
             return [None] * len(self.policies)
         return [float(np.mean(list(map(task.score, prompts, replies[p])))) for p in self.policies]
-
-    def fitting(self, context: Context, prompts: Sequence[str]) -> tuple[list[str], int]:
-        """Returns the prompts that a bucket holds, and how many are too long."""
-        encode, longest = context.abstract(self.reference).tokenizer.encode, max(self.writing.buckets)
-        kept = [prompt for prompt in prompts if len(encode(prompt)) <= longest]
-        if not kept:
-            raise UserError(f"{context.name}: all {len(prompts)} prompts are longer than {longest} tokens; "
-                            f"add a larger one to {context.name}.writing.buckets")  # fmt: skip
-        return kept, len(prompts) - len(kept)
 
     def write(
         self, context: Context, programs: tuple[Program, ...], prompts: Sequence[str]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
+from alignjax.models.build import build
 from alignjax.models.log_probs import policy_functions
 from alignjax.models.lora import Lora
 from alignjax.models.model import tempered
@@ -41,7 +42,8 @@ class Critic:
 class TrainPolicy:
     """Trains a policy with an objective, on the batches of ``data``.
 
-    At another ``temperature`` than 1 the policy is softmax(logits / temperature), in drawing and in all log-probs.
+    At another ``temperature`` than 1 the policy is softmax(logits / temperature), in drawing and in all log-probs, the
+    reference's too; its network remembers it, so that it is judged as what it was trained as.
     """
 
     objective: Objective  # for example PreferenceGradient(partial(losses.nash_md, tau=0.02))
@@ -78,7 +80,8 @@ class TrainPolicy:
             return None
         own = {} if self.critic else self.objective.extras.heads(start.record.config.width)
         heads = networks.head_shapes(own)
-        return trained_spec(start, self.start, self.lora, heads)
+        spec = trained_spec(start, self.start, self.lora, heads)
+        return spec._replace(record=dataclasses.replace(spec.record, temperature=self.temperature))
 
     def exposure(self, context: Context) -> Exposure:
         """Returns what the data, the start, the reference and the critic depend on.
@@ -102,14 +105,21 @@ class TrainPolicy:
         check_adapters(context, self.start, self.lora)
         check_stop(context, self.start)
         check_objective(context.name, self.objective)
-        if self.critic and not self.objective.extras.heads(1):
-            raise UserError(f"{context.name}.critic is set and the objective has no critic; leave it out, or use PPO")
+        if self.critic and self.objective.extras.heads(1).keys() != {"value"}:
+            raise UserError(f"{context.name}.critic is set and the objective has no critic, which is a head called "
+                            "'value'; leave it out, or use PPO")  # fmt: skip
+        if self.critic:
+            check_positions(context, self.critic.start, "buckets", max(self.buckets) + self.max_new_tokens)
+        if self.loop.accumulate > 1 and self.objective.extras.whole_minibatch:
+            raise UserError(f"{context.name}.loop.accumulate={self.loop.accumulate} would change the objective, which "
+                            "whitens over whole minibatches; set it to 1")  # fmt: skip
         if reads_average(self.data) and self.average_decay is None:
             raise UserError(f"{context.name}: the sampler moving_average needs average_decay; set it, e.g. 0.999")
 
     def trained_parts(self, context: Context, start: Network, critic: Network | None) -> TrainedParts:
         """Returns what is trained: the start's network, the objective's heads, and a critic of its own."""
         heads = self.objective.extras.heads((critic or start).model.config.width)
+        start = start if critic is None else dataclasses.replace(start, heads={})  # its critic was a head on itself
         parts = split_trained(start, self.lora, heads, context.key(self.seed))
         return with_critic(parts, critic, self.critic.head) if critic and self.critic else parts
 
@@ -130,7 +140,8 @@ class TrainPolicy:
             )
         critic = self.critic_network(context, context.abstract, start)
         parts = self.trained_parts(context, start, critic)
-        start = dataclasses.replace(start, model=tempered(start.model, self.temperature))
+        model = tempered(build(start.model.config), self.temperature)
+        start = dataclasses.replace(start, model=model, temperature=self.temperature)
         policy = policy_functions(start.model, critic.model if critic else None)
         loss, extras = functools.partial(self.objective, policy=policy), self.objective.extras
         learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay, extras)

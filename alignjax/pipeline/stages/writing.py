@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -141,3 +142,16 @@ def check_positions(context: Context, source: str, field: str, tokens: int) -> N
     if config.positions == "learned":
         raise UserError(f"{needs} has {config.context} positions; lower it")
     warnings.warn(f"{needs} was trained on contexts of {config.context}; lower it, or expect worse text", stacklevel=2)
+
+
+def fitting_prompts(context: Context, source: str, writing: Writing, prompts: Sequence[str]) -> tuple[list[str], int]:
+    """Returns the prompts that a bucket holds in the tokens of the stage ``source``, and how many are too long.
+
+    Raises UserError when none fits.
+    """
+    encode, longest = context.abstract(source).tokenizer.encode, max(writing.buckets)
+    kept = [prompt for prompt in prompts if len(encode(prompt)) <= longest]
+    if not kept:
+        raise UserError(f"{context.name}: all {len(prompts)} prompts are longer than {longest} tokens; "
+                        f"add a larger one to {context.name}.writing.buckets")  # fmt: skip
+    return kept, len(prompts) - len(kept)
