@@ -228,8 +228,8 @@ MUTANTS = (
         "return described", ("tests/test_config.py",),
     ),
     Mutant(
-        "metrics mix the epochs of a step", "alignjax/training/learn.py", "jnp.mean(x[: schedule.minibatches])",
-        "jnp.mean(x)", LEARN,
+        "metrics mix the epochs of a step", "alignjax/training/learn.py",
+        "jnp.mean(values[last if name in last_epoch else first])", "jnp.mean(values)", LEARN,
     ),
     Mutant(
         "an objective's head is not saved", "alignjax/pipeline/trained_parts.py",
@@ -466,7 +466,7 @@ MUTANTS = (
     ),
     Mutant(
         "tau does not follow the KL", "alignjax/training/learn.py",
-        "controls = adapt(state.controls, batch)", "controls = state.controls", PPO,
+        "controls = extras.adapt(state.controls, batch)", "controls = state.controls", PPO,
     ),
     Mutant(
         "the learning rate moves within a batch", "alignjax/training/optimizer.py",
