@@ -60,6 +60,7 @@ def collected(rollout, policy, params, reference, runs_on):
     return PreferenceBatch(prompt, (response,), jnp.full((ROWS, 1, 1), 0.5), jnp.asarray(rollout.scores)[:, None], ())
 
 
+MINUS_ONE = partial(losses.replaced_rewards, by=-1.0)  # as the referee has it
 RATE = 0.3  # larger than any preset's, so that three steps move the parameters and clip
 
 
@@ -68,7 +69,7 @@ def preset(name):
     settings = dataclasses.replace(PRESETS[name], micro_rows=None, learning_rate=RATE)  # ``Loop.accumulate`` has rows
     if name == "default":
         adam, loop = Adam(RATE, warmup=0, schedule="constant", b2=0.999, eps=1e-5), Loop(STEPS, ROWS, 1, 2, 2)
-        return presets.Preset(PPO(tau=0.0067), adam, loop, 1.0), settings
+        return presets.Preset(PPO(tau=0.0067, invalid=MINUS_ONE), adam, loop, 1.0), settings
     found = getattr(presets, name)(STEPS, ROWS)
     found = found._replace(adam=dataclasses.replace(found.adam, lr=RATE))
     if name == "alpacafarm":  # five steps of warm-up are more than there are: one here
@@ -274,18 +275,44 @@ def test_grpos_kl_term_has_the_gradient_of_the_kl():
     np.testing.assert_allclose(jax.grad(term)(jnp.asarray(logits)), reverse, atol=1e-6)
 
 
-def test_an_invalid_response_is_paid_the_penalty_or_its_reward():
+def test_an_invalid_response_is_paid_less_than_every_valid_one_whatever_the_offset():
     completion = Completion(np.zeros((3, 1), np.int32), np.ones((3, 1), bool))
     zeros, valid = np.zeros((3, 1)), np.array([True, False, True])
     response = Response(completion, zeros, zeros, valid, valid)
     reward = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], np.float32)
-    batch = PreferenceBatch(
-        completion, (response, dataclasses.replace(response, valid=~valid)), jnp.zeros((3, 2, 2)), reward
+    other = dataclasses.replace(response, valid=~valid)
+    roles, policy = (
+        Roles({"value": {"kernel": np.zeros(1)}}, {}, {}, {}),
+        PolicyFunctions(None, lambda *_: zeros[..., None], 1),
     )
-    assert PPO(tau=0.0).score(batch).tolist() == [1, -1, 5]
-    assert PPO(tau=0.0, penalty=None).score(batch).tolist() == [1, 3, 5]
-    group = GroupGradient(2, losses.leave_one_out, losses.score_function, losses.mean_of_sums, penalty=-7.0)
-    assert group.rewards(batch).tolist() == [[1, -7], [-7, 4], [5, -7]]
+    for offset in (0.0, -50.0):
+        batch = PreferenceBatch(completion, (response, other), jnp.zeros((3, 2, 2)), reward + offset)
+
+        def paid(objective, batch=batch, offset=offset):
+            return np.asarray(objective.extras.prepare(roles, batch, policy).reward - offset).tolist()
+
+        assert paid(PPO(tau=0.0)) == [[1, 0], [0, 4], [5, 0]]
+        group = GroupGradient(2, losses.leave_one_out, losses.score_function, losses.mean_of_sums)
+        assert paid(group) == [[1, 0], [0, 4], [5, 0]]
+        assert paid(dataclasses.replace(group, invalid=None)) == reward.tolist()
+        published = paid(PPO(tau=0.0, invalid=partial(losses.replaced_rewards, by=-1.0)))
+        assert published == [[1, -1 - offset], [-1 - offset, 4], [5, -1 - offset]]
+    nothing = losses.below_the_lowest(jnp.asarray(reward), jnp.zeros((3, 2), bool), margin=1.0)
+    assert np.all(nothing == -1.0)
+
+
+def test_ppo_is_paid_what_was_prepared():
+    """The score of the first response, of three, lies at its last token."""
+    completion = Completion(np.zeros((2, 3), np.int32), np.array([[True, True, False], [True, True, True]]))
+    zeros = np.zeros((2, 3))
+    responses = (Response(completion, zeros, zeros, None, np.array([True, False])), Response(completion))
+    batch = PreferenceBatch(completion, responses, jnp.zeros((2, 2, 2)), np.array([[4.0, 7.0], [9.0, 8.0]]))
+    roles, policy = (
+        Roles({"value": {"kernel": np.zeros(1)}}, {}, {}, {}),
+        PolicyFunctions(None, lambda *_: zeros[..., None], 1),
+    )
+    prepared = PPO(tau=0.1).extras.prepare(roles, batch, policy)
+    assert prepared.responses[0].estimates.reward.tolist() == [[0, 4, 0], [0, 0, 3]]
 
 
 def test_averages_over_tokens():
@@ -353,13 +380,9 @@ def test_no_value_depends_on_how_much_padding_there_is(places):
     np.testing.assert_allclose(*(np.asarray(v)[mask] for v in values), atol=1e-4)
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    ({"tau": 0.0, "target": KLTarget()}, "stays 0"), ({"tau": 0.1, "penalty": float("nan")}, "penalty=nan"),
-    ({"tau": 0.1, "penalty": -float("inf")}, "penalty=-inf"),
-])  # fmt: skip
-def test_settings_of_ppo_that_cannot_work_are_refused(settings, words):
-    with pytest.raises(UserError, match=words):
-        PPO(**settings)
+def test_a_tau_that_would_stay_zero_is_refused():
+    with pytest.raises(UserError, match="stays 0"):
+        PPO(tau=0.0, target=KLTarget())
 
 
 def test_a_horizon_that_is_shorter_than_a_batch_is_refused():

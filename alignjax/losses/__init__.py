@@ -10,6 +10,7 @@ from alignjax.losses.policy_gradient import nash_md, regularized_policy_gradient
 from alignjax.losses.ppo import (
     adapted_coefficient,
     all_places,
+    below_the_lowest,
     clamped_k1,
     clipped_gradient,
     clipped_value_loss,
@@ -26,6 +27,7 @@ from alignjax.losses.ppo import (
     mean_of_sums,
     one_past_the_end,
     real_tokens,
+    replaced_rewards,
     score_function,
     sequence_mean,
     token_rewards,
@@ -36,6 +38,7 @@ from alignjax.losses.supervised import next_token, preference_cross_entropy, seq
 __all__ = [
     "adapted_coefficient",
     "all_places",
+    "below_the_lowest",
     "clamped_k1",
     "clipped_gradient",
     "clipped_value_loss",
@@ -60,6 +63,7 @@ __all__ = [
     "real_tokens",
     "regularized_policy_gradient",
     "reinforce",
+    "replaced_rewards",
     "reward_to_go",
     "score_function",
     "sequence_mean",

@@ -61,6 +61,25 @@ def last_place(mask: Array) -> Array:
     return mask & (jnp.cumsum(mask, -1) == jnp.sum(mask, -1, keepdims=True))
 
 
+def below_the_lowest(reward: Array, valid: Array, *, margin: float) -> Array:
+    """Returns the rewards with those of invalid responses ``margin`` nats below the lowest of a valid one.
+
+    reward and valid are [B, K]; the lowest is that of the whole batch. Only differences of rewards mean something, so
+    that a constant would be a penalty under one reward model and a prize under another. Without a valid response all
+    are ``-margin``.
+    """
+    lowest = jnp.min(jnp.where(valid, reward, jnp.inf))
+    return jnp.where(valid, reward, jnp.where(jnp.isfinite(lowest), lowest, 0.0) - margin)
+
+
+def replaced_rewards(reward: Array, valid: Array, *, by: float) -> Array:
+    """Returns the rewards with ``by`` in place of those of invalid responses, [B, K].
+
+    Published PPO does so, with rewards that are centred on the reference's replies (1909.08593, 2403.17031).
+    """
+    return jnp.where(valid, reward, by)
+
+
 def token_rewards(kl: Array, score: Array, last: Array, tau: Array | float) -> Array:
     """Returns -tau kl_n, plus the score [B] at the place that ``last`` is true at."""
     return jnp.where(last, score[:, None], 0.0) - tau * kl

@@ -9,7 +9,14 @@ from alignjax.objectives.direct import DirectAlignment
 from alignjax.objectives.group import GroupGradient
 from alignjax.objectives.ppo import PPO, KLTarget
 from alignjax.objectives.preference import PreferenceGradient, RewardGradient
-from alignjax.objectives.scoring import require_behavior, require_reference, response_metrics, score_responses
+from alignjax.objectives.scoring import (
+    pay_invalid,
+    require_behavior,
+    require_reference,
+    require_rewards,
+    response_metrics,
+    score_responses,
+)
 from alignjax.objectives.supervised import (
     NEXT_TOKEN_MEANINGS,
     PREFERENCE_MEANINGS,
@@ -29,9 +36,11 @@ __all__ = [
     "RewardGradient",
     "next_token_loss",
     "packed_next_token_loss",
+    "pay_invalid",
     "preference_loss",
     "require_behavior",
     "require_reference",
+    "require_rewards",
     "response_metrics",
     "score_responses",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -14,12 +15,14 @@ from alignjax.errors import UserError, check_range
 from alignjax.objectives.scoring import (
     KL_MEANING,
     LENGTH_MEANING,
+    pay_invalid,
     require_behavior,
     require_reference,
+    require_rewards,
     response_metrics,
     score_responses,
 )
-from alignjax.types import Array, Extras, Key, Metrics, Pairs, Params, PolicyFunctions, PreferenceBatch
+from alignjax.types import Array, Extras, Key, Metrics, Pairs, Params, PolicyFunctions, PreferenceBatch, Roles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +40,11 @@ class GroupGradient:
     loss: Callable[..., Array]  # (logp, behavior_logp, reference_logp [N, T], advantage [N, 1]) -> [N, T], N = B K
     average: Callable[[Array, Array], Array]  # (x, mask [N, T]) -> the loss
     tau: float = 0.0  # reward per nat of the KL of the whole response
-    penalty: float = -1.0  # the reward of a response that is not valid
+    invalid: Callable[[Array, Array], Array] | None = partial(losses.below_the_lowest, margin=1.0)  # as of ``PPO``
     compared: ClassVar[Pairs] = ()
     rewarded: ClassVar[bool] = True
-    extras: ClassVar[Extras] = Extras()
     meanings: ClassVar[dict[str, str]] = {
-        "reward": "r(x, y), or the penalty, nats",
+        "reward": "r(x, y), or what is paid for an invalid response, nats",
         "spread": "standard deviation of the rewards to one prompt, nats",
         "kl": KL_MEANING,
         "length": LENGTH_MEANING,
@@ -52,7 +54,6 @@ class GroupGradient:
         if not isinstance(self.responses, int) or self.responses < 2:
             raise UserError(f"GroupGradient.responses={self.responses!r} must be a whole number from 2 on")
         check_range(self, 0, math.inf, "tau")
-        check_range(self, -math.inf, math.inf, "penalty")
 
     @property
     def scored(self) -> tuple[int, ...]:
@@ -64,21 +65,20 @@ class GroupGradient:
         """Every response."""
         return self.scored
 
-    def rewards(self, batch: PreferenceBatch) -> Array:
-        """Returns r(x, y_k), or the penalty where the response is not valid, [B, K]."""
-        assert batch.reward is not None  # ``rewarded``
-        valid = [batch.valid(k) for k in self.scored]
-        columns = [
-            batch.reward[:, k] if ok is None else jnp.where(ok, batch.reward[:, k], self.penalty)
-            for k, ok in enumerate(valid)
-        ]
-        return jnp.stack(columns, 1)
+    @property
+    def extras(self) -> Extras:
+        """What is paid for invalid responses is known before the policy moves."""
+        return Extras(prepare=self.prepare)
+
+    def prepare(self, roles: Roles, batch: PreferenceBatch, policy: PolicyFunctions) -> PreferenceBatch:
+        """Returns the batch with the rewards that are paid."""
+        return pay_invalid(batch, self.invalid)
 
     def __call__(
         self, params: Params, batch: PreferenceBatch, key: Key, /, *, policy: PolicyFunctions
     ) -> tuple[Array, Metrics]:
         """Returns the mean loss over all responses, and metrics."""
-        responses, rewards = [batch.responses[k] for k in self.scored], self.rewards(batch)
+        responses, rewards = [batch.responses[k] for k in self.scored], require_rewards(batch)
         masks = [response.completion.mask for response in responses]
         ratios = [require_behavior(response) - require_reference(response) for response in responses]
         kl = jnp.stack([losses.sequence_sum(*pair) for pair in zip(ratios, masks, strict=True)], 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from alignjax.models.heads import apply_head, init_head
 from alignjax.objectives.scoring import (
     KL_MEANING,
     LENGTH_MEANING,
+    pay_invalid,
     require_behavior,
     require_reference,
+    require_rewards,
     response_metrics,
 )
 from alignjax.types import (
@@ -37,6 +40,8 @@ Places = Callable[[Array], Array]
 """The mask of a response's tokens [B, T] -> the places that something is done at, [B, T] bool."""
 Whiten = Callable[[Array, Array], Array]
 """(x [B, T], places [B, T]) -> x, standardised over the places."""
+Invalid = Callable[[Array, Array], Array]
+"""(rewards [B, K], whether responses are valid [B, K]) -> the rewards that are paid, [B, K]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +59,8 @@ class KLTarget:
 class PPO:
     """Clipped policy gradient with a critic, of the reward of response 0 less tau times the KL of every token.
 
-    The score r(x, y), or ``penalty`` where the response is not valid, is paid at its last token. Rewards, values and
+    The score r(x, y), or what ``invalid`` makes of it where the response is not valid, is paid at its last token.
+    Rewards, values and
     advantages are those of the policy that wrote; ``Loop(epochs=, minibatches=)`` says how often it learns from them.
     The defaults are the correct form. ``training.presets`` has the settings of published code, each of whose deviations
     is a value of a field here. Losses are means over the places of a minibatch, so parts of ``Loop.accumulate`` with
@@ -69,7 +75,7 @@ class PPO:
     clip: float = 0.2  # of the ratio
     value_clip: float = 0.2  # nats
     value_coefficient: float = 0.1
-    penalty: float | None = -1.0  # the score of a response that is not valid; None: its reward
+    invalid: Invalid | None = partial(losses.below_the_lowest, margin=1.0)  # None: its reward
     score_places: Places = losses.real_tokens  # the score is paid at the last of these
     value_places: Places = losses.real_tokens  # the critic is read and trained here; values elsewhere are 0
     policy_places: Places = losses.real_tokens  # the policy learns here
@@ -81,7 +87,7 @@ class PPO:
     compared: ClassVar[Pairs] = ()
     rewarded: ClassVar[bool] = True
     meanings: ClassVar[dict[str, str]] = {
-        "reward": "r(x, y), or the penalty, nats",
+        "reward": "r(x, y), or what is paid for an invalid response, nats",
         "tau": "reward per nat of KL",
         "value_loss": "half the squared error of the critic, clipped, a token",
         "approximate_kl": "half the squared change of a token's log-prob since it was drawn, in the last epoch",
@@ -94,8 +100,6 @@ class PPO:
         check_range(self, 0, math.inf, "tau", "value_coefficient")
         check_range(self, POSITIVE, math.inf, "clip", "value_clip")
         check_range(self, 0, 1, "discount", "gae_lambda")
-        if self.penalty is not None:
-            check_range(self, -math.inf, math.inf, "penalty")
         if self.kl in (losses.k2, losses.k3):
             raise UserError("PPO.kl is paid as a reward, and k2 and k3 have the KL's value but not its gradient there; "
                             "use losses.k1")  # fmt: skip
@@ -129,10 +133,11 @@ class PPO:
 
     def prepare(self, roles: Roles, batch: PreferenceBatch, policy: PolicyFunctions) -> PreferenceBatch:
         """Returns the batch with rewards, values and advantages of the policy that wrote it."""
+        batch = pay_invalid(batch, self.invalid)
         response, tau = batch.responses[0], roles.controls.get("tau", self.tau)
         mask = response.completion.mask
         last = losses.last_place(self.score_places(mask))
-        reward = losses.token_rewards(self.token_kl(response), self.score(batch), last, tau)
+        reward = losses.token_rewards(self.token_kl(response), require_rewards(batch)[:, 0], last, tau)
         value = jnp.where(self.value_places(mask), self.values(roles.policy, batch, policy), 0.0)
         estimates = Estimates(value, reward, *self.advantages(mask, reward, value), jnp.broadcast_to(tau, len(mask)))
         response = dataclasses.replace(response, estimates=estimates)
@@ -142,12 +147,6 @@ class PPO:
         """Returns the estimate of each token's KL when the response was drawn, [B, T] nats, 0 on padding."""
         log_ratio = require_behavior(response) - require_reference(response)
         return jnp.where(response.completion.mask, self.kl(log_ratio), 0.0)
-
-    def score(self, batch: PreferenceBatch) -> Array:
-        """Returns r(x, y), or the penalty where the response is not valid, [B]."""
-        assert batch.reward is not None  # ``rewarded``
-        reward, valid = batch.reward[:, 0], batch.valid(0)
-        return reward if valid is None or self.penalty is None else jnp.where(valid, reward, self.penalty)
 
     def values(self, params: Params, batch: PreferenceBatch, policy: PolicyFunctions) -> Array:
         """Returns the critic's V_n before each token of response 0, [B, T]."""
@@ -178,7 +177,7 @@ class PPO:
         loss = losses.masked_mean(actor, self.policy_places(mask)) + self.value_coefficient * value_loss
         is_clipped = jnp.abs(jnp.expm1(logp - old)) > self.clip
         metrics = {
-            "reward": jnp.mean(self.score(batch)),
+            "reward": jnp.mean(require_rewards(batch)[:, 0]),
             "tau": jnp.mean(estimates.tau),
             "value_loss": value_loss,
             "approximate_kl": losses.masked_mean(losses.k2(logp - old), self.policy_places(mask)),

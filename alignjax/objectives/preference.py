@@ -48,7 +48,7 @@ class RewardGradient:
     """A policy gradient of a reward: ``loss(logp, reference_logp, mask, r(y_0) - r(y_1))``.
 
     Response 1 is the baseline: it is independent of response 0, whoever writes it. The difference is clipped to
-    [-bound, bound] nats; a response that loses outright has reward -inf, so that the bound is its penalty. With
+    [-bound, bound] nats; between a valid response and an invalid one it is the bound. With
     ``losses.regularized_policy_gradient`` it is RLHF of 2312.00886, section 8, without a critic.
     """
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from alignjax import losses
@@ -33,6 +36,26 @@ def require_behavior(response: Response) -> Array:
     if response.behavior_logp is None:
         raise ValueError("this response has no log-probs under its writer; the objective must list it in ``on_policy``")
     return response.behavior_logp
+
+
+def require_rewards(batch: PreferenceBatch) -> Array:
+    """Returns r(x, y_k), [B, K]. Raises ValueError when there are none."""
+    if batch.reward is None:
+        raise ValueError("this batch has no rewards: its preference model is not a reward model")
+    return batch.reward
+
+
+def pay_invalid(batch: PreferenceBatch, invalid: Callable[[Array, Array], Array] | None) -> PreferenceBatch:
+    """Returns the batch with the rewards [B, K] that ``invalid`` makes of rewards and validity; None leaves them.
+
+    Raises ValueError without rewards.
+    """
+    reward = jnp.asarray(require_rewards(batch))
+    if invalid is None:
+        return batch
+    every = [batch.valid(k) for k in range(len(batch.responses))]
+    valid = jnp.stack([jnp.ones(len(reward), bool) if ok is None else jnp.asarray(ok) for ok in every], 1)
+    return dataclasses.replace(batch, reward=invalid(reward, valid))
 
 
 def response_metrics(logp: Array, response: Response) -> Metrics:

@@ -75,7 +75,7 @@ def replies_table(table: Mapping[str, Any]) -> str:
     """Returns what each policy's replies look like, whoever judges; empty for tables of older versions."""
     if "perplexity" not in table:
         return ""
-    columns = [[f"{value:.3f}" for value in table[f"distinct_{n}"]] for n in (1, 2, 3)]
+    columns = [["-" if x is None else f"{x:.3f}" for x in table[f"distinct_{n}"]] for n in (1, 2, 3)]
     columns.append([two_digits(value) for value in table["perplexity"]])
     rows = [[name, *cells] for name, *cells in zip(table["policies"], *columns, strict=True)]
     note = (

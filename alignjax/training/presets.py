@@ -27,6 +27,7 @@ class Preset(NamedTuple):
 
 
 _NO_CLIPPING = 1e9  # of the gradient's norm
+_MINUS_ONE = partial(losses.replaced_rewards, by=-1.0)  # whatever the offset of the reward model
 
 
 def openai_2019(steps: int, batch: int = 512) -> Preset:
@@ -38,6 +39,7 @@ def openai_2019(steps: int, batch: int = 512) -> Preset:
     """
     objective = PPO(
         tau=0.15,
+        invalid=_MINUS_ONE,
         target=KLTarget(6.0, 10_000.0),
         gae_lambda=0.95,
         score_places=losses.all_places,
@@ -59,6 +61,7 @@ def tldr_details(steps: int, batch: int = 512) -> Preset:
     """
     objective = PPO(
         tau=0.05,
+        invalid=_MINUS_ONE,
         gae_lambda=0.95,
         score_places=losses.one_past_the_end,
         value_places=losses.one_past_the_end,
@@ -78,6 +81,7 @@ def alpacafarm(steps: int = 80, batch: int = 512, tau: float = 0.002) -> Preset:
     """
     objective = PPO(
         tau=tau,
+        invalid=_MINUS_ONE,
         kl=losses.clamped_k1,
         gae_lambda=1.0,
         value_places=losses.all_places,

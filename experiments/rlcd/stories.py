@@ -36,7 +36,7 @@ def get_config(checkpoint: str, openings: str, principle: str = "girl") -> aj.Ex
     ppo = aj.TrainPolicy(
         start="base",
         reference="base",
-        objective=aj.PPO(tau=0.05, penalty=None),  # most continuations are cut before their story ends
+        objective=aj.PPO(tau=0.05, invalid=None),  # most continuations are cut before their story ends
         critic=aj.Critic("rlcd_reward"),
         data=aj.OnlineData(
             preference="rlcd_reward", samplers=(aj.policy,), prompts=2048, response=NEW_TOKENS, unfinished_loses=False

@@ -444,8 +444,8 @@ MUTANTS = (
         HELD_OUT,
     ),
     Mutant(
-        "PPO pays an invalid response its reward", "alignjax/objectives/ppo.py",
-        "jnp.where(valid, reward, self.penalty)", "reward", PPO,
+        "PPO pays an invalid response its reward", "alignjax/objectives/scoring.py",
+        "reward=invalid(reward, valid))", "reward=reward)", PPO,
     ),
     Mutant(
         "PPO's KL is that of the reference to the policy", "alignjax/objectives/ppo.py",

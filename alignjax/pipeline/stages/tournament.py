@@ -171,17 +171,21 @@ class Tournament:
     ) -> dict[str, list[float | None]]:
         """Returns what can be said of each policy's replies without a judge; None: not measured.
 
-        distinct-n is that of 2307.12950, on as many words of each policy as the one with the fewest has.
+        distinct-n is that of 2307.12950, on as many words of each policy as the one with the fewest has; None
+        for a policy that writes no words.
         """
         columns = [written[p] for p in self.policies]
-        sample = min(PAPER_SAMPLE, *(word_count(replies[p], PAPER_WORDS) for p in self.policies))
+        words = {p: word_count(replies[p], PAPER_WORDS) for p in self.policies}
+        sample = min([PAPER_SAMPLE, *filter(None, words.values())])
         return {
             "mean_length": [float(np.mean(column["length"])) for column in columns],
             "kl_to_reference": [finite(float(np.mean(column["kl"]))) for column in columns],
             "mean_score": self.scores(task, prompts, replies),
             "mean_characters": [float(np.mean(list(map(len, replies[p])))) for p in self.policies],
             **{
-                f"distinct_{n}": [distinct_n(replies[p], n, PAPER_WORDS, sample) for p in self.policies]
+                f"distinct_{n}": [
+                    distinct_n(replies[p], n, PAPER_WORDS, sample) if words[p] else None for p in self.policies
+                ]
                 for n in (1, 2, 3)
             },
             "perplexity": [
