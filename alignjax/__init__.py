@@ -70,6 +70,7 @@ _PUBLIC = {
         "LoadAdapter",
         "LoadCheckpoint",
         "LoadPairs",
+        "MeasureAgreement",
         "MeasureBestOf",
         "MixPairs",
         "OfflineData",

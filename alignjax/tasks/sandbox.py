@@ -166,7 +166,7 @@ def _sample_affix(world: World, rng: np.random.Generator) -> tuple[str, Means]:
         return "", {}
     attribute = _sample_attribute(rng)
     pairs = world.affixes(attribute)
-    affix, side = rng.integers(len(pairs)), rng.integers(2)
+    affix, side = int(rng.integers(len(pairs))), rng.integers(2)
     return f" {pairs[affix][side]}", {attribute: world.gap(attribute, affix) * (0.5 - side)}
 
 

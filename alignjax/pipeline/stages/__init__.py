@@ -3,6 +3,7 @@
 Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says how.
 """
 
+from alignjax.pipeline.stages.agreement import MeasureAgreement
 from alignjax.pipeline.stages.best_of import MeasureBestOf
 from alignjax.pipeline.stages.fine_tune import FineTune
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
@@ -26,6 +27,7 @@ __all__ = [
     "LoadAdapter",
     "LoadCheckpoint",
     "LoadPairs",
+    "MeasureAgreement",
     "MeasureBestOf",
     "MixPairs",
     "OfflineData",

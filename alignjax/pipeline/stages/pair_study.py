@@ -85,8 +85,8 @@ def label_card(arms: Mapping[str, JudgedPairs], judge: str) -> Finding:
 
 _HEADER = ["labels", "pairs", "dropped", "accuracy", "ties", "positive below", "P(first)", "confidence", "preferred"]
 _HEADER += ["other"]
-_NOTE = """Accuracy: the share of labels that the judge agrees with, of the pairs where neither calls the replies equal; in
-brackets the exact 95% interval. Ties: the share that the judge calls equal. Positive below: how often it calls the
+_NOTE = """Accuracy: the share of labels that the judge agrees with, of the pairs where neither calls the replies equal;
+in brackets the exact 95% interval. Ties: the share that the judge calls equal. Positive below: how often it calls the
 reply under the positive affix worse. P(first): the mean label of the reply that stands first, 1/2 without a bias to a
 position. Confidence: the mean of |2 p - 1|. Preferred and other: mean characters.
 """
