@@ -78,7 +78,7 @@ class LabelAccuracy(NamedTuple):
     accuracy: Share
 
 
-def win_rates(run: RunResults, policy: str, other: str) -> Iterator[WinRate]:
+def read_win_rates(run: RunResults, policy: str, other: str) -> Iterator[WinRate]:
     """Yields how every judge of the run compares two policies; nothing where a table does not have both."""
     for record, tables in run.findings("Tournament", WIN_RATES):
         for table in tables:
@@ -89,7 +89,7 @@ def win_rates(run: RunResults, policy: str, other: str) -> Iterator[WinRate]:
                 yield WinRate(record["task"]["name"], table["judge"], rate, tokens)
 
 
-def agreements(run: RunResults) -> Iterator[Agreement]:
+def read_agreements(run: RunResults) -> Iterator[Agreement]:
     """Yields the agreement of every preference model that the run measured."""
     for record, numbers in run.findings("MeasureAgreement"):
         for name, m in numbers["models"].items():
@@ -98,7 +98,7 @@ def agreements(run: RunResults) -> Iterator[Agreement]:
             yield Agreement(record["task"]["name"], name, numbers["pairs"], accuracy, mean)
 
 
-def label_accuracies(run: RunResults) -> Iterator[LabelAccuracy]:
+def read_label_accuracies(run: RunResults) -> Iterator[LabelAccuracy]:
     """Yields the accuracy of every way to label that the run studied by ``label_card``."""
     for record, numbers in run.findings("PairStudy"):
         if isinstance(numbers, dict) and "arms" in numbers:
@@ -107,7 +107,7 @@ def label_accuracies(run: RunResults) -> Iterator[LabelAccuracy]:
                 yield LabelAccuracy(record["task"]["name"], name, judge, Share(**figures["accuracy"]))
 
 
-def sizes(run: RunResults) -> str:
+def network_sizes(run: RunResults) -> str:
     """Returns the networks that the run began with and their parameters, as "base 6.7B, labeller 32.5B"."""
     begun = {n: r for n, r in run.records().items() if r["config"]["kind"] in ("Pretrain", "LoadCheckpoint")}
     return ", ".join(f"{name} {short_count(record['figures']['parameters'])}" for name, record in begun.items())

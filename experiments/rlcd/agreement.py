@@ -51,8 +51,12 @@ def get_config(checkpoint: str, comparisons: str, small: bool = False) -> aj.Exp
         people = replace(people, loop=aj.Loop(steps=4, batch=4))
         writer = replace(writer, loop=aj.Loop(steps=20, batch=2))
         simulated = replace(simulated, prompts=32, writing=replace(simulated.writing, batch=32))
+    task = dialogue.dialogue_task(test=comparisons)
+    assert task.template is not None
+    # A reward asks no question. This answer is one token of a tokenizer of 512 tokens too.
+    template = task.template._replace(answer=" the", other="")
     return aj.Experiment(
-        task=dialogue.dialogue_task(test=comparisons),
+        task=replace(task, template=template),
         stages={
             "base": aj.LoadCheckpoint(checkpoint),
             "human": aj.LoadPairs(comparisons, dialogue.read_hh_comparison, held_out=0.5),

@@ -34,6 +34,8 @@ from alignjax.tasks.sandbox_grammar import ILL_FORMED, harmless_score
 GAPS = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 TWO_PIECES = 0.15  # the share of replies with two pieces of advice: four sentences instead of three
 PROMPT, REPLY = 80, 28  # tokens
+MEANS = np.linspace(-4, 4, 161)
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(80)  # of Gauss and Hermite
 
 
 def score_law(mean: float, sharpness: float) -> np.ndarray:
@@ -42,15 +44,14 @@ def score_law(mean: float, sharpness: float) -> np.ndarray:
     Given z, the 3 or 4 sentences have independent values v in {-1, 0, 1}, proportional to exp(sharpness z v); the score
     is their mean. The integral over z is by 80 nodes of Gauss and Hermite.
     """
-    z, weight = np.polynomial.hermite_e.hermegauss(80)
-    value = np.exp(sharpness * np.outer(z + mean, (-1, 0, 1)))
+    value = np.exp(sharpness * np.outer(NODES + mean, (-1, 0, 1)))
     value /= value.sum(1, keepdims=True)
     law = np.zeros(25)
     for sentences, share in ((3, 1 - TWO_PIECES), (4, TWO_PIECES)):
-        total = np.ones((len(z), 1))  # P(sum of the values | z), [80, 2 sentences + 1] at the end
+        total = np.ones((len(NODES), 1))  # P(sum of the values | z), [80, 2 sentences + 1] at the end
         for _ in range(sentences):
             total = sum(np.pad(total * value[:, [v]], ((0, 0), (v, 2 - v))) for v in range(3))
-        law[:: 12 // sentences] += share * (weight / weight.sum()) @ total
+        law[:: 12 // sentences] += share * (WEIGHTS / WEIGHTS.sum()) @ total
     return law
 
 
@@ -61,21 +62,24 @@ def oracle_accuracy(gap: float, sharpness: float) -> float:
     return float(np.tril(joint, -1).sum() / (1 - np.trace(joint)))
 
 
-def shown_gap(rows: Sequence[Mapping[str, Any]], sharpness: float) -> float | None:
+def mean_scores(sharpness: float) -> np.ndarray:
+    """Returns the mean score of a reply at each of ``MEANS``; it increases."""
+    return np.array([score_law(mean, sharpness) @ np.linspace(-1, 1, 25) for mean in MEANS])
+
+
+def shown_gap(rows: Sequence[Mapping[str, Any]], scores: np.ndarray) -> float | None:
     """Returns the latent gap that explains the mean scores of the replies under the two sides; None without any.
 
-    Replies that the grammar cannot make have no latent quality and are left out.
+    ``scores`` are the ``mean_scores``. Replies that the grammar cannot make have no latent quality and are left out.
     """
-    sides: tuple[list[float], list[float]] = ([], [])
+    sides: tuple[list[float], list[float]] = ([], [])  # positive, negative
     for row in rows:
         for side, column in enumerate(("first", "second")):
             if (score := harmless_score(row["prompt"], row[column])) > ILL_FORMED:
                 sides[side != row["positive"]].append(score)
     if not all(sides):
         return None
-    means = np.linspace(-4, 4, 401)
-    scores = [score_law(mean, sharpness) @ np.linspace(-1, 1, 25) for mean in means]
-    positive, negative = (np.interp(np.mean(side), scores, means) for side in sides)
+    positive, negative = (np.interp(np.mean(side), scores, MEANS) for side in sides)
     return float(positive - negative)
 
 
@@ -101,7 +105,8 @@ class Point(NamedTuple):
 
 def gap_study(arms: Mapping[str, JudgedPairs], judge: str, gaps: tuple[float, ...], sharpness: float) -> aj.Finding:
     """Returns label accuracy against the gap, beside the closed forms, and where RLCD overtakes RLAIF."""
-    points = [measure(arms["RLCD"], affix, gap, sharpness) for affix, gap in enumerate(gaps)]
+    scores = mean_scores(sharpness)
+    points = [measure(arms["RLCD"], affix, gap, scores) for affix, gap in enumerate(gaps)]
     level = label_accuracy(arms["RLAIF"])
     turns = turning_points(points, level, sharpness)
     rows = [
@@ -120,12 +125,12 @@ def gap_study(arms: Mapping[str, JudgedPairs], judge: str, gaps: tuple[float, ..
     return aj.Finding(text, {"accuracy": draw(points, level, sharpness)}, numbers)
 
 
-def measure(arm: JudgedPairs, affix: int, gap: float, sharpness: float) -> Point:
+def measure(arm: JudgedPairs, affix: int, gap: float, scores: np.ndarray) -> Point:
     """Returns what was measured of the pairs of one affix pair, by its number."""
     chosen = [i for i, row in enumerate(arm.rows) if row["affix"] == affix]
     pairs = JudgedPairs([arm.rows[i] for i in chosen], arm.judged[chosen])
     ties = float(np.mean(pairs.judged == 0.5)) if chosen else None
-    return Point(gap, len(chosen), ties, label_accuracy(pairs), shown_gap(pairs.rows, sharpness))
+    return Point(gap, len(chosen), ties, label_accuracy(pairs), shown_gap(pairs.rows, scores))
 
 
 def turning_points(points: Sequence[Point], level: Share, sharpness: float) -> dict[str, float | None]:
@@ -134,7 +139,7 @@ def turning_points(points: Sequence[Point], level: Share, sharpness: float) -> d
     closed = np.array([rlcd_accuracy(gap) for gap in fine])
     turns = {"by App. N": crossing(fine, closed, rlaif_accuracy())}
     right = [point.right.value for point in points]
-    if level.value is None or None in right:
+    if None in (level.value, *right, *(point.shown for point in points)):
         return turns
     world = np.array([oracle_accuracy(gap, sharpness) for gap in fine])
     return {
@@ -142,6 +147,7 @@ def turning_points(points: Sequence[Point], level: Share, sharpness: float) -> d
         "by App. N's RLCD at the measured RLAIF": crossing(fine, closed, level.value),
         "by the world's RLCD at the measured RLAIF": crossing(fine, world, level.value),
         "measured": crossing(np.array([point.gap for point in points]), np.array(right), level.value),
+        "measured, as shown": crossing(np.array([point.shown for point in points]), np.array(right), level.value),
     }
 
 

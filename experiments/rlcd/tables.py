@@ -96,12 +96,12 @@ def win_table(
 
 def our_wins(run: RunResults, policy: str, other: str, help_judge: str) -> Iterator[list[str]]:
     """Yields a row for every judge of the run that compares the two policies."""
-    for found in results.win_rates(run, policy, other):
+    for found in results.read_win_rates(run, policy, other):
         if (column := column_of(found.task)) is not None:
             cells = dict.fromkeys(WINS, "")
             cells["Help" if (column, found.judge) == ("Harm", help_judge) else column] = versus(found.rate)
             cells["tokens"] = "/".join(f"{count:.1f}" for count in found.tokens)
-            who, size = f"{other}, by {policy}", f"ours, {results.sizes(run)}"
+            who, size = f"{other}, by {policy}", f"ours, {results.network_sizes(run)}"
             yield [who, size, f"{found.judge} (n={found.rate.n})", *cells.values()]
 
 
@@ -121,10 +121,10 @@ def table_5(runs: Runs) -> aj.Finding:
     """Returns how preference models agree with people, or with the labels that a run measured them on."""
     rows = [[name, f"paper, {size}", "people (n=2000)", *cells] for (name, size), cells in TABLE_5.items()]
     for run in runs:
-        for found in results.agreements(run):
+        for found in results.read_agreements(run):
             cells = interval(found.accuracy, 100, 1), interval(found.mean_probability, 1, 3)
             labels = f"{found.labels} (n={found.accuracy.n})"
-            rows += placed([found.model, f"ours, {results.sizes(run)}", labels], found.task, cells)
+            rows += placed([found.model, f"ours, {results.network_sizes(run)}", labels], found.task, cells)
     note = (
         "Accuracy: P(preferred) above 1/2, strictly, with the exact 95% interval. Probability: the mean P(preferred),\n"
         "with Student's 95% interval. The paper measured on dialogues whose prompts the models' pairs came from.\n"
@@ -137,8 +137,8 @@ def table_36(runs: Runs) -> aj.Finding:
     """Returns how often simulated labels are right, by a judge that was not fitted to them."""
     rows = [[name, f"paper, {size}", "held-out reward", *cells] for (name, size), cells in TABLE_36.items()]
     for run in runs:
-        for found in results.label_accuracies(run):
-            who = [found.labels, f"ours, {results.sizes(run)}", f"{found.judge} (n={found.accuracy.n})"]
+        for found in results.read_label_accuracies(run):
+            who = [found.labels, f"ours, {results.network_sizes(run)}", f"{found.judge} (n={found.accuracy.n})"]
             rows += placed(who, found.task, (interval(found.accuracy, 1, 3),))
     note = "Ours: of the pairs that the judge does not call equal, with the exact 95% interval.\n"
     header = ("labels", "size", "judge", *LABELS)
