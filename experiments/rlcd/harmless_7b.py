@@ -40,6 +40,7 @@ LLAMA_7B = aj.TransformerConfig(  # 2302.13971, table 2
 LLAMA_30B = replace(LLAMA_7B, width=6656, layers=60, heads=52, kv_heads=52, hidden=17_920)
 NEW_TOKENS = 300
 QUERIES = (64, 128, 192)  # prompt lengths in tokens of the policies
+JUDGED = aj.JudgeSizes(batch=16, prompt=208, reply=NEW_TOKENS + 4)
 EVERY = 50_000  # more prompts than the file holds: all of them
 
 
@@ -104,6 +105,18 @@ def get_config(
                 nash_md,
                 objective=aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=0.008), bound=5.0),
                 data=replace(nash_md.data, preference="reward", samplers=(aj.policy, aj.policy)),
+            ),
+            "labels": aj.PairStudy(  # the paper's table 36
+                pairs={"RLCD": "pairs"},
+                judge=aj.ModelJudge("judge"),
+                sizes=JUDGED,
+            ),
+            "agreement": aj.MeasureAgreement(  # its table 5, on dialogues whose prompts the pairs have too
+                models={"reward": "reward", "preference": "preference"},
+                pairs="human",
+                count=2000,
+                overlap=True,
+                sizes=JUDGED,
             ),
             "table": aj.Tournament(
                 policies={name: name for name in policies},
