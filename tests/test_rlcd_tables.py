@@ -13,9 +13,11 @@ from alignjax.labeling.accuracy import rlaif_accuracy, rlcd_accuracy
 from alignjax.labeling.statistics import JudgedPairs
 from alignjax.pipeline import results
 from alignjax.pipeline.config import load, load_module
+from alignjax.pipeline.run import run
 from alignjax.tasks import sandbox
 from alignjax.tasks.sandbox_grammar import harmless_score
 from alignjax.tasks.task import oracle_from_score
+from alignjax.training.data import read_pairs
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments" / "rlcd"
 GAP, TABLES = EXPERIMENTS / "gap.py", EXPERIMENTS / "tables.py"
@@ -155,6 +157,23 @@ def test_the_sweep_is_wired_to_the_gaps_of_its_world():
         assert type(rlcd.method).__name__ == "RLCD" and rlaif.method.judge.stage == rlaif.generator == rlcd.generator
 
 
+def test_the_short_sweep_counts_every_pair_once(tmp_path):
+    run(load(GAP, {"small": "True"}), tmp_path)
+    numbers = json.loads((tmp_path / "gap" / "numbers.json").read_text())
+    figures = {
+        n: json.loads((tmp_path / n / "stage.json").read_text())["figures"] for n in ("rlcd_pairs", "rlaif_pairs")
+    }
+    rows, points = read_pairs(tmp_path / "rlcd_pairs" / "data", "train"), numbers["gaps"]
+    assert [point["pairs"] for point in points] == [sum(row["affix"] == i for row in rows) for i in range(6)]
+    rlcd, rlaif = figures["rlcd_pairs"], figures["rlaif_pairs"]
+    decided = sum(point["right"]["n"] for point in points)
+    right = sum(point["right"]["value"] * point["right"]["n"] for point in points if point["right"]["n"])
+    assert decided == round(rlcd["pairs"] * (1 - rlcd["oracle_ties"])) > 10
+    assert right / decided == pytest.approx(rlcd["label_accuracy"])
+    assert numbers["rlaif"]["value"] == pytest.approx(rlaif["label_accuracy"])
+    assert (tmp_path / "gap-accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
 def write_run(folder, task="sandbox-harmless", judge="oracle"):
     """A work folder as a finished run leaves it: a base, a tournament, pairs that were studied, an agreement."""
     names, n = ["base", "rlcd", "rlaif"], 200
@@ -244,12 +263,12 @@ def test_the_closed_forms_round_to_the_paper_s_figures(tables):
 
 
 def test_one_command_prints_one_table_and_follows_the_run(tmp_path, capfd):
-    run = write_run(tmp_path / "run")
-    command = ["run", str(TABLES), "--workdir", str(tmp_path / "t"), "--only", "table3", "--set", f"run={run}"]
+    folder = write_run(tmp_path / "run")
+    command = ["run", str(TABLES), "--workdir", str(tmp_path / "t"), "--only", "table3", "--set", f"run={folder}"]
     assert main(command) == 0
     out = capfd.readouterr().out
     assert out.count("## ") == 1 and "80.0/20.0 [70.0, 85.0]" in out and "## Table 3" in out
-    file = run / "table" / "win_rates.json"
+    file = folder / "table" / "win_rates.json"
     file.write_text(file.read_text().replace("0.8", "0.9"))
     assert main(command) == 2 and "digest" in capfd.readouterr().err
     assert main([*command, "--redo"]) == 0 and "90.0/10.0" in capfd.readouterr().out

@@ -217,12 +217,12 @@ def get_config(small: bool = False) -> aj.Experiment:
         base = replace(
             base,
             model=replace(base.model, vocab_size=576, width=96, layers=2, heads=4, kv_heads=2, head_dim=24, hidden=192),
-            documents=4000,
+            documents=2000,
             adam=aj.Adam(lr=5e-3, warmup=20),
             loop=aj.Loop(steps=150, batch=8),
         )
-        writing, sizes = replace(writing, batch=16), sizes._replace(batch=16)
-        rlcd, rlaif = (replace(labels, prompts=96, writing=writing) for labels in (rlcd, rlaif))
+        writing, sizes = replace(writing, buckets=(40,), batch=64), aj.JudgeSizes(batch=64, prompt=24, reply=REPLY)
+        rlcd, rlaif = (replace(labels, prompts=64, writing=writing) for labels in (rlcd, rlaif))
     return aj.Experiment(
         task=sandbox.sandbox_task(world),
         stages={
