@@ -11,6 +11,16 @@ is measured lies there.
 prompts of that half. The writer is the checkpoint, fine-tuned on the replies that people preferred there, because a
 model that never saw a dialogue does not end its reply. ``people`` is what these sizes can learn from labels; RLCD shows
 what a writer that small knows of the words in a role marker.
+
+With stories260K (260 thousand parameters, 512 tokens of context) and the test file of harmless-base, on 408 held-out
+pairs; 743 others are longer than 256 tokens and twice 128:
+
+    model   accuracy, %        mean probability
+    people  57.1 [52.1, 62.0]  0.536 [0.519, 0.553]
+    RLCD    47.3 [42.4, 52.3]  0.479 [0.450, 0.508]
+
+So 402 human labels teach a model of this size a little. 300 simulated pairs do not tell it from a coin: the writer does
+not know what the affixes mean. It took 26 minutes on two cores that four other programs used; alone it was not run.
 """
 
 from dataclasses import replace

@@ -4,9 +4,9 @@
     alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd1 --set seed=1     # another seed
     alignjax run experiments/rlcd/sandbox.py --workdir runs/small --set small=True
 
-One base model simulates and is trained. ``rlcd``: the prompt labels the pair. ``rlaif``: the base itself, asked a question,
-labels two replies to the plain prompt, in one order as in the paper. ``rescore``: it labels RLCD's replies. Each fits a
-reward model, against which PPO optimises the policy. ``distilled`` is fine-tuned on the replies under positive prompts.
+One base model simulates and is trained. ``rlcd``: the prompt labels the pair. ``rlaif``: the base itself, asked a
+question, labels two replies to the plain prompt, in one order as in the paper. ``rescore``: it labels RLCD's replies.
+Each fits a reward model, against which PPO optimises the policy. ``distilled`` is fine-tuned on the replies under positive prompts.
 ``nash_md`` and ``gradient`` take RLCD's labels too: they and PPO draw the same number of replies. The oracle judges.
 """
 
