@@ -72,6 +72,7 @@ _PUBLIC = {
         "LoadCheckpoint",
         "LoadPairs",
         "LoadReplies",
+        "MeasureAgreement",
         "MeasureBestOf",
         "MixPairs",
         "OfflineData",

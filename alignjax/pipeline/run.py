@@ -52,6 +52,8 @@ def run(
             run_stage(context, redo)
     if hosts.is_first and all(store.is_finished(experiment, workdir, name) for name in names):
         show_report(experiment, workdir)
+    elif hosts.is_first:  # the tables of the stages that were asked for
+        print(*filter(None, (report.stage_section(context.folder) for context in contexts)), sep="\n")
     hosts.barrier("the end of the run")
 
 

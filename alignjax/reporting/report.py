@@ -35,11 +35,21 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
     for name in records:
         if section := read_text(workdir / name / "section.md"):
             sections.append(section)
-            shown.append("\n".join(line for line in section.splitlines() if not line.startswith("![")))
+            shown.append(without_pictures(section))
     sections += [tables.samples_section(read_json(workdir / name / "samples.json")) for name in tournaments]
     sections += [curves_section(workdir, records), tables.figures_table(records), tables.time_table(records)]
     write_atomic(workdir / "report.md", "\n".join(section for section in sections if section))
     return "\n".join([*filter(None, shown), f"report: {workdir / 'report.md'}"])
+
+
+def stage_section(folder: Path) -> str:
+    """Returns what a finished stage has to say in the report, without its pictures; empty where that is nothing."""
+    return without_pictures(read_text(folder / "section.md") or "")
+
+
+def without_pictures(section: str) -> str:
+    """Returns Markdown without the lines of pictures, for the screen."""
+    return "\n".join(line for line in section.splitlines() if not line.startswith("!["))
 
 
 def curves_section(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str:

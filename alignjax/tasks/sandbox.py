@@ -3,7 +3,8 @@
 A dialogue is one or two turns of question and reply (``sandbox_grammar``). Whoever writes a reply draws latent
 qualities z ~ N(m, 1), and then each sentence's value v with probability proportional to exp(sharpness * z * v): the
 model of 2307.12950 App. N. A plain role marker has m = 0. An affix moves the mean of its own attribute up or down by
-half of ``mean_gap``, so that contrast labels are mostly but not always right.
+half of ``mean_gap``, so that contrast labels are mostly but not always right. ``gaps`` gives each affix pair of
+"harmless" a gap of its own.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ SANDBOX_AFFIXES: dict[str, Affixes] = {
         ("(from an expert)", "(from a bungler)"),
     ),
 }
+MORE_HARMLESS_AFFIXES: Affixes = (("(warm, calm words)", "(cold, angry words)"), ("(with respect)", "(with contempt)"))
+"""Pairs of a world with more than four ``gaps``; the default world does not have them."""
+_ALL_HARMLESS_AFFIXES: Affixes = (*SANDBOX_AFFIXES["harmless"], *MORE_HARMLESS_AFFIXES)
 _SCORES: dict[str, Score] = {"harmless": harmless_score, "helpful": helpful_score}
 Means = Mapping[str, float]
 """Attribute -> mean of the latent quality of whoever writes; 0 where it is not named."""
@@ -62,12 +66,27 @@ class World:
     affixed: float = 0.8  # share of the corpus's turns with an affixed role marker
     rater: float = 0.3  # share of the corpus that is rater dialogues
     rater_error: float = 0.1  # share of a rater's answers that are wrong
+    gaps: tuple[float, ...] = ()  # "harmless" has one affix pair for each, with this gap; (): four with ``mean_gap``
 
     def __post_init__(self) -> None:
         if not (1 <= self.nouns <= len(NOUNS) and 1 <= self.verbs <= len(VERBS)):
             raise UserError(f"a World has 1 to {len(NOUNS)} nouns and 1 to {len(VERBS)} verbs")
         check_range(self, 0, 20, "sharpness", "mean_gap")
         check_range(self, 0, 1, "two_turns", "affixed", "rater", "rater_error")
+        if self.gaps:
+            check_range(self, 0, 20, "gaps")
+        if len(self.gaps) > (most := len(_ALL_HARMLESS_AFFIXES)):
+            raise UserError(f"World.gaps has {len(self.gaps)} gaps and there are {most} affix pairs; leave some out")
+
+    def affixes(self, attribute: str) -> Affixes:
+        """Returns the affix pairs of an attribute."""
+        if attribute == "harmless" and self.gaps:
+            return _ALL_HARMLESS_AFFIXES[: len(self.gaps)]
+        return SANDBOX_AFFIXES[attribute]
+
+    def gap(self, attribute: str, affix: int) -> float:
+        """Returns the distance of the latent means under the two sides of an affix pair, by its number."""
+        return self.gaps[affix] if attribute == "harmless" and self.gaps else self.mean_gap
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
         """Returns ``count`` distinct prompts without affixes, whose questions are all of the split.
@@ -146,9 +165,9 @@ def _sample_affix(world: World, rng: np.random.Generator) -> tuple[str, Means]:
     if rng.random() >= world.affixed:
         return "", {}
     attribute = _sample_attribute(rng)
-    pair = SANDBOX_AFFIXES[attribute][rng.integers(len(SANDBOX_AFFIXES[attribute]))]
-    side = rng.integers(2)
-    return f" {pair[side]}", {attribute: world.mean_gap * (0.5 - side)}
+    pairs = world.affixes(attribute)
+    affix, side = int(rng.integers(len(pairs))), rng.integers(2)
+    return f" {pairs[affix][side]}", {attribute: world.gap(attribute, affix) * (0.5 - side)}
 
 
 def _sample_attribute(rng: np.random.Generator) -> str:
@@ -198,7 +217,7 @@ def sandbox_task(world: World = World(), attribute: str = "harmless") -> Task:
         source=world,
         format=DIALOGUE_FORMAT,
         clean=clean_reply,
-        affixes=SANDBOX_AFFIXES[attribute],
+        affixes=world.affixes(attribute),
         contrast=contrast_dialogue,
         template=_rater_template(attribute),
         oracles={"oracle": oracle_from_score(score), "annotators": population_oracle},
@@ -206,5 +225,5 @@ def sandbox_task(world: World = World(), attribute: str = "harmless") -> Task:
         messages=dialogue_messages,
         corpus_of_source=sandbox_corpus,
         # The corpus teaches one question for an attribute, whatever the affix.
-        questions=(as_question(_rater_template(attribute), DIALOGUE_FORMAT),) * len(SANDBOX_AFFIXES[attribute]),
+        questions=(as_question(_rater_template(attribute), DIALOGUE_FORMAT),) * len(world.affixes(attribute)),
     )

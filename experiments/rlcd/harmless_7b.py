@@ -128,7 +128,7 @@ def get_config(
             "rescore_reward": replace(reward, pairs="rescore_pairs"),
             "preference": replace(reward, form=aj.pairwise),
             "judge": replace(reward, pairs="human"),
-            "labels": aj.PairStudy(
+            "labels": aj.PairStudy(  # its table 36
                 pairs={"RLCD": "pairs", "RLAIF": "rlaif_pairs", "Rescore": "rescore_pairs"},
                 judge=aj.ModelJudge("judge"),
                 sizes=sizes,
@@ -142,6 +142,13 @@ def get_config(
                 nash_md,
                 objective=aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=0.008), bound=5.0),
                 data=replace(nash_md.data, preference="reward", samplers=(aj.policy, aj.policy)),
+            ),
+            "agreement": aj.MeasureAgreement(  # the paper's table 5, on dialogues whose prompts the pairs have too
+                models={"RLCD": "reward", "RLAIF": "rlaif_reward", "Rescore": "rescore_reward"},
+                pairs="human",
+                count=2000,
+                overlap=True,
+                sizes=sizes,
             ),
             "table": aj.Tournament(
                 policies={name: name for name in policies},

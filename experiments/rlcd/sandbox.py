@@ -117,6 +117,11 @@ def get_config(small: bool = False, gap: float = 3.0, rater_error: float = 0.25)
                 judge=aj.Oracle("oracle"),
                 sizes=sizes,
             ),
+            "agreement": aj.MeasureAgreement(
+                models={"RLCD": "rlcd_reward", "RLAIF": "rlaif_reward", "Rescore": "rescore_reward"},
+                pairs="truth",
+                sizes=sizes,
+            ),
             "rlcd_reward": reward,
             "rlaif_reward": replace(reward, pairs="rlaif_pairs"),
             "rescore_reward": replace(reward, pairs="rescore_pairs"),

@@ -3,6 +3,7 @@
 Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says how.
 """
 
+from alignjax.pipeline.stages.agreement import MeasureAgreement
 from alignjax.pipeline.stages.best_of import MeasureBestOf
 from alignjax.pipeline.stages.choose_policy import ChoosePolicy
 from alignjax.pipeline.stages.fine_tune import FineTune
@@ -29,6 +30,7 @@ __all__ = [
     "LoadCheckpoint",
     "LoadPairs",
     "LoadReplies",
+    "MeasureAgreement",
     "MeasureBestOf",
     "MixPairs",
     "OfflineData",

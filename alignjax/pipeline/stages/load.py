@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -223,6 +224,21 @@ class LoadPairs:
         comparison."""
         return [row for _, row in self._read(context).rows]
 
+    def splits(self, context: Context) -> dict[str, list[dict[str, Any]]]:
+        """Returns the pairs of each split as {"prompt", "first", "second", "p"}, in the order of the file.
+
+        The dataset that ``run`` writes holds the same pairs, shuffled. Raises UserError as ``rows`` does.
+        """
+        return self._split(self.rows(context))
+
+    def _split(self, found: Sequence[json_lines.Comparison | None]) -> dict[str, list[dict[str, Any]]]:
+        """Returns the pairs of each split. All pairs of a prompt are in one."""
+        rows = [pair._asdict() for pair in found if pair]
+        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+        last = set(prompts[len(prompts) - int(self.held_out * len(prompts)) :])
+        splits = {"train": [row for row in rows if row["prompt"] not in last]}
+        return {**splits, "held_out": [row for row in rows if row["prompt"] in last]} if last else splits
+
     def _read(self, context: Context) -> json_lines.NumberedRows[json_lines.Comparison | None]:
         """Returns the rows and the malformed lines of the file."""
         found = read_stage_file(context, self, "comparisons")
@@ -235,16 +251,12 @@ class LoadPairs:
         return ()
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
-        """Writes the dataset; returns its figures. All pairs of a prompt are in one split."""
+        """Writes the dataset; returns its figures."""
         lines = self._read(context)
-        found = [row for _, row in lines.rows]
-        rows = [pair._asdict() for pair in found if pair]
-        prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-        last = set(prompts[len(prompts) - int(self.held_out * len(prompts)) :])
-        splits = {"train": [row for row in rows if row["prompt"] not in last]}
-        if last:
-            splits["held_out"] = [row for row in rows if row["prompt"] in last]
-        figures = {"pairs": len(rows), "skipped": len(found) - len(rows), "different_prompts": len(prompts)}
+        splits = self._split([row for _, row in lines.rows])
+        pairs = [row for rows in splits.values() for row in rows]
+        skipped, prompts = len(lines.rows) - len(pairs), len({row["prompt"] for row in pairs})
+        figures = {"pairs": len(pairs), "skipped": skipped, "different_prompts": prompts}
         if self.skip_malformed:
             figures["malformed"] = len(lines.malformed)
         source = {"file": self.path, "digest": self.digest, "read": describe(self.read)}
