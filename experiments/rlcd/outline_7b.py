@@ -16,7 +16,7 @@ from pathlib import Path
 import alignjax as aj
 from alignjax.tasks import outline
 
-HUMAN = ("human", "human_test", "judge", "labels")  # of dialogues that people compared
+HUMAN = ("human", "human_test", "judge", "labels", "agreement")  # of dialogues that people compared
 PREMISES = 40_000
 
 
