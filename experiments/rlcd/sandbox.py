@@ -6,8 +6,9 @@
 
 One base model simulates and is trained. ``rlcd``: the prompt labels the pair. ``rlaif``: the base itself, asked a
 question, labels two replies to the plain prompt, in one order as in the paper. ``rescore``: it labels RLCD's replies.
-Each fits a reward model, against which PPO optimises the policy. ``distilled`` is fine-tuned on the replies under positive prompts.
-``nash_md`` and ``gradient`` take RLCD's labels too: they and PPO draw the same number of replies. The oracle judges.
+Each fits a reward model, against which PPO optimises the policy. ``distilled`` is fine-tuned on the replies under
+positive prompts. ``nash_md`` and ``gradient`` take RLCD's labels too: they and PPO draw the same number of replies. The
+oracle judges.
 """
 
 from dataclasses import replace
