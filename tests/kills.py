@@ -139,7 +139,9 @@ def kill_each(launcher: Launcher, undisturbed: Path, count: int, length: float, 
     workdir = launcher.folder / "killed"
     for name in launcher.stages:
         running = launcher.start(workdir)
-        while all(process.poll() is None for process in running) and not has_begun(workdir / name):
+        while all(process.poll() is None for process in running) and not (
+            has_begun(workdir / name) or is_finished(workdir / name)
+        ):
             time.sleep(0.01)
         killed = all(process.poll() is None for process in running) and not is_finished(workdir / name)
         for process in running:
@@ -153,7 +155,7 @@ def kill_each(launcher: Launcher, undisturbed: Path, count: int, length: float, 
 
 def has_begun(stage: Path) -> bool:
     """Returns whether a stage has kept a part of its work."""
-    kept = ("chunks/*.json", "checkpoints/*/_CHECKPOINT_METADATA", "replies-*.json", "params")
+    kept = ("chunks/*.json", "checkpoints/*", "replies-*.json", "params")
     return any(True for pattern in kept for _ in stage.glob(pattern))
 
 
