@@ -127,7 +127,7 @@ GREEDY = dataclasses.replace(WRITING, sampling=Sampling(temperature=0.0))
     (dataclasses.replace(LABEL, writing=GREEDY), "the network of 'bad' gives log-probs"),
     (table(policies={"good": "good", "b": "bad"}), "the network of 'bad' gives log-probs"),
     (table(reference="bad"), "the network of 'good' is scored by a reference whose log-probs"),
-    (table(policies={"a": "good", "b": "good"}, judges={"j": RATER}), "the judge 'bad' gives logits"),
+    (table(policies={"a": "good", "b": "good"}, judges={"j": RATER}), "the rater 'bad' gives logits"),
 ], ids=["label", "greedy", "policy", "reference", "judge"])  # fmt: skip
 @pytest.mark.parametrize("damaged", ["weight", "adapter"])
 def test_a_network_that_is_not_finite_neither_writes_nor_judges(folder, tmp_path, base, stage, message, damaged):

@@ -62,6 +62,7 @@ def every_stage():
         relabeled=aj.Relabel(judge=aj.LanguageModelRater("base"), sizes=aj.JudgeSizes(8, 8, 8), pairs="pairs"),
         mixed=aj.MixPairs(first="pairs", second="relabeled"),
         labels=aj.PairStudy(judge=aj.ModelJudge("judge"), sizes=aj.JudgeSizes(8, 8, 8), pairs={"a": "pairs"}),
+        agreement=aj.MeasureAgreement(sizes=aj.JudgeSizes(8, 8, 8), models={"a": "judge"}, pairs="truth"),
         imitated=aj.FineTune(start="base", pairs="REPLIES", adam=aj.Adam(1e-3), loop=aj.Loop(steps=1, batch=8), row=64),
         tuned=aj.FineTune(start="base", pairs="pairs", adam=aj.Adam(1e-3), loop=aj.Loop(steps=1, batch=8), row=64),
     )

@@ -123,7 +123,7 @@ def test_a_pairwise_logit_is_the_score_after_the_context_in_one_order_less_that_
         return scores[name] if name in scores else (state @ full["pairwise"]["kernel"])[0]
 
     logit = preference.logit(full, ragged([x]), ragged([y]), ragged([z]))
-    np.testing.assert_allclose(logit[0], score(y, z) - score(z, y), atol=1e-5)
+    np.testing.assert_allclose(logit[0], score(y, z) - score(z, y), rtol=1e-5, atol=1e-5)
     assert preference.reward is None
 
 

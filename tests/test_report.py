@@ -64,7 +64,7 @@ def test_a_stage_s_new_metric_and_figure_are_reported_with_their_meanings(workdi
     text = (workdir / "report.md").read_text()
     assert "- late: what comes late\n" in text
     assert "- loss: nats of surprise (first); squared error (second)\n" in text
-    assert "- gradient_norm: global norm of the gradient before clipping\n" in text
+    assert "- gradient_norm: global norm of the gradient before clipping, the largest of a batch\n" in text
     assert "- odd: no meaning is declared\n" in text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["first", "share", "0.25", "of the whole"] in rows
