@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from alignjax.pipeline import config
+from alignjax.pipeline.experiment import order
 from tests import QUICK
 from tests.conftest import ROOT
 from tests.test_hosts import free_port
@@ -45,8 +46,9 @@ class Launcher:
 
     @property
     def stages(self) -> dict[str, Any]:
-        """The experiment's stages by name."""
-        return config.load(ROOT / self.file, SMALL).stages
+        """The experiment's stages by name, in the order in which they run."""
+        stages = config.load(ROOT / self.file, SMALL).stages
+        return {name: stages[name] for name in order(stages)}
 
     def command(self, workdir: Path) -> list[str]:
         """Returns the command of a run that saves every few steps."""
