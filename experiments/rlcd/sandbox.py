@@ -1,6 +1,6 @@
 """RLCD against its rivals (2307.12950), in the small world whose truth is known: labels, policies, win rates.
 
-    alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd                   # ... minutes on two cores
+    alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd                   # 12 minutes on two busy cores
     alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd1 --set seed=1     # another seed
     alignjax run experiments/rlcd/sandbox.py --workdir runs/small --set small=True
 
@@ -9,6 +9,10 @@ question, labels two replies to the plain prompt, in one order as in the paper. 
 Each fits a reward model, against which PPO optimises the policy. ``distilled`` is fine-tuned on the replies under
 positive prompts.
 ``nash_md`` and ``gradient`` take RLCD's labels too: they and PPO draw the same number of replies. The oracle judges.
+
+Seeds 0, 1 and 2: RLCD's labels were right in .927, .920 and .914 of the pairs, RLAIF's in .825, .531 and .617. PPO on
+RLCD's labels beat the base with .879, .848 and .844, context distillation with .715, .667 and .672, and RLAIF's policy
+with .507, .714 and .782 (README has the intervals).
 
 The defaults are the setting of appendix N: latent means 3 apart, and a rater who is right in 3 of 4 pairs.
 """
