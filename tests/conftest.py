@@ -66,9 +66,12 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+_LONGEST = ("test_quickstart.py", "test_hosts.py", "test_rlcd_study.py")
+
+
 def pytest_collection_modifyitems(items):
     """Puts the slowest files first, so that parallel processes end at the same time."""
-    items.sort(key=lambda item: item.path.name not in ("test_quickstart.py", "test_hosts.py"))
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
 def pytest_collection_finish():
