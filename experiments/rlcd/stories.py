@@ -5,6 +5,9 @@
 
 The files and principles are those of ``experiments/stories.py``. A model of this size understands no question, so that
 RLAIF and Rescore have labels by chance: they show what RLCD does not need. The oracle judges.
+
+With stories260K, girl: RLCD's labels were right in .960 of the pairs, RLAIF's in .526; PPO on them beat the base with
+.937 [.914, .955] and .491 [.450, .532] (README has the table).
 """
 
 from dataclasses import replace
