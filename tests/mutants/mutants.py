@@ -229,7 +229,7 @@ MUTANTS = (
     ),
     Mutant(
         "metrics mix the epochs of a step", "alignjax/training/learn.py",
-        "jnp.mean(values[last if name in last_epoch else first])", "jnp.mean(values)", LEARN,
+        "jnp.mean(values[last if name in last_epoch else first])", "jnp.mean(values)", PPO,
     ),
     Mutant(
         "an objective's head is not saved", "alignjax/pipeline/trained_parts.py",
