@@ -353,6 +353,8 @@ def test_a_critic_is_refused_where_it_cannot_work(line):
         more.check(context)
     with pytest.raises(UserError, match=r"critic\.head='value' is no head of 'fitted', which has reward"):
         dataclasses.replace(line[0].stages["ppo"], critic=aj.Critic("fitted", "value")).programs(context)
+    with pytest.raises(UserError, match=r"ppo\.critic\.head='value' is no head of 'fitted', which has reward"):
+        dataclasses.replace(line[0].stages["ppo"], critic=aj.Critic("fitted", "value")).check(context)
 
 
 def test_adapters_over_adapters_lie_over_the_first_base(line):

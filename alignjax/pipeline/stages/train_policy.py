@@ -110,6 +110,10 @@ class TrainPolicy:
                             "'value'; leave it out, or use PPO")  # fmt: skip
         if self.critic:
             check_positions(context, self.critic.start, "buckets", max(self.buckets) + self.max_new_tokens)
+            known = context.spec(self.critic.start)
+            if known and self.critic.head is not None and self.critic.head not in known.record.heads:
+                raise UserError(f"{context.name}.critic.head={self.critic.head!r} is no head of {self.critic.start!r}, "
+                                f"which has {', '.join(known.record.heads) or 'none'}; name one, or None")  # fmt: skip
         if self.loop.accumulate > 1 and self.objective.extras.whole_minibatch:
             raise UserError(f"{context.name}.loop.accumulate={self.loop.accumulate} would change the objective, which "
                             "whitens over whole minibatches; set it to 1")  # fmt: skip
