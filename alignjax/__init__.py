@@ -80,6 +80,7 @@ _PUBLIC = {
         "PairStudy",
         "Pretrain",
         "Relabel",
+        "ReplyStudy",
         "Study",
         "Tournament",
         "TrainPolicy",
