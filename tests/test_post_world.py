@@ -24,10 +24,10 @@ from alignjax.tasks.post_world import (
 
 MASSES = PostWorld().masses
 POST = (
-    "SUBREDDIT: r/family\n\nTITLE: About my boss\n\nPOST: Then my boss ate the cake. I think my boss lost the ring. "
-    "What now? My boss hid the keys.\n\nTL;DR:"
+    "SUBREDDIT: r/family\n\nTITLE: About my boss\n\nPOST: Then my boss lied. I think my boss fell. "
+    "What now? My boss quit.\n\nTL;DR:"
 )
-READ = Post("boss", ("ate the cake", "hid the keys"), ("lost the ring",))
+READ = Post("boss", ("lied", "quit"), ("fell",))
 
 
 def prefer(first, second):
@@ -50,19 +50,19 @@ def test_a_post_is_read_back():
 @pytest.mark.parametrize(
     ("summary", "reading"),
     [
-        ("boss ate the cake", Reading(1, 4, 0)),
-        ("boss hid the keys, ate the cake", Reading(2, 7, 0)),
-        ("boss ate the cake, ate the cake", Reading(1, 7, 0)),  # told once
-        ("boss lost the ring", Reading(1, 4, 1)),  # doubtful
-        ("boss maybe lost the ring", Reading(1, 5, 0)),
-        ("boss maybe ate the cake", Reading(1, 5, 0)),  # hedging what is sure is longer, and not wrong
-        ("boss ate the cake, quit the band", Reading(1, 7, 1)),  # invented
-        ("boss ate the cake, maybe quit the band", Reading(1, 8, 1)),  # hedged, and still not in the post
-        ("boss maybe lost the ring, lost the ring", Reading(1, 8, 1)),
-        ("uncle ate the cake", None),
-        ("boss ate the soup", None),
+        ("boss lied", Reading(1, 2, 0)),
+        ("boss quit, lied", Reading(2, 3, 0)),
+        ("boss lied, lied", Reading(1, 3, 0)),  # told once
+        ("boss fell", Reading(1, 2, 1)),  # doubtful
+        ("boss maybe fell", Reading(1, 3, 0)),
+        ("boss maybe lied", Reading(1, 3, 0)),  # hedging what is sure is longer, and not wrong
+        ("boss lied, won", Reading(1, 3, 1)),  # invented
+        ("boss lied, maybe won", Reading(1, 4, 1)),  # hedged, and still not in the post
+        ("boss maybe fell, fell", Reading(1, 4, 1)),
+        ("uncle lied", None),
+        ("boss ate", None),
         ("boss", None),
-        ("boss ate the cake.", None),
+        ("boss lied.", None),
         ("boss maybe", None),
         ("", None),
     ],
@@ -117,9 +117,9 @@ def test_the_nash_policy_over_every_summary_plays_the_three_styles_alone(world):
 
 def test_styles_are_what_annotators_see():
     assert [style_of(POST, styled_summary(READ, style)) for style in STYLES] == list(STYLES)
-    assert style_of(POST, "boss hid the keys, lost the ring, ate the cake") == "bold"
-    assert style_of(POST, "boss hid the keys") == OTHER
-    assert style_of(POST, "uncle hid the keys") == INVALID
+    assert style_of(POST, "boss quit, fell, lied") == "bold"
+    assert style_of(POST, "boss quit") == OTHER
+    assert style_of(POST, "uncle quit") == INVALID
 
 
 def test_the_corpus_has_the_writers_that_the_world_says():

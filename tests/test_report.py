@@ -116,3 +116,25 @@ def test_a_win_rate_table_shows_rates_intervals_and_what_was_not_measured():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert ["base", "-", "0.250 [0.100, 0.400]", "10.00", "0.00", "-"] in rows
     assert ["mine", "0.750 [0.600, 0.900]", "-", "12.50", "1.25", "2.00"] in rows
+
+
+def judged(judge, rates, kls=(0.0, 2.0, 1.0, 5.0)):
+    """A table of a tournament whose policies over its baseline have these rates."""
+    names = ["sft", "br 40", "br 20", "rlhf"]
+    win_rate = [[0.5 if i == j else rate for j in range(4)] for i, rate in enumerate(rates)]
+    return {"policies": names, "judge": judge, "baseline": "sft", "reference": "base", "kl_to_reference": list(kls),
+            "win_rate": win_rate}  # fmt: skip
+
+
+def test_the_judges_of_a_training_are_drawn_over_its_kl_in_order(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "write_picture", lambda path, figure: drawn.append(figure))
+    tables = [judged("truth", (0.5, 0.6, 0.7, 0.9)), judged("model", (0.5, 0.95, 0.8, 0.9))]
+    assert plots.judges_against_kl(tmp_path / "x.png", tables)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines == {"br, by truth": [[1.0, 0.7], [2.0, 0.6]], "br, by model": [[1.0, 0.8], [2.0, 0.95]]}
+    assert not plots.judges_against_kl(tmp_path / "x.png", tables[:1])
+    alone = [{**table, "policies": ["sft", "br 40", "sp", "rlhf"]} for table in tables]
+    assert not plots.judges_against_kl(tmp_path / "x.png", alone)
+    unmeasured = [judged("truth", (0.5,) * 4, kls=(0.0, None, 1.0, 5.0)), tables[1]]
+    assert not plots.judges_against_kl(tmp_path / "x.png", unmeasured)

@@ -55,6 +55,38 @@ def score_against_kl(path: Path, table: Mapping[str, Any]) -> bool:
     return True
 
 
+def judges_against_kl(path: Path, tables: Sequence[Mapping[str, Any]]) -> bool:
+    """Writes the win rate over the baseline, over the KL, as every judge of a tournament sees it.
+
+    Policies whose names differ only behind a space ("br 20", "br 40") make one curve. Where the curve of the model that
+    a policy was trained against rises and that of a held-out judge falls, the policy exploits its model. Returns
+    whether there are several judges and a curve.
+    """
+    from matplotlib.figure import Figure
+
+    first = tables[0]
+    curves: dict[str, list[tuple[float, int]]] = {}  # curve -> (KL, number of the policy)
+    for number, name in enumerate(first["policies"]):
+        curve, _, setting = name.partition(" ")
+        if setting and first["kl_to_reference"][number] is not None:
+            curves.setdefault(curve, []).append((first["kl_to_reference"][number], number))
+    curves = {curve: sorted(points) for curve, points in curves.items() if len(points) > 1}
+    if len(tables) < 2 or not curves:
+        return False
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for color, (curve, points) in enumerate(curves.items()):
+        for table, line in zip(tables, ("-", "--", ":", "-.") * len(tables), strict=False):
+            baseline = table["policies"].index(table["baseline"])
+            rates = [table["win_rate"][number][baseline] for _, number in points]
+            axes.plot([kl for kl, _ in points], rates, line, color=f"C{color}", marker="o", markersize=3,
+                      label=f"{curve}, by {table['judge']}")  # fmt: skip
+    axes.set(xlabel=f"KL to {first['reference']}, nats a response", ylabel=f"win rate over {first['baseline']}")
+    axes.legend(fontsize=8)
+    write_picture(path, figure)
+    return True
+
+
 def logged_metrics(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """Returns the names of all metrics that stages logged, in the order of their first rows. ``runs`` are rows by
     stage."""

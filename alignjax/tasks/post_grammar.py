@@ -10,12 +10,11 @@ PEOPLE = (
     "roommate", "uncle", "mother", "father", "partner", "doctor", "coach", "colleague",
 )  # fmt: skip
 FACTS = (
-    "sold the car", "lost a job", "broke a leg", "bought a boat", "moved to town", "quit the band",
-    "won a prize", "met a singer", "left the house", "hid the keys", "ate the cake", "found a dog",
-    "broke the lamp", "lost the ring", "burned the soup", "painted the door", "missed the train", "called the police",
-    "took the money", "adopted a cat", "stopped the wedding", "crashed the van", "forgot the party", "cut the tree",
+    "moved", "quit", "fell", "lied", "won", "cried", "sang", "left", "drank", "slept", "paid", "danced",
+    "called", "cheated", "shouted", "proposed", "vanished", "laughed", "returned", "waited", "smoked", "cooked",
+    "drove", "knocked",
 )  # fmt: skip
-"""What people did: three words each, so that a summary's length is its number of claims and of hedges."""
+"""What people did: one word each, so that a summary's length is its number of claims and of hedges."""
 SUBREDDITS = ("advice", "family", "relationships", "legal")
 TITLES = ("About my {who}", "Help with my {who}", "My {who} again", "What is it with my {who}?")
 SURE = ("My {who} {fact}.", "Yesterday my {who} {fact}.", "Then my {who} {fact}.")
@@ -44,8 +43,8 @@ class Reading(NamedTuple):
 def read_post(prompt: str) -> Post:
     """Returns what the post in a prompt says. A sentence of another form says nothing."""
     body = prompt.rsplit("POST: ", 1)[-1]
-    sure = re.findall(r"(?:\bMy|\bYesterday my|\bThen my) (\w+) ([a-z ]+)\.", body)
-    doubtful = re.findall(r"(?:\bI think my|\bPerhaps my|\bIt seems my) (\w+) ([a-z ]+)\.", body)
+    sure = re.findall(r"(?:\bMy|\bYesterday my|\bThen my) (\w+) (\w+)\.", body)
+    doubtful = re.findall(r"(?:\bI think my|\bPerhaps my|\bIt seems my) (\w+) (\w+)\.", body)
     who = next((person for person, _ in [*sure, *doubtful]), "")
     return Post(who, tuple(fact for _, fact in sure), tuple(fact for _, fact in doubtful))
 

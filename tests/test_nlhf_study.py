@@ -1,0 +1,110 @@
+"""The study of NLHF in a small world: what each arm is made from, the ends of the family, the short form's tables."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import alignjax as aj
+from alignjax.distributed import sharding, storage
+from alignjax.pipeline import config
+from alignjax.pipeline.experiment import Context
+from alignjax.pipeline.run import run
+from alignjax.tasks import post_world
+from alignjax.tasks.post_grammar import read_post
+from tests.conftest import ROOT
+from tests.test_wiring import experiment, policy_stage
+
+FOURTEEN, WHY = (ROOT / "experiments" / "nlhf" / f"{name}.py" for name in ("fourteen_policies", "why_nash"))
+POLICIES = ["sft", "rlhf", "sp", "md1", "md2", "md3", "md4", "md5", "md6", "br", "ema1", "ema2"]
+POLICIES += ["ema1_avg", "ema2_avg"]
+
+
+# --- the arms ---
+
+
+def test_the_arms_differ_in_their_opponents_alone():
+    stages = config.load(FOURTEEN, {}).stages
+    assert list(stages["table"].policies) == POLICIES
+    opponents = {"sp": aj.policy, "br": aj.reference, "ema1": aj.moving_average, "ema2": aj.moving_average}
+    opponents |= {f"md{i}": aj.mixture(beta=i / 8) for i in range(1, 7)}
+    for name, opponent in opponents.items():
+        arm = stages[name]
+        assert arm.data.samplers == (aj.policy, opponent)
+        same = dataclasses.replace(arm, data=stages["md1"].data, average_decay=None)
+        assert same == stages["md1"]
+    assert stages["rlhf"].data.preference == "reward" and stages["reward"].pairs == stages["preference"].pairs
+    assert stages["ema1"].average_decay < stages["ema2"].average_decay
+    assert stages["judge"].pairs == "judge_pairs" != stages["preference"].pairs
+
+
+def test_a_trained_best_response_plays_against_the_policy_that_it_begins_as():
+    stages = config.load(FOURTEEN, {}).stages
+    for name in ("sft", "rlhf", "md1"):
+        arm = stages[f"against_{name}"]
+        assert arm.start == arm.reference == name and arm.data.samplers == (aj.policy, aj.reference)
+        assert arm.objective.loss.keywords == {"tau": 0.0}
+
+
+def test_beta_0_is_self_play_and_beta_1_the_best_response_bit_for_bit(tmp_path):
+    def arm(opponent):
+        return policy_stage(data=dataclasses.replace(policy_stage().data, samplers=(aj.policy, opponent)))
+
+    arms = {"zero": aj.mixture(0.0), "sp": aj.policy, "one": aj.mixture(1.0), "br": aj.reference, "md": aj.mixture(0.5)}
+    whole = experiment(asked=aj.ZeroShotPreference("base"), **{name: arm(opponent) for name, opponent in arms.items()})
+    run(whole, tmp_path)
+
+    def params(name):
+        return jax.tree.leaves(Context(whole, tmp_path, name, sharding.make_mesh(whole.mesh)).load(name).params)
+
+    for a, b in (("zero", "sp"), ("one", "br")):
+        assert all(np.array_equal(x, y) for x, y in zip(params(a), params(b), strict=True))
+    for a, b in (("sp", "br"), ("md", "sp"), ("md", "br")):
+        assert any(np.any(x != y) for x, y in zip(params(a), params(b), strict=True))
+
+
+# --- why Nash ---
+
+
+@pytest.fixture(scope="module")
+def why():
+    return config.load_module(WHY)
+
+
+def point_of(why, style, prompts):
+    """What is read of a policy that writes one style always."""
+    replies = [post_world.styled_summary(read_post(x), style) for x in prompts]
+    return why.read_point(post_world.PostWorld().masses, f"rlhf 2 {STEP}", prompts, replies)
+
+
+STEP = 50
+
+
+def test_a_policy_of_one_style_is_exploited_by_the_style_that_beats_it(why):
+    complete, brief, faithful = post_world.PostWorld().masses
+    prompts = post_world.PostWorld(facts=2).prompts("test", 20, 0)
+    for style, beaten_by in (("bold", brief + faithful), ("careful", complete + brief), ("terse", complete + faithful)):
+        point = point_of(why, style, prompts)
+        assert (point.arm, point.seed, point.step) == ("rlhf", 2, STEP)
+        assert point.shares == [float(style == other) for other in post_world.STYLES]
+        assert point.exploitability == pytest.approx(beaten_by - 0.5)
+
+
+def test_the_exact_game_is_that_of_the_three_styles(why):
+    world = post_world.PostWorld(facts=2)
+    exact = why.solve_game(world.masses, world.prompts("test", 1, 0)[0], [0.3, 0.3, 0.3])
+    np.testing.assert_allclose(exact.nash, np.array([0.16, 0.12, 0.22]) / 0.5, atol=1e-5)
+    mixed = exact.policy ** (1 - why.BETA) * (1 / 3) ** why.BETA
+    np.testing.assert_allclose(mixed / mixed.sum(), exact.mixture, atol=1e-6)
+    assert why.total_variation([0.32, 0.24, 0.44], exact.nash) < 1e-5
+    assert why.total_variation([0.0, 0.0, 0.0], exact.nash) == pytest.approx(1)
+
+
+def test_the_short_form_follows_both_arms_over_training(tmp_path):
+    run(config.load(WHY, {"small": "True"}), tmp_path)
+    numbers = storage.read_json(tmp_path / "course" / "numbers.json")
+    steps = {arm: [p["step"] for p in numbers["points"] if p["arm"] == arm] for arm in ("sft", "rlhf", "nash_md")}
+    assert steps["sft"] == [0] and steps["rlhf"] == steps["nash_md"] and len(steps["rlhf"]) >= 2
+    assert all(abs(p["exploitability"]) <= 0.5 for p in numbers["points"])
+    assert (tmp_path / "course-styles.png").stat().st_size > 1000
