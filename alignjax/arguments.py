@@ -33,6 +33,10 @@ def _add_run(commands: Any) -> None:
     parser = _add_experiment_command(commands, "run", summary)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run only this stage; repeatable")
     parser.add_argument("--redo", action="store_true", help="make the stages again whose configuration has changed")
+    parser.add_argument(
+        "--keep-going", action="store_true",
+        help="when a stage fails, run those that do not need it; the exit status is 2 all the same",
+    )  # fmt: skip
     several = parser.add_argument_group(
         "several processes",
         "found automatically on TPU slices, under Slurm and under Open MPI; elsewhere give all three",
@@ -46,7 +50,9 @@ def _add_run(commands: Any) -> None:
 def _add_table(commands: Any) -> None:
     """Adds ``alignjax table``."""
     summary = "show the tables of a finished run and write its report again"
-    _add_experiment_command(commands, "table", summary).set_defaults(command="table")
+    parser = _add_experiment_command(commands, "table", summary)
+    parser.add_argument("--keep-going", action="store_true", help="show what is finished and leave out the rest")
+    parser.set_defaults(command="table")
 
 
 def _add_experiment_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:

@@ -73,7 +73,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         with storage.bucket_errors(workdir):
             experiment = load_experiment(arguments.file, _settings(arguments))
-            run.run(experiment, workdir, arguments.only, arguments.redo, hosts)
+            run.run(experiment, workdir, arguments.only, arguments.redo, hosts, arguments.keep_going)
     except (UserError, RunAgain, OSError) as error:
         _end_processes(hosts, workdir, error)
         raise
@@ -112,7 +112,7 @@ def table_command(arguments: argparse.Namespace) -> int:
     sharding.available_devices()  # raises UserError where there are none
     experiment, workdir = load_experiment(arguments.file, _settings(arguments)), _workdir(arguments)
     with storage.bucket_errors(workdir):
-        run.show_report(experiment, workdir)
+        run.show_report(experiment, workdir, arguments.keep_going)
     return 0
 
 
@@ -230,7 +230,8 @@ def load_experiment(path: str, settings: Mapping[str, str]) -> Any:
 def show_settings(path: str, settings: Mapping[str, str]) -> int:
     """Prints the documentation of an experiment file and everything that --set can change in it."""
     get_config = config.load_get_config(path)
-    print(f"usage: alignjax run {path} --workdir WORKDIR [--set PATH=VALUE ...] [--only NAME ...] [--redo]\n")
+    usage = f"usage: alignjax run {path} --workdir WORKDIR [--set PATH=VALUE ...] [--only NAME ...] [--redo]"
+    print(f"{usage} [--keep-going]\n")
     if documentation := get_config.__globals__.get("__doc__"):
         print(f"{documentation.strip()}\n")
     if parameters := inspect.signature(get_config).parameters.values():

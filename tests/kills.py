@@ -172,6 +172,10 @@ def compare_runs(stages: Iterable[str], a: Path, b: Path) -> None:
     for name in stages:
         if (a / name / "params").exists():
             same_bits(name, parameters(a / name), parameters(b / name))
+        kept = [sorted(path.name for path in (run / name / "kept").glob("*")) for run in (a, b)]
+        assert kept[0] == kept[1], f"{name}: kept"
+        for at in kept[0]:
+            same_bits(f"{name} at {at}", *(parameters(run / name, f"kept/{at}") for run in (a, b)))
         for pattern in RESULTS:
             first, second = (sorted((run / name).glob(pattern)) for run in (a, b))
             assert [path.name for path in first] == [path.name for path in second], f"{name}: {pattern}"

@@ -100,7 +100,13 @@ def test_every_leaf_of_the_quickstart_can_be_set_and_alone(quickstart):
             continue
         if path == "task.template.preamble":  # a preference model reads the prompt first: a task refuses one
             continue
-        own = {"biases": "('q',)", "windows": "(4, 4)", "kind": "linear", "gaps": "(1.0, 2.0, 3.0, 4.0)"}
+        own = {
+            "keep_at": "(1,)",
+            "biases": "('q',)",
+            "windows": "(4, 4)",
+            "kind": "linear",
+            "gaps": "(1.0, 2.0, 3.0, 4.0)",
+        }
         text = own.get(path.rsplit(".", 1)[-1]) or another(value)
         after = dict(config.leaves(config.override(quickstart, {path: text})))
         changed = {name for name in before if after[name] != before[name]}

@@ -20,6 +20,7 @@ from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Experiment
 from alignjax.pipeline.judges import Oracle
 from alignjax.pipeline.stages import Label, Tournament, Writing
+from alignjax.pipeline.stages.replies import mean_scores
 from alignjax.sampling.generate import Reply
 from alignjax.tasks import dialogue
 from alignjax.tasks.dialogue import Dialogues
@@ -275,7 +276,7 @@ def test_without_an_oracle_a_table_has_no_score_and_an_oracle_by_name_is_refused
     for name in ("table", "labels"):
         with pytest.raises(UserError, match=f"{name}: task 'dialogue-harmless' has no oracle 'oracle'; it has none"):
             stages[name].check(context(task, stages, tmp_path, name))
-    assert table.scores(task, ["x"], {"base": ["y"]}) == [None]
+    assert mean_scores(task, ["x"], {"base": ["y"]}) == [None]
 
 
 BAD = ["{", '{"rejected": "x"}', '{"chosen": "Human: Hi?", "rejected": "x"}']

@@ -184,7 +184,7 @@ def test_what_replies_look_like_is_measured_on_equally_many_words(workdir):
 
 def test_filtered_samples_estimate_no_kl_and_have_a_perplexity(workdir):
     (found, _) = json.loads((workdir / "filtered" / "win_rates.json").read_text())
-    assert found["kl_to_reference"] == [None] and found["perplexity"][0] > 1
+    assert found["kl_to_reference"] == found["entropy"] == [None] and found["perplexity"][0] > 1
     assert found["baseline"] == "a"  # the reference does not play: the first
 
 
@@ -197,12 +197,12 @@ def test_the_report_shows_the_new_tables_and_an_older_run_s_are_as_they_were(wor
     assert ["mine", *cells, f"{found[1]['mean_characters'][0]:.1f}"] in rows
     assert ["base", "-", "-", f"{found[1]['mean_characters'][1]:.1f}"] in rows
     looks = [f"{found[0][f'distinct_{n}'][2]:.3f}" for n in (1, 2, 3)]
-    assert ["third", *looks, f"{found[0]['perplexity'][2]:.2f}"] in rows
+    assert ["third", *looks, f"{found[0]['perplexity'][2]:.2f}", f"{found[0]['entropy'][2]:.2f}"] in rows
     assert text.count("## What the replies look like") == 1
     report = (workdir / "report.md").read_text()
     assert all(tables.baseline_table(one) in report for one in found) and tables.replies_table(found[0]) in report
     new = {"baseline", "mean_probability", "probability_interval", "length_controlled", "mean_characters"}
-    new |= {"distinct_1", "distinct_2", "distinct_3", "perplexity"}
+    new |= {"distinct_1", "distinct_2", "distinct_3", "perplexity", "entropy"}
     older = [{name: value for name, value in one.items() if name not in new} for one in found]
     assert [tables.win_rate_table(one) for one in older] == [tables.win_rate_table(one) for one in found]
     (tmp_path / "table").mkdir()

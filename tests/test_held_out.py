@@ -213,3 +213,24 @@ def test_every_policy_of_the_table_is_asked_for(quickstart):
     stage = against(quickstart.stages["self_play"], "judge")
     with pytest.raises(UserError, match="'self_play' was trained against"):
         check_table(quickstart.with_stages(self_play=stage))
+
+
+def test_a_judge_that_is_not_held_out_can_say_so(quickstart):
+    """And only such a one: a held-out judge keeps its name, whoever else is trained against the other."""
+    hacked = aj.TrainingJudge(aj.ModelJudge("preference"))
+    check_table(judged(quickstart, hacked))
+    assert "NOT held out" in hacked.describe() and "stage preference" in hacked.describe()
+    with pytest.raises(UserError, match="judge 'j' is a TrainingJudge, and no policy depends on it; name it without"):
+        check_table(judged(quickstart, aj.TrainingJudge(aj.ModelJudge("judge"))))
+    with pytest.raises(UserError, match="TrainingJudge holds a TrainingJudge"):
+        aj.TrainingJudge(hacked)
+    with pytest.raises(UserError, match="has no oracle 'nobody'"):
+        check_table(judged(quickstart, aj.TrainingJudge(aj.Oracle("nobody"))))
+    with pytest.raises(UserError, match=r"needs a preference model as judges\.j\.judge\.stage"):
+        check_table(judged(quickstart, aj.TrainingJudge(aj.ModelJudge("base"))))
+
+
+@pytest.mark.parametrize("wrong", MODELS)
+def test_every_judge_that_the_law_refuses_can_be_named_a_training_judge(quickstart, wrong):
+    judge, stages = {name: rest for name, *rest in [*models(quickstart), *labels(quickstart)]}[wrong]
+    check_table(judged(quickstart, aj.TrainingJudge(judge), **stages))

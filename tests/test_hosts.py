@@ -131,6 +131,19 @@ def test_process_0_decides_for_all_and_its_errors_are_raised_in_all(launch_proce
         assert exited(process)[:2] == (0, "up\nno; correct it\n")
 
 
+def test_processes_know_whether_all_of_them_came(launch_processes):
+    """What both meet at, they both know; where one goes elsewhere, the other is told after its patience."""
+    program = """
+    print(peers.all_meet("the failure of a", 60))
+    if me == 0:
+        begin = time.monotonic()
+        print(peers.all_meet("the failure of b", 2), time.monotonic() - begin < 30)
+    """
+    first, second = launch_processes(program)
+    assert exited(first)[:2] == (0, "up\nTrue\nFalse True\n")
+    assert exited(second)[1] == "up\nTrue\n"
+
+
 def test_a_process_missing_at_a_barrier_is_named(launch_processes):
     program = """
     import dataclasses

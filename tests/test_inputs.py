@@ -55,6 +55,7 @@ def every_stage():
         judged=judged,
         asked=asked,
         adapter=aj.LoadAdapter("nowhere", "base"),
+        kept=aj.KeptPolicy(1, policy="nash_md"),
         zero=aj.ZeroShotPreference("base"),
         dpo=dataclasses.replace(q.stages["nash_md"], objective=direct, data=aj.OfflineData("pairs")),
         table=table,

@@ -122,17 +122,17 @@ def chunks(folder):
     return [path.read_text() for path in sorted(folder.glob("chunks/*.json"))]
 
 
-def parameters(folder):
-    """Returns the saved parameters as NumPy arrays, by path."""
+def parameters(folder, part="params"):
+    """Returns the parameters that a stage saved under a name as NumPy arrays, by path."""
     import jax
     from orbax.checkpoint import v1 as ocp
 
     from alignjax.distributed.sharding import path_name
 
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # other devices may have saved them
-    shapes = ocp.metadata(folder / "params").metadata
+    shapes = ocp.metadata(folder / part).metadata
     tree = ocp.load(
-        folder / "params", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+        folder / part, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
     )
     return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 

@@ -1,6 +1,8 @@
 """Judges and tournaments: exact intervals, a matrix that is antisymmetric around 1/2, calibration by hand."""
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from alignjax.models.tokenizer import Tokenizer, encode_continuation
 from alignjax.pipeline.experiment import Program, programs_of
 from alignjax.pipeline.judges import ModelJudge, Oracle
 from alignjax.pipeline.stages import Tournament, Writing
-from alignjax.pipeline.stages.tournament import read_replies
+from alignjax.pipeline.stages.replies import read_replies, reply_measures
 from alignjax.preferences import judges
-from alignjax.preferences.tournament import clopper_pearson, win_rates
+from alignjax.preferences.statistics import mean_interval
+from alignjax.preferences.tournament import clopper_pearson, regularized_preferences, win_rates
 from alignjax.reporting import tables
+from alignjax.sampling.process import Sampling
 from alignjax.tasks.task import Format, oracle_from_score
 
 WRITING = Writing(max_new_tokens=2, buckets=(8,), batch=2)
@@ -67,6 +71,9 @@ def test_one_policy_at_a_time_lives_beside_the_reference(tmp_path, monkeypatch):
 
     class Line:
         folder, name, hosts, loaded = tmp_path, "table", Hosts(), {}
+
+        def fingerprint(self, name, source):
+            return f"{source.name} of {source.policy}"
 
         def load(self, stage):
             self.loaded |= {stage: stage} | ({under[stage]: under[stage]} if stage in under else {})
@@ -271,6 +278,83 @@ def test_damaged_replies_are_named(tmp_path, text):
         read_replies(path, 1)
     path.write_text('{"text": ["a"], "length": [1], "kl": [NaN], "reference_logp": [NaN]}')
     assert read_replies(path, 1)["text"] == ["a"]
+
+
+def table_task(score):
+    return SimpleNamespace(score=score)
+
+
+def test_the_entropy_is_the_mean_of_minus_log_pi_and_the_kl_its_log_ratio():
+    """pi(y) = 1/2, 1/4 and mu(y) = 1/8, 1/16, by hand."""
+    logs = np.log([0.5, 0.25]), np.log([0.125, 0.0625])
+    rows = {"length": [1, 1], "kl": list(logs[0] - logs[1]), "reference_logp": list(logs[1])}
+    filtered = {**rows, "kl": [np.nan, np.nan]}
+    texts = {"a": ["x", "y"], "b": ["x", "y"]}
+    found = reply_measures(table_task(None), ["p", "q"], {"a": rows, "b": filtered}, texts)
+    assert found["entropy"] == [pytest.approx(1.5 * np.log(2)), None]
+    assert found["kl_to_reference"] == [pytest.approx(2 * np.log(2)), None]
+    assert found["perplexity"] == [pytest.approx(2**3.5)] * 2 and found["mean_score"] == [None, None]
+
+
+@pytest.fixture(scope="module")
+def regularized():
+    """P [3, 3, N], antisymmetric, and log-ratios [3, N] that prompts share a part of."""
+    rng, n = np.random.default_rng(4), 50
+    upper = rng.uniform(size=(3, 3, n))
+    p = np.where(np.arange(3)[:, None, None] < np.arange(3)[None, :, None], upper, 1 - upper.swapaxes(0, 1))
+    p[np.arange(3), np.arange(3)] = 0.5
+    return p, rng.normal([[1.0], [4.0], [0.0]], 1.0, (3, n)) + rng.normal(size=n)
+
+
+def test_p_tau_pays_each_side_its_own_kl(regularized):
+    p, ratio = regularized
+    tau = 0.05
+    found = regularized_preferences(p, ratio, tau)
+    for i, j in itertools.permutations(range(3), 2):
+        kl = ratio.mean(-1)
+        assert found.preference[i, j] == pytest.approx(p[i, j].mean() - tau * kl[i] + tau * kl[j])
+        want = stats.ttest_1samp(p[i, j] - tau * ratio[i] + tau * ratio[j], 0).confidence_interval(0.95)
+        np.testing.assert_allclose((found.low[i, j], found.high[i, j]), want, rtol=1e-9)
+    assert found.preference[1, 2] < p[1, 2].mean()  # 1 is far from mu, and pays for it
+    np.testing.assert_allclose(found.preference + found.preference.T, 1)
+    np.testing.assert_allclose(found.low + found.high.T, 1)
+    np.testing.assert_array_equal(np.diag(found.preference), 0.5)
+
+
+def test_p_tau_at_0_is_the_mean_probability_and_may_leave_the_unit_interval(regularized):
+    p, ratio = regularized
+    found = regularized_preferences(p, ratio, 0.0)
+    np.testing.assert_allclose(found.preference, p.mean(-1))
+    low, high = mean_interval(p[0, 1], (-np.inf, np.inf))
+    assert (found.low[0, 1], found.high[0, 1]) == (low, high)
+    far = regularized_preferences(p, ratio, 1.0)
+    assert far.preference[2, 1] > 1 and far.low[1, 2] < far.high[1, 2] < 0  # no bounds cut it
+    one = regularized_preferences(p[..., :1], ratio[:, :1], 0.1)
+    assert np.all(np.isinf(one.low)) and np.all(np.isfinite(one.preference))
+
+
+def test_a_tournament_writes_p_tau_of_its_replies_and_needs_plain_samples():
+    table = Tournament(policies={"a": "a", "b": "b"}, reference="a", judges={"o": Oracle("o")}, prompts=2,
+                       writing=WRITING, tau=0.25)  # fmt: skip
+    replies = {"a": ["xx", "x"], "b": ["x", "xxx"]}
+    rates = win_rates(lambda x, y, z: np.array([0.75, 0.5]), ["p", "q"], replies)  # b against a
+    found = table.regularized(rates, np.array([[0.0, 0.0], [1.0, 3.0]]))["regularized"]
+    assert found["tau"] == 0.25 and found["preference"][1][0] == pytest.approx(0.625 - 0.25 * 2.0)
+    assert found["preference"][0][1] == pytest.approx(0.375 + 0.25 * 2.0)
+    assert Tournament(**{**vars(table), "tau": None}).regularized(rates, np.zeros((2, 2))) == {}
+    one = table.regularized(rates._replace(probability=rates.probability[..., :1]), np.zeros((2, 1)))["regularized"]
+    assert one["low"] == [[None] * 2] * 2
+    shown = {"policies": ["a", "b"], "judge": "o", "n": 2, "reference": "mu", "regularized": found}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in tables.regularized_table(shown).split("\n")
+    ]
+    low, high = found["low"][1][0], found["high"][1][0]
+    assert ["b", f"{found['preference'][1][0]:.3f} [{low:.3f}, {high:.3f}]", "-"] in rows
+    assert "[-]" in tables.regularized_table({**shown, "regularized": {"tau": 0.25, **one}})
+    with pytest.raises(UserError, match=r"Tournament\.tau needs the KL"):
+        Tournament(**{**vars(table), "writing": replace(WRITING, sampling=Sampling(top_p=0.9))})
+    with pytest.raises(UserError, match=r"Tournament\.tau=-1 must be"):
+        Tournament(**{**vars(table), "tau": -1})
 
 
 @pytest.mark.parametrize("empty", ["policies", "judges"])

@@ -124,6 +124,15 @@ class Hosts:
             missing = missing_processes(str(error))
             raise RunAgain(f"{missing} did not come to {where} in {self.timeout:g} s; {RESTART_ADVICE}") from None
 
+    def all_meet(self, where: str, seconds: float) -> bool:
+        """Returns whether every process calls this within ``seconds``: whether what happened to this one, happened to
+        all. The answer is the same in all that call it."""
+        try:
+            dataclasses.replace(self, timeout=seconds).barrier(where)
+        except RunAgain:
+            return False
+        return True
+
     def broadcast(self, call: Callable[[], Any]) -> Any:
         """Calls ``call`` in process 0 alone and returns its result, a JSON value, in every process.
 

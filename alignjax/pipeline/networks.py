@@ -2,6 +2,7 @@
 
 model.json   the configuration; the stage whose base the network lies over and its adapters' description; chat
 params/      what this stage owns of it: the base and the heads, or the adapters and the heads
+kept/AT/     as params/, without heads, at another time of its training: after AT steps, or their moving average
 tokenizer/   a Hugging Face tokenizer folder
 """
 
@@ -103,7 +104,7 @@ def read_network_record(folder: Path) -> NetworkRecord:
 
 def save(folder: Path, network: Network) -> None:
     """Writes what the stage owns of a network: without ``over`` the base and heads, else adapters and heads."""
-    owned = {**(network.adapters if network.shared_base else network.base), **network.heads}
+    owned = {**owned_params(network), **network.heads}
     if jax.tree.leaves(owned):
         save_tree(folder / "params", owned)
     if jax.process_index() == 0:
@@ -116,6 +117,28 @@ def save(folder: Path, network: Network) -> None:
     heads = head_shapes(network.heads)
     record = NetworkRecord(network.model.config, dtype, heads, network.chat, shared, network.temperature)
     storage.write_json(folder / "model.json", {**dataclasses.asdict(record), "config": to_json(record.config)})
+
+
+def owned_params(network: Network) -> Params:
+    """Returns what a stage owns of its network, without heads."""
+    return network.adapters if network.shared_base else network.base
+
+
+def save_kept(folder: Path, at: int | str, network: Network) -> None:
+    """Writes what the stage owns of its network at another time of its training, without heads. ``at`` names it."""
+    save_tree(folder / "kept" / str(at), owned_params(network))
+
+
+def load_kept(folder: Path, at: int | str, network: Network) -> Network:
+    """Returns the network, without heads, that ``save_kept`` wrote to the stage's folder.
+
+    ``network`` is the stage's own, whose arrays may be abstract. Arrays that it lies over are left out. Raises
+    UserError when it is missing or damaged.
+    """
+    shapes = owned_params(network)
+    owned = restore_tree(folder / "kept" / str(at), shapes, jax.tree.map(lambda x: x.sharding, shapes))
+    parts = {"base": {}, "adapters": owned} if network.shared_base else {"base": owned}
+    return dataclasses.replace(network, **parts, heads={})
 
 
 def head_shapes(heads: Params) -> dict[str, Any]:

@@ -50,21 +50,27 @@ def has_work(folder: Path) -> bool:
     return not all(map(storage.is_empty_file, files))
 
 
-def prepare(folder: Path, record: dict[str, Any], stage: Any, redo: bool) -> bool:
+def prepare(folder: Path, record: dict[str, Any], stage: Any, redo: bool, extend: bool = False) -> bool:
     """Makes the stage's folder ready, to be resumed or empty; returns whether a finished stage was put back.
 
     Work done with another configuration is refused with UserError. With ``redo`` a finished stage is set aside until
-    the new one is finished; a stage that was set aside with this very configuration is put back.
+    the new one is finished; a stage that was set aside with this very configuration is put back. With ``extend`` a copy
+    of it is set aside and the folder is resumed as it is: the stage knows which of its files are still right.
     """
     found = read_record(folder)
     if found.get("fingerprint") not in (None, record["fingerprint"]):
-        if has_work(folder) and not redo:
+        if has_work(folder) and not redo and not extend:
             raise UserError(
                 f"stage {record['stage']!r} in {folder.parent} was made with {difference(found, record, stage)}; "
                 "use another --workdir, or --redo to make it again"
             )
         if found.get("finished"):
             remove(set_aside(folder))
+        if extend:
+            if found.get("finished"):
+                storage.copy_tree(folder, set_aside(folder), last=RECORD)
+            write_record(folder, {**record, "finished": False})
+        elif found.get("finished"):
             move(folder, set_aside(folder))
         else:
             remove(folder)
@@ -87,13 +93,18 @@ def finish(folder: Path, record: dict[str, Any], seconds: float) -> None:
     remove(set_aside(folder))
 
 
-def clean_up_failed(folder: Path, refused: bool = False) -> None:
+def clean_up_failed(folder: Path, refused: bool = False, extended: bool = False) -> None:
     """Cleans up after a failure. A stage that left no work is removed, and what was set aside for it is put back.
 
     So it is for a stage that began in this run and was ``refused``: it would be refused again. A resumed stage keeps
-    its work, because the mistake may lie elsewhere.
+    its work, because the mistake may lie elsewhere. A finished stage that was ``extended`` is as it was, and keeps
+    beside its own files those that were added.
     """
     waiting = exists(set_aside(folder))
+    if extended and waiting:
+        storage.copy_tree(set_aside(folder), folder, last=RECORD)
+        remove(set_aside(folder))
+        return
     if not has_work(folder) or (refused and waiting):
         remove(folder)
         if waiting:

@@ -1,4 +1,4 @@
-"""Everybody against everybody: matrices of win rates with exact intervals, mean probabilities, length control."""
+"""Everybody against everybody: matrices of win rates with intervals, mean probabilities, length control, P_tau."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from alignjax.preferences.statistics import clopper_pearson, length_controlled_rate
+from alignjax.preferences.statistics import clopper_pearson, length_controlled_rate, mean_interval
 from alignjax.types import Judge
 
 
@@ -44,3 +44,25 @@ def win_rates(judge: Judge, prompts: Sequence[str], replies: Mapping[str, Sequen
             controlled[i, j] = length_controlled_rate(probabilities, lengths[name], lengths[names[j]])
             controlled[j, i] = 1 - controlled[i, j]
     return WinRates(rate, low, high, mean, controlled, every)
+
+
+class RegularizedPreferences(NamedTuple):
+    """P_tau of policy i over policy j."""
+
+    preference: np.ndarray  # [P, P]
+    low: np.ndarray  # [P, P] of its 95% interval
+    high: np.ndarray  # [P, P]
+
+
+def regularized_preferences(probability: np.ndarray, log_ratio: np.ndarray, tau: float) -> RegularizedPreferences:
+    """Returns the regularised preferences of 2312.00886, Eq. 2, with Student's intervals over the prompts:
+
+        P_tau(pi > pi') = P(pi > pi') - tau KL(pi, mu) + tau KL(pi', mu).
+
+    ``probability`` [P, P, N] is P(y_i > y_j | x) of each prompt, ``log_ratio`` [P, N] is log pi_i(y_i) - log mu(y_i) in
+    nats, whose mean estimates the KL. The interval is paired: it is that of the mean of the N sums. P_tau may leave
+    [0, 1]. P_tau(i, j) + P_tau(j, i) = 1. With one prompt the interval is infinite.
+    """
+    values = probability - tau * (log_ratio[:, None] - log_ratio[None])
+    ends = np.array([[mean_interval(value, (-np.inf, np.inf)) for value in row] for row in values])
+    return RegularizedPreferences(values.mean(-1), ends[..., 0], ends[..., 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,14 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
     tournaments = [name for name, record in records.items() if record["config"]["kind"] == "Tournament"]
     sections, shown = [f"# {workdir.name}\n"], []
     for name in tournaments:
-        judged = read_json(workdir / name / WIN_RATES)
+        judged, missing = read_json(workdir / name / WIN_RATES), records[name].get("missing", ())
+        shown += tournament_tables(judged, missing)
         for table in judged:
             picture = f"{name}-{table['judge']}.png"
             plots.win_rate_heat_map(workdir / picture, table)
-            own = [tables.win_rate_table(table), tables.baseline_table(table)]
-            shown += own
-            sections += [own[0], f"![row beats column]({picture})\n", own[1]]
-        shown.append(tables.replies_table(judged[0]))
-        sections.append(shown[-1])
+            rates, *others = judge_tables(table, missing)
+            sections += [rates, f"![row beats column]({picture})\n", *others]
+        sections.append(tables.replies_table(judged[0]))
         if plots.score_against_kl(workdir / f"{name}-score.png", judged[0]):
             sections.append(f"![score by the task over KL]({name}-score.png)\n")
         if plots.judges_against_kl(workdir / f"{name}-judges.png", judged):
@@ -44,8 +43,21 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
     return "\n".join([*filter(None, shown), f"report: {workdir / 'report.md'}"])
 
 
-def stage_section(folder: Path) -> str:
+def judge_tables(table: Mapping[str, Any], missing: Sequence[str]) -> list[str]:
+    """Returns what one judge says. The win rates, which come first, name the policies that are ``missing``."""
+    rates = tables.win_rate_table(table) + tables.missing_note(missing)
+    return [rates, tables.baseline_table(table), tables.regularized_table(table)]
+
+
+def tournament_tables(judged: Sequence[Mapping[str, Any]], missing: Sequence[str]) -> list[str]:
+    """Returns the tables of a Tournament, as text for the screen."""
+    return [*(text for table in judged for text in judge_tables(table, missing)), tables.replies_table(judged[0])]
+
+
+def stage_tables(folder: Path, record: Mapping[str, Any]) -> str:
     """Returns what a finished stage has to say in the report, without its pictures; empty where that is nothing."""
+    if record["config"]["kind"] == "Tournament":
+        return "\n".join(filter(None, tournament_tables(read_json(folder / WIN_RATES), record.get("missing", ()))))
     return without_pictures(read_text(folder / "section.md") or "")
 
 

@@ -71,18 +71,44 @@ def baseline_table(table: Mapping[str, Any]) -> str:
     return f"## The row against {table['baseline']}, judge: {table['judge']}\n\n{markdown_table(header, rows)}\n{note}"
 
 
+def regularized_table(table: Mapping[str, Any]) -> str:
+    """Returns one judge's regularised preferences; empty where the table has no tau."""
+    if "regularized" not in table:
+        return ""
+    names, found = table["policies"], table["regularized"]
+    rows = []
+    for i, name in enumerate(names):
+        columns = zip(found["preference"][i], found["low"][i], found["high"][i], strict=True)
+        cells = [f"{p:.3f} [{'-' if low is None else f'{low:.3f}, {high:.3f}'}]" for p, low, high in columns]
+        rows.append([name, *cells[:i], "-", *cells[i + 1 :]])
+    note = (
+        f"P_tau = P - tau KL(row) + tau KL(column), with tau = {found['tau']:g} and the KL to {table['reference']}\n"
+        "(2312.00886, Eq. 2); P is the mean of the judge's probabilities. In brackets: Student's 95% interval over\n"
+        "the prompts.\n"
+    )
+    header = [f"{table['judge']} (n={table['n']})", *names]
+    return f"## P_tau of row over column, judge: {table['judge']}\n\n{markdown_table(header, rows)}\n{note}"
+
+
+def missing_note(names: Sequence[str]) -> str:
+    """Returns a line that names the policies which a table lacks; empty without any."""
+    return f"NOT in this table, because they were not finished when it was made: {', '.join(names)}.\n" if names else ""
+
+
 def replies_table(table: Mapping[str, Any]) -> str:
     """Returns what each policy's replies look like, whoever judges; empty for tables of older versions."""
     if "perplexity" not in table:
         return ""
     columns = [["-" if x is None else f"{x:.3f}" for x in table[f"distinct_{n}"]] for n in (1, 2, 3)]
     columns.append([two_digits(value) for value in table["perplexity"]])
+    columns.append([two_digits(value) for value in table.get("entropy", [None] * len(table["policies"]))])
     rows = [[name, *cells] for name, *cells in zip(table["policies"], *columns, strict=True)]
     note = (
         "distinct-n: the share of different n-grams of words, in the first 20 words of each reply, in equally many\n"
         f"words of each policy, at most 10,000 (2307.12950). Perplexity of the replies under {table['reference']}.\n"
+        "Entropy: the mean of -log pi(y), in nats a response.\n"
     )
-    header = ["replies", "distinct-1", "distinct-2", "distinct-3", "perplexity"]
+    header = ["replies", "distinct-1", "distinct-2", "distinct-3", "perplexity", "entropy, nats"]
     return f"## What the replies look like\n\n{markdown_table(header, rows)}\n{note}"
 
 

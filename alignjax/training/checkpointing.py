@@ -113,6 +113,21 @@ class Checkpointer:
         logging.getLogger("absl").setLevel(self._absl_level)
 
 
+@contextlib.contextmanager
+def opened_saves(folder: Path, keep: int, alone: bool) -> Iterator[Checkpointer]:
+    """Yields a stage's saves, and closes them. After an error that all processes raise alike, a save under way is
+    waited for only where this process is ``alone``: others may never come to it."""
+    saver = Checkpointer(folder, keep)
+    try:
+        yield saver
+    except UserError:
+        if alone:
+            with contextlib.suppress(UserError):
+                saver.close()
+        raise
+    saver.close()
+
+
 def _preservation_policy(keep: int) -> Any:
     """Returns Orbax's policy that keeps the newest ``keep`` saves and the one with the highest value."""
     policies = ocp.training.preservation_policies

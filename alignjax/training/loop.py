@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from alignjax.distributed.hosts import Hosts
 from alignjax.errors import RunAgain, UserError, check_range
 from alignjax.fields import no_effect
 from alignjax.training import data, metrics
-from alignjax.training.checkpointing import Checkpointer
+from alignjax.training.checkpointing import Checkpointer, opened_saves
 from alignjax.training.learn import Assemble, UpdateSchedule, all_trained, init_state, make_learn
 from alignjax.training.optimizer import Adam
 from alignjax.training.shared_tree import SharedTree
@@ -156,10 +155,19 @@ def no_collect(state: TrainState, frozen: SharedTree, batch: Any) -> Any:
     return batch
 
 
+Keep = Callable[[int, Params], None]
+"""(steps taken, the parameters after them): called after every step, before a save of it."""
+
+
+def keep_nothing(steps: int, params: Params) -> None:
+    """The Keep of a training whose result is all that it leaves."""
+
+
 class Trained(NamedTuple):
     """What a training ends with."""
 
     params: Params
+    average: Params  # the moving average at the step of ``params``; empty where none is kept
     frozen: Any
     figures: dict[str, Any]  # of the save that was chosen, where ``Loop.best`` chooses one
 
@@ -171,22 +179,23 @@ def train(
     plan: Callable[[int], data.BatchPlan],
     make_batch: Callable[[data.BatchPlan], Any],
     collect: Collect = no_collect,
+    keep: Keep = keep_nothing,
 ) -> Trained:
     """Trains for ``learner.loop.steps`` steps, or on from the newest save of an interrupted run.
 
     ``load_parameters`` returns (initial parameters, frozen trees), which nobody else may hold: training overwrites the
-    initial ones.
+    initial ones. A resumed run calls ``keep`` again for the steps that it repeats, with the same bits.
     Raises UserError where a gradient is not finite, or the metric that ``Loop.best`` names is not logged; RunAgain
     after a save when the run is preempted.
     """
     initial, frozen = load_parameters()
     initial, frozen_arguments = _unaliased(initial, frozen), SharedTree(frozen)
-    with _owned_saver(run, learner.loop) as saver:
+    with opened_saves(run.folder / "checkpoints", learner.loop.keep, run.hosts.count == 1) as saver:
         state = learner.init(initial, run.key)
         del initial
         state = saver.restore(state, run.hosts.broadcast(saver.latest))  # one answer: hosts may list differently
         start = int(state.step)
-        hooks = _Hooks(run, learner, saver, start)
+        hooks = _Hooks(run, learner, saver, start, keep)
         batches = data.load_batches(plan, make_batch, run.mesh, start, learner.loop.steps)
         with hooks, run.hosts.preemption() as preempted:
             for step, raw in enumerate(batches, start + 1):
@@ -195,28 +204,13 @@ def train(
                 hooks.after(step, state, values, preempted())
             jax.block_until_ready(state.params)
         state, figures = _result(run, learner.loop.best, saver, state)
-    return Trained(state.params, frozen, figures)
+    return Trained(state.params, state.average, frozen, figures)
 
 
 def _unaliased(params: Params, frozen: Any) -> Params:
     """Returns the parameters with copies of those arrays that are frozen too: training overwrites its own."""
     shared = set(map(id, jax.tree.leaves(frozen)))
     return jax.tree.map(lambda x: jnp.array(x) if id(x) in shared else x, params)
-
-
-@contextlib.contextmanager
-def _owned_saver(run: TrainingRun, loop: Loop) -> Iterator[Checkpointer]:
-    """Opens the stage's saves. After an error that all processes raise alike, a save under way is not waited for where
-    there are several processes: the others may never come to it."""
-    saver = Checkpointer(run.folder / "checkpoints", loop.keep)
-    try:
-        yield saver
-    except UserError:
-        if run.hosts.count == 1:
-            with contextlib.suppress(UserError):
-                saver.close()
-        raise
-    saver.close()
 
 
 def _result(
@@ -237,8 +231,8 @@ class _Hooks:
     Metrics wait on the device until a step that logs, so that the loop does not wait for the device at every step.
     """
 
-    def __init__(self, run: TrainingRun, learner: Learner, saver: Checkpointer, start: int):
-        self.run, self.loop, self.adam, self.saver = run, learner.loop, learner.adam, saver
+    def __init__(self, run: TrainingRun, learner: Learner, saver: Checkpointer, start: int, keep: Keep):
+        self.run, self.loop, self.adam, self.saver, self.keep = run, learner.loop, learner.adam, saver, keep
         self.writer = metrics.MetricsWriter(run.folder, resume_step=start, project=run.wandb)
         self.bar = metrics.progress_bar(self.loop.steps, start, run.name, "step")
         self.waiting: list[tuple[int, Metrics]] = []
@@ -262,6 +256,7 @@ class _Hooks:
         if saves or step % self.loop.log_every == 0 or step in (self.loop.steps, 1):
             self.log(values)
         self.bar.update()
+        self.keep(step, state.params)  # before the save: a run that resumes from it does not come here again
         if saves:
             self.save(state, due)
         if due:

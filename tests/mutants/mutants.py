@@ -254,6 +254,40 @@ MUTANTS = (
         "a prompt's row is taken for its number", _DATA, "pad([ids[kept[i]] for i", "pad([ids[i] for i", WIRING,
     ),
     Mutant(
+        "the average that a training keeps is its last policy", "alignjax/pipeline/stages/train_policy.py",
+        "trained.average))", "trained.params))", ("tests/test_kept_policy.py",),
+    ),
+    Mutant(
+        "what a training keeps at a step has its heads", "alignjax/pipeline/networks.py",
+        'str(at), owned_params(network))', 'str(at), {**owned_params(network), **network.heads})',
+        ("tests/test_kept_policy.py",),
+    ),
+    Mutant(
+        "replies of a policy that was made again are reused", "alignjax/pipeline/stages/replies.py",
+        "found.get(_MADE_BY) == digest", "_MADE_BY in found", ("tests/test_gather.py",),
+    ),
+    Mutant(
+        "a table that gathers takes in what is not finished", "alignjax/pipeline/gathering.py",
+        "part = stage.among(finished)", "part = stage", ("tests/test_gather.py",),
+    ),
+    Mutant(
+        "a judge that is not held out keeps its name", "alignjax/pipeline/training_judge.py",
+        'f"{name}{_MARK}" if', "name if", ("tests/test_gather.py",),
+    ),
+    Mutant(
+        "P_tau pays the other side's KL", "alignjax/preferences/tournament.py",
+        "log_ratio[:, None] - log_ratio[None]", "log_ratio[None] - log_ratio[:, None]", ("tests/test_tournament.py",),
+    ),
+    Mutant(
+        "the entropy is the KL", "alignjax/pipeline/stages/replies.py",
+        "-float(np.mean(a + b))", "float(np.mean(a))", ("tests/test_tournament.py",),
+    ),
+    Mutant(
+        "several processes go on after an error of one", "alignjax/pipeline/run.py",
+        "if not keep_going or not context.hosts.all_meet", "if not keep_going and not context.hosts.all_meet",
+        ("tests/test_keep_going.py",),
+    ),
+    Mutant(
         "the best save is the worst", "alignjax/training/loop.py",
         "(-1 if self.lowest else 1)", "(1 if self.lowest else -1)", ("tests/test_best.py",),
     ),

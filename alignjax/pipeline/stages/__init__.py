@@ -8,6 +8,7 @@ from alignjax.pipeline.stages.best_of import MeasureBestOf
 from alignjax.pipeline.stages.choose_policy import ChoosePolicy
 from alignjax.pipeline.stages.fine_tune import FineTune
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
+from alignjax.pipeline.stages.kept_policy import KeptPolicy
 from alignjax.pipeline.stages.label import Label
 from alignjax.pipeline.stages.load import LoadAdapter, LoadCheckpoint, LoadPairs, LoadReplies
 from alignjax.pipeline.stages.pair_study import PairStudy
@@ -26,6 +27,7 @@ __all__ = [
     "Finding",
     "FineTune",
     "FitPreference",
+    "KeptPolicy",
     "Label",
     "LoadAdapter",
     "LoadCheckpoint",

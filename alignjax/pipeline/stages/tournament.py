@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,28 +15,28 @@ import numpy as np
 
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError, check_range
-from alignjax.fields import Kind, stage_input
+from alignjax.fields import Kind, no_effect, stage_input
 from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
-from alignjax.pipeline.judges import JudgeSpec, check_held_out
+from alignjax.pipeline.judges import JudgeSpec
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.raters import JudgeSizes
-from alignjax.pipeline.stages.writing import Writing, fitting_prompts
-from alignjax.preferences import judges, tournament
-from alignjax.preferences.statistics import (
-    PAPER_SAMPLE,
-    PAPER_WORDS,
-    distinct_n,
-    mean_interval,
-    perplexity,
-    word_count,
+from alignjax.pipeline.stages.replies import (
+    ReplySource,
+    finite,
+    has_replies,
+    messages_of,
+    read_replies,
+    reply_measures,
+    write_replies,
 )
+from alignjax.pipeline.stages.writing import Writing, fitting_prompts
+from alignjax.pipeline.training_judge import check_judge, judge_label
+from alignjax.preferences import judges, tournament
+from alignjax.preferences.statistics import mean_interval
 from alignjax.reporting.exchange import OUTPUTS, WIN_RATES, judgments_file, replies_file
 from alignjax.sampling.process import Sampling
-from alignjax.tasks.task import Task
 from alignjax.training import metrics
 
-_NUMBER = (float, int)
-_COLUMNS = {"text": (str,), "length": (int,), "kl": _NUMBER, "reference_logp": _NUMBER}  # of a file of replies
 _SAMPLES = 8  # prompts whose replies the report shows
 
 
@@ -44,9 +44,13 @@ _SAMPLES = 8  # prompts whose replies the report shows
 class Tournament:
     """Compares policies with each other on held-out prompts, by oracles and held-out preference models.
 
-    Each policy draws with its own keys: P(pi > pi') is an expectation over independent y and y', which shared keys
-    would change where two policies are alike. The prompts are the same for all. What its folder keeps of every prompt
-    is described in ``alignjax.reporting.exchange``.
+    n policies write n replies to a prompt, and a judge compares n (n - 1) / 2 pairs of them. Each policy draws with its
+    own keys: P(pi > pi') is an expectation over independent y and y', which shared keys would change where two policies
+    are alike. The prompts are the same for all. What its folder keeps of every prompt is described in
+    ``alignjax.reporting.exchange``.
+
+    With ``gather`` it compares those policies that are finished, at least two. When more are, it is made again, and the
+    replies of a policy that has not changed are kept.
     """
 
     judges: dict[str, JudgeSpec]  # name in the table -> Oracle("oracle"), ModelJudge("judge"), ...
@@ -56,14 +60,22 @@ class Tournament:
     reference: str = stage_input(Kind.POLICY)  # mu of the KL column
     split: str = "test"
     seed: int = 0
+    tau: float | None = None  # of P_tau, ``preferences.tournament.regularized_preferences``; None: no such table
+    gather: bool = no_effect(False)  # do with those of the policies that are finished
     makes: ClassVar[Kind] = Kind.TABLES
     meanings: ClassVar[dict[str, str]] = {
         "prompts": "compared on",
+        "replies": "written or kept, one a policy and prompt",
         "too_long": "prompts longer than every bucket, left out",
     }
 
     def __post_init__(self) -> None:
         check_range(self, 1, math.inf, "prompts")
+        if self.tau is not None:
+            check_range(self, 0, math.inf, "tau")
+            if self.writing.sampling != Sampling():
+                raise UserError("Tournament.tau needs the KL, which filtered or tempered samples do not estimate; "
+                                "leave it out, or set writing.sampling=Sampling()")  # fmt: skip
         for field, entries in (("policies", self.policies), ("judges", self.judges)):
             if not entries:
                 raise UserError(f"Tournament.{field} is empty; name one")
@@ -73,6 +85,20 @@ class Tournament:
                     f"{name!r} cannot name a policy or a judge, because it names files; use letters and digits"
                 )
 
+    def among(self, stages: Collection[str]) -> Tournament:
+        """Returns the tournament among the policies of these stages.
+
+        Raises UserError when policies are left out and fewer than two stay.
+        """
+        policies = {name: stage for name, stage in self.policies.items() if stage in stages}
+        if policies == self.policies:
+            return self
+        if len(policies) < 2:
+            waiting = [stage for stage in self.policies.values() if stage not in stages]
+            raise UserError(f"fewer than two of its policies are finished ({', '.join(policies) or 'none'}); "
+                            f"run {' or '.join(dict.fromkeys(waiting))} first")  # fmt: skip
+        return dataclasses.replace(self, policies=policies)
+
     def network(self, context: Context) -> None:
         """Returns None: tables are no network."""
 
@@ -81,11 +107,10 @@ class Tournament:
         return Exposure()
 
     def check(self, context: Context) -> None:
-        """Raises UserError when writing would fail, a judge is not there, or a judge is not held out."""
+        """Raises UserError when writing would fail, or a judge is not there or is not held out without saying so."""
         self.writing.check(context, self.split, *self.policies.values(), self.reference)
         for name, judge in self.judges.items():
-            judge.check(context)
-            check_held_out(context, name, judge, self.policies.values())
+            check_judge(context, name, judge, self.policies.values())
 
     def sizes(self) -> JudgeSizes:
         """Returns what judges are compiled for. (A judge's tokenizer may need other lengths than the policies'.)"""
@@ -117,7 +142,8 @@ class Tournament:
             for i, prompt in enumerate(prompts)
         ]
         storage.write_json(context.folder / OUTPUTS, rows)
-        measures, tables = self.measures(task, prompts, written, replies), []
+        measures, tables = reply_measures(task, prompts, written, replies), []
+        kl = np.array([columns["kl"] for columns in written.values()])
         for name, spec in self.judges.items():
             own = programs_of(programs, f"judge {name}")
             judge = spec.open(context, own, self.sizes())
@@ -125,12 +151,13 @@ class Tournament:
             figures = {"judge_figures": judges.judge_figures(judge, [judges.take_counts(judge)])}
             del judge
             context.release()  # one judge at a time
-            storage.write_json(context.folder / judgments_file(name), self.judgments(rates))
-            tables.append({**self.table(name, spec, rates), **measures, **figures})
+            label = judge_label(name, spec)
+            storage.write_json(context.folder / judgments_file(label), self.judgments(rates))
+            tables.append({**self.table(label, spec, rates), **measures, **figures, **self.regularized(rates, kl)})
         samples = [{"prompt": x, **{p: replies[p][i] for p in replies}} for i, x in enumerate(prompts[:_SAMPLES])]
         storage.write_json(context.folder / "samples.json", samples)
         storage.write_json(context.folder / WIN_RATES, tables)
-        return {"prompts": len(prompts), "too_long": too_long}
+        return {"prompts": len(prompts), "replies": len(prompts) * len(written), "too_long": too_long}
 
     @property
     def baseline(self) -> str:
@@ -157,6 +184,16 @@ class Tournament:
             "length_controlled": rates.length_controlled.tolist(),
         }
 
+    def regularized(self, rates: tournament.WinRates, kl: np.ndarray) -> dict[str, Any]:
+        """Returns P_tau with its intervals, as JSON, from log-ratios [P, N] of the replies; nothing without ``tau``."""
+        if self.tau is None:
+            return {}
+        found = tournament.regularized_preferences(rates.probability, kl, self.tau)
+        columns = {
+            name: [list(map(finite, row)) for row in matrix.tolist()] for name, matrix in found._asdict().items()
+        }
+        return {"regularized": {"tau": self.tau, **columns}}
+
     def judgments(self, rates: tournament.WinRates) -> list[dict[str, Any]]:
         """Returns P(y > other | x) of every prompt and every two policies, as JSON; the other order is 1 minus it."""
         names = list(self.policies)
@@ -166,53 +203,27 @@ class Tournament:
             for j, other in enumerate(names[:i])
         ]
 
-    def measures(
-        self, task: Task, prompts: Sequence[str], written: Mapping[str, Any], replies: Mapping[str, Sequence[str]]
-    ) -> dict[str, list[float | None]]:
-        """Returns what can be said of each policy's replies without a judge; None: not measured.
-
-        distinct-n is that of 2307.12950, on as many words of each policy as the one with the fewest has; None
-        for a policy that writes no words.
-        """
-        columns = [written[p] for p in self.policies]
-        words = {p: word_count(replies[p], PAPER_WORDS) for p in self.policies}
-        sample = min([PAPER_SAMPLE, *filter(None, words.values())])
-        return {
-            "mean_length": [float(np.mean(column["length"])) for column in columns],
-            "kl_to_reference": [finite(float(np.mean(column["kl"]))) for column in columns],
-            "mean_score": self.scores(task, prompts, replies),
-            "mean_characters": [float(np.mean(list(map(len, replies[p])))) for p in self.policies],
-            **{
-                f"distinct_{n}": [
-                    distinct_n(replies[p], n, PAPER_WORDS, sample) if words[p] else None for p in self.policies
-                ]
-                for n in (1, 2, 3)
-            },
-            "perplexity": [
-                finite(perplexity(np.array(column["reference_logp"]), np.array(column["length"]))) for column in columns
-            ],
-        }
-
-    def scores(self, task: Task, prompts: Sequence[str], replies: Mapping[str, Sequence[str]]) -> list[float | None]:
-        """Returns every policy's mean by the task's own score; None where it has none."""
-        if task.score is None:
-            return [None] * len(self.policies)
-        return [float(np.mean(list(map(task.score, prompts, replies[p])))) for p in self.policies]
-
     def write(
         self, context: Context, programs: tuple[Program, ...], prompts: Sequence[str]
     ) -> Iterator[tuple[str, dict[str, list]]]:
-        """Yields each policy's replies. Each is kept in a file, so that a resumed run does not write it again."""
+        """Yields each policy's replies. Each is kept in a file, so that a resumed run does not write it again.
+
+        A file is another's where the policy, or what else its replies depend on, has changed: it is written anew.
+        """
         reference = context.load(self.reference)
         kept = set(context.loaded)  # the reference, and what it lies over
         with metrics.progress_bar(len(self.policies), 0, context.name, "policy") as bar:
             for name, stage in self.policies.items():
                 path = context.folder / replies_file(name)
-                if not context.hosts.broadcast(path.exists):
+                source = ReplySource(
+                    name, self.writing, self.prompts, self.split, self.seed, policy=stage, reference=self.reference
+                )
+                digest = context.fingerprint(context.name, source)
+                if not context.hosts.broadcast(functools.partial(has_replies, path, digest)):
                     drawn = self.draw(context, programs, name, context.load(stage), reference, prompts)
                     for other in context.loaded.keys() - kept:
                         del context.loaded[other]  # one policy at a time, beside the reference
-                    storage.write_json(path, dict(zip(_COLUMNS, map(list, drawn), strict=True)))
+                    write_replies(path, digest, tuple(drawn))
                 bar.update()
                 context.hosts.barrier(f"the replies of {name}")
                 context.stop_if_preempted()
@@ -239,29 +250,3 @@ class Tournament:
         if self.writing.sampling != Sampling():  # filtered or tempered
             replies = [reply._replace(kl=math.nan) for reply in replies]
         return zip(*replies, strict=True)
-
-
-def read_replies(path: Path, count: int) -> dict[str, list]:
-    """Returns the columns of a replies file. Raises UserError when it is damaged."""
-    columns = storage.read_json(path)
-
-    def is_complete(name: str) -> bool:
-        column = columns.get(name)
-        return isinstance(column, list) and len(column) == count and all(type(x) in _COLUMNS[name] for x in column)
-
-    if not isinstance(columns, dict) or not all(map(is_complete, _COLUMNS)):
-        raise UserError(f"{path} is damaged; remove it to have it written again")
-    return columns
-
-
-def messages_of(task: Task, prompt: str) -> list[dict[str, str]] | None:
-    """Returns the prompt as chat messages; None where the task's function refuses it."""
-    try:
-        return list(task.messages(prompt))
-    except UserError:
-        return None
-
-
-def finite(value: float) -> float | None:
-    """Returns the value; None where it is not finite, which JSON does not know."""
-    return value if math.isfinite(value) else None

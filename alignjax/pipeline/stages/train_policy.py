@@ -27,7 +27,10 @@ from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained
 from alignjax.training.collect import Frozen
 from alignjax.training.loop import Learner, LearnerSpec, Loop, train
 from alignjax.training.optimizer import Adam
-from alignjax.types import Completion, Objective, PolicyFunctions, PreferenceBatch, Prompt, Response, Roles
+from alignjax.types import Completion, Objective, Params, PolicyFunctions, PreferenceBatch, Prompt, Response, Roles
+
+AVERAGE = "average"
+"""What ``KeptPolicy.at`` calls the moving average."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,9 @@ class TrainPolicy:
 
     At another ``temperature`` than 1 the policy is softmax(logits / temperature), in drawing and in all log-probs, the
     reference's too; its network remembers it, so that it is judged as what it was trained as.
+
+    Beside its network it keeps the policy's parameters after the steps ``keep_at`` and, with ``average_decay``, their
+    moving average at the end: ``KeptPolicy`` makes each a policy.
     """
 
     objective: Objective  # for example PreferenceGradient(partial(losses.nash_md, tau=0.02))
@@ -58,6 +64,7 @@ class TrainPolicy:
     lora: Lora | None = None  # train adapters over the start's frozen base
     temperature: float = 1.0
     average_decay: float | None = None  # of the moving average that ``samplers.moving_average`` reads
+    keep_at: tuple[int, ...] = ()  # steps after which the policy's parameters are kept
     seed: int = 0
     makes: ClassVar[Kind] = Kind.POLICY
 
@@ -66,6 +73,8 @@ class TrainPolicy:
         check_range(self, 1e-3, 1e3, "temperature")
         if self.average_decay is not None:
             check_range(self, 0, 1, "average_decay")
+        if self.keep_at != ():
+            check_range(self, 1, self.loop.steps, "keep_at")
 
     @property
     def meanings(self) -> dict[str, str]:
@@ -183,9 +192,16 @@ class TrainPolicy:
             judged = preference.all_params if preference else None
             return parts.params, Frozen(parts.base, reference.params, judged)
 
+        def keep(steps: int, params: Params) -> None:
+            if steps in self.keep_at:
+                networks.save_kept(context.folder, steps, setup.parts.network(setup.start, params))
+
         trained = train(
-            context.training_run(self.seed), learner, parameters, batches.plan, batches.make_batch, batches.collect
-        )
+            context.training_run(self.seed), learner, parameters, batches.plan, batches.make_batch, batches.collect,
+            keep,
+        )  # fmt: skip
+        if self.average_decay is not None:
+            networks.save_kept(context.folder, AVERAGE, setup.parts.network(setup.start, trained.average))
         networks.save(context.folder, setup.parts.network(setup.start, trained.params))
         return {**batches.figures, **trained.figures}
 
