@@ -72,10 +72,12 @@ def test_stopping_at_a_half_point_and_going_on_gives_the_same_bits(tmp_path):
 
 def test_an_anchor_that_is_empty_is_not_in_a_save(tmp_path):
     """A save of a version that had no anchor is restored."""
-    saver = Checkpointer(tmp_path / "c")
-    saver.save(fit(fresh(), 0, 1))
-    saver.close()
-    assert not any(b"anchor" in path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file())
+    for name, anchor in (("c", False), ("d", True)):
+        saver = Checkpointer(tmp_path / name)
+        saver.save(fit(fresh(anchor=anchor), 0, 1))
+        saver.close()
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert any(b'"anchor"' in path.read_bytes() for path in files) == anchor
     assert newest(tmp_path / "c", fresh()).anchor == {}
 
 
