@@ -71,7 +71,7 @@ class DirectAlignment:
         ratios = reference_ratios(logps, batch.responses)
         p = batch.probability(0, 1)
         loss, sign = jnp.mean(self.loss(*ratios, p)), jnp.sign(p - 0.5)
-        metrics = {"loss": loss, **pair_metrics(*ratios, sign)}
+        metrics = {"loss": loss, **pair_metrics(sign, *ratios)}
         return loss, {**metrics, **response_metrics(logps[0], batch.responses[0])}
 
 
@@ -105,7 +105,7 @@ class OpponentAlignment:
         ratios, first = reference_ratios(logps, batch.responses), batch.responses[0]
         p, other_p = batch.probability(0, 2), batch.probability(1, 2)
         loss, sign = jnp.mean(self.loss(*ratios, p, other_p)), jnp.sign(p - other_p)
-        metrics = {"loss": loss, "preference": jnp.mean(p), **pair_metrics(*ratios, sign)}
+        metrics = {"loss": loss, "preference": jnp.mean(p), **pair_metrics(sign, *ratios)}
         return loss, {**metrics, **response_metrics(require_behavior(first), first)}
 
 
@@ -181,7 +181,7 @@ def reference_ratios(logps: list[Array], responses: tuple[Response, ...]) -> lis
     return sequence_ratios(logps, [require_reference(r) for r in responses[: len(logps)]], responses)
 
 
-def pair_metrics(first: Array, second: Array, sign: Array) -> Metrics:
+def pair_metrics(sign: Array, first: Array, second: Array) -> Metrics:
     """Returns the accuracy and margin of log-ratios [B], with the sign [B] of the preference for the first."""
     margin = sign * (first - second)
     return {"accuracy": jnp.mean(0.5 + 0.5 * jnp.sign(margin)), "log_ratio_margin": jnp.mean(margin)}

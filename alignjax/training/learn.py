@@ -78,13 +78,8 @@ def make_learn(
     extras: Extras = Extras(),
     extragradient: bool = False,
 ) -> Learn:
-    """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once:
-
-        average <- average_decay * average + (1 - average_decay) * params.
-
-    With ``extragradient`` two batches make one step of an extragradient method (2503.08942). The first leads from the
-    parameters to the half point, which writes the second. That one is learned from at the parameters before the first,
-    and leads on from there. An optimiser with a memory, such as Adam, keeps it over both (1802.10551).
+    """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once, to
+    average_decay * average + (1 - average_decay) * params. With ``extragradient`` see ``at_anchor``.
 
     Where only adapters are trained, ``assemble`` lays them over a frozen base. ``extras`` are the objective's.
     Metrics are means over the first epoch, which meets every row once, or over the last for those that ``extras``
@@ -117,8 +112,12 @@ def make_learn(
 
 
 def at_anchor(state: TrainState) -> TrainState:
-    """Returns the state at the point from which an extragradient step starts, with that point as its anchor: its
-    parameters on even steps, its anchor on odd ones."""
+    """Returns the state at the point from which an extragradient batch is learned from, with that point as its anchor.
+
+    On even steps these are its parameters, which lead to the half point, and that writes the next batch. On odd steps
+    it is the anchor: the second batch leads on from where the first one started (2503.08942). An optimiser with a
+    memory, such as Adam, keeps it over both (1802.10551).
+    """
     is_whole = state.step % 2 == 0
     start = jax.tree.map(lambda params, anchor: jnp.where(is_whole, params, anchor), state.params, state.anchor)
     return dataclasses.replace(state, params=start, anchor=start)

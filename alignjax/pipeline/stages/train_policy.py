@@ -45,8 +45,8 @@ class TrainPolicy:
     At another ``temperature`` than 1 the policy is softmax(logits / temperature), in drawing and in all log-probs, the
     reference's too; its network remembers it, so that it is judged as what it was trained as.
 
-    With ``extragradient`` (``make_learn``) warm-up and decay of the learning rate count pairs of batches. On the second
-    batch of a pair metrics are of the half point's responses.
+    With ``extragradient`` (``learn.at_anchor``) warm-up and decay of the learning rate count pairs of batches. On the
+    second batch of a pair metrics are of the half point's responses.
     """
 
     objective: Objective  # for example PreferenceGradient(partial(losses.nash_md, tau=0.02))
