@@ -31,7 +31,9 @@ _PUBLIC = {
     "alignjax.objectives": (
         "DirectAlignment",
         "GroupGradient",
+        "IterativeAlignment",
         "KLTarget",
+        "OpponentAlignment",
         "PPO",
         "PreferenceGradient",
         "RewardGradient",

@@ -176,6 +176,7 @@ class TrainState:
     average: Params  # the exponential moving average of params; empty when nothing reads it
     key: Key  # the root key; it never advances
     controls: Params = dataclasses.field(default_factory=dict)  # what the objective adjusts itself (``Extras``)
+    anchor: Params = dataclasses.field(default_factory=dict)  # where an extragradient step starts; empty without
 
 
 class Step(Protocol):
@@ -261,6 +262,8 @@ class Extras(NamedTuple):
     """Metrics that are means over the last epoch of a batch; the others are over the first."""
     whole_minibatch: bool = False
     """Whether the loss of a minibatch is not the mean of those of its parts, so that ``accumulate`` would change it."""
+    of_reference: tuple[int, ...] = ()
+    """The responses that the reference must have written."""
 
 
 class Objective(Protocol):

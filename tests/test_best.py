@@ -16,6 +16,7 @@ from alignjax.training import data, loop
 from alignjax.training.loop import Best, LearnerSpec, Loop, TrainingRun
 from alignjax.training.metrics import MetricsWriter, read_metrics
 from alignjax.training.optimizer import Adam
+from alignjax.training.shared_tree import SharedTree
 
 STEPS = 14
 
@@ -115,6 +116,22 @@ def test_the_learning_rate_s_schedule_counts_batches_and_not_updates(tmp_path):
     make_batch = lambda chosen: np.ones(len(chosen.indices), np.float32)  # noqa: E731
     trained = loop.train(run, learner, lambda: (params, None), data.plan_batches([1] * 8, [1], 8, 0), make_batch)
     np.testing.assert_allclose(trained.params["w"], -0.1 * sum(4 * (1 - k / 3) for k in range(3)), rtol=1e-4)
+
+
+def test_the_two_batches_of_an_extragradient_step_have_one_learning_rate(tmp_path):
+    """Under a constant gradient: a line to zero over 3 pairs of batches, whose half points are left again."""
+    mesh, params = sharding.make_mesh(sharding.Mesh()), {"w": jnp.zeros(())}
+    adam = Adam(lr=0.1, warmup=0, schedule="linear")
+    constant = lambda params, batch, key: (params["w"] + 0 * batch.sum(), {"w": params["w"]})  # noqa: E731
+    spec = LearnerSpec(Loop(steps=6, batch=8), adam, constant, (("w$", PartitionSpec()),), extragradient=True)
+    learner = spec.compile(params, mesh)
+    state, passed = learner.init(params, jax.random.key(0)), []
+    for _ in range(6):
+        state, _ = learner.learn(state, SharedTree(None), np.ones(8, np.float32))
+        passed.append(float(state.params["w"]))
+    rates = [0.1 * (1 - k / 3) for k in range(3)]
+    whole = -np.cumsum(rates)
+    np.testing.assert_allclose(passed, np.repeat(whole, 2), rtol=1e-4)
 
 
 def test_collect_makes_the_batch_that_is_learned_from_out_of_the_state_and_the_frozen_trees(tmp_path):

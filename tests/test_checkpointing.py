@@ -24,8 +24,8 @@ def batches(start, stop):
     return (np.full((4,), step % 3, np.float32) for step in range(start, stop))
 
 
-def fresh(average=False):
-    return init_state({"w": jnp.arange(4.0)}, OPTIMIZER, jax.random.key(3), average)
+def fresh(average=False, anchor=False):
+    return init_state({"w": jnp.arange(4.0)}, OPTIMIZER, jax.random.key(3), average, anchor=anchor)
 
 
 def fit(state, start, stop, **options):
@@ -56,6 +56,29 @@ def test_stopping_and_going_on_gives_the_same_bits(tmp_path):
     restored = newest(tmp_path / "c", fresh(True))
     same(restored, interrupted)
     same(fit(restored, int(restored.step), 7, average_decay=0.9), uninterrupted_state)
+
+
+def test_stopping_at_a_half_point_and_going_on_gives_the_same_bits(tmp_path):
+    want = fit(fresh(anchor=True), 0, 6, extragradient=True)
+    interrupted = fit(fresh(anchor=True), 0, 3, extragradient=True)
+    assert not np.array_equal(interrupted.anchor["w"], interrupted.params["w"])
+    saver = Checkpointer(tmp_path / "c")
+    saver.save(interrupted)
+    saver.close()
+    restored = newest(tmp_path / "c", fresh(anchor=True))
+    same(restored, interrupted)
+    same(fit(restored, 3, 6, extragradient=True), want)
+
+
+def test_an_anchor_that_is_empty_is_not_in_a_save(tmp_path):
+    """A save of a version that had no anchor is restored."""
+    for name, anchor in (("c", False), ("d", True)):
+        saver = Checkpointer(tmp_path / name)
+        saver.save(fit(fresh(anchor=anchor), 0, 1))
+        saver.close()
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert any(b'"anchor"' in path.read_bytes() for path in files) == anchor
+    assert newest(tmp_path / "c", fresh()).anchor == {}
 
 
 def test_an_interrupt_waits_for_the_save_under_way(tmp_path):

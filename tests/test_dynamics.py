@@ -97,7 +97,7 @@ REGULARISED = {
     "nash_ema": dynamics.nash_ema(0.2, 0.5),
     "online_ipo": dynamics.exact_online_ipo(1.0),
     "nash_md": dynamics.exact_nash_md(dynamics.theorem_1_step_size),
-    "inpo": dynamics.inpo(),
+    "inpo": dynamics.exact_inpo(),
     "fictitious_play": dynamics.fictitious_play(),
 }
 
@@ -160,7 +160,7 @@ def written_out(p, pi, mu, last):
     return {
         "nash_md": (dynamics.exact_nash_md(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(mixed)))),
         "omd": (dynamics.omd(dynamics.theorem_1_step_size), (), norm(mixed * np.exp(h * p(pi)))),
-        "inpo": (dynamics.inpo(), (), norm(np.exp(h * p(pi)) * mu ** (TAU * h) * pi ** (1 - TAU * h))),
+        "inpo": (dynamics.exact_inpo(), (), norm(np.exp(h * p(pi)) * mu ** (TAU * h) * pi ** (1 - TAU * h))),
         "mmd": (dynamics.mmd(H), np.log(last), magnetic),
         "mpo": (dynamics.mmd(H, magnet_every=T + 1), np.log(last), magnetic),
         "egpo": (dynamics.egpo(H), (), norm(pi ** (1 - H * TAU) * mu ** (H * TAU) * np.exp(H * p(half)))),
@@ -289,7 +289,7 @@ def test_inpo_keeps_its_bound(tau):
     """KL <= 32 C^2 / (tau^2 (T + 1)), C = max(B tau, 1), B the largest log-ratio seen."""
     many = [random_game(seed, 1, 4, tau) for seed in range(20)]
     nash = np.stack([solve.regularised_nash(game).log_policy for game in many])
-    trace = simulation.simulate(dynamics.inpo(), simulation.stack_games(many), nash, tuple(range(1, 60)))
+    trace = simulation.simulate(dynamics.exact_inpo(), simulation.stack_games(many), nash, tuple(range(1, 60)))
     ratio = np.asarray(trace.policy)[:, 0] - np.stack([game.log_mu for game in many])[:, None]
     largest = np.maximum(1, tau * abs(ratio).max((1, 2, 3)))[:, None]
     assert np.all(np.asarray(trace.kl)[:, 0] <= 32 * largest**2 / (tau**2 * (np.arange(1, 60) + 1)))

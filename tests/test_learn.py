@@ -154,6 +154,27 @@ def test_an_accumulated_gradient_is_that_of_all_its_rows(schedule):
     np.testing.assert_allclose(*(state.params["w"] for state, _ in ends), rtol=1e-6)
 
 
+# --- extragradient steps ---
+
+
+@pytest.mark.parametrize("schedule", [UpdateSchedule(), UpdateSchedule(epochs=2, minibatches=2)])
+def test_the_second_of_two_batches_is_learned_from_where_the_first_was(schedule):
+    """By hand: the optimiser's memory goes through both, the parameters of the half point through neither."""
+    state = init_state({"w": jnp.float32(0.3)}, OPTIMIZER, jax.random.key(3), False, anchor=True)
+    learn = jax.jit(make_learn(regression, OPTIMIZER, schedule, extragradient=True))
+    plain = jax.jit(make_learn(regression, OPTIMIZER, schedule))
+    passed, want = [state], [dataclasses.replace(state, anchor={})]
+    for step in range(4):
+        batch = {"x": ROWS / 8, "y": np.cos(ROWS + step)}
+        passed.append(learn(passed[-1], None, batch)[0])
+        start = want[step - step % 2].params  # of the pair
+        want.append(plain(dataclasses.replace(want[-1], params=start), None, batch)[0])
+    for got, state in zip(passed, want, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, (got.params, got.opt_state), (state.params, state.opt_state))
+    assert passed[1].anchor["w"] == passed[2].anchor["w"] == passed[0].params["w"] != passed[2].params["w"]
+    assert fresh().anchor == {}
+
+
 # --- arguments ---
 
 

@@ -44,11 +44,59 @@ def test_ipo_is_stationary_at_its_margin_and_tau_of_it_is_the_online_one(loss, s
         functools.partial(losses.dpo, beta=0.2),
         functools.partial(losses.ipo, tau=0.3),
         functools.partial(losses.online_ipo, tau=0.3),
+        lambda first, second, p: losses.opponent_ipo(first, second, p, 1 - p, tau=0.3),
     ],
 )
 def test_a_pair_in_the_other_order_has_the_same_loss(loss):
     first, second = jnp.array([1.0, -2.0, 0.3, 0.0, 5.0]), jnp.array([0.5, 0.5, -1.0, 0.0, 4.0])
     np.testing.assert_allclose(loss(first, second, P), loss(second, first, 1 - P), rtol=1e-5)
+
+
+def test_xpo_lowers_the_reference_s_response_by_alpha_whatever_its_label():
+    first, second = jnp.array([1.0, -2.0, 0.3, 0.0, 5.0]), jnp.array([0.5, 0.5, -1.0, 0.0, 4.0])
+    slopes = [
+        jax.grad(lambda *x, f=loss: jnp.sum(f(*x, P, beta=0.2)), (0, 1))(first, second)
+        for loss in (losses.dpo, functools.partial(losses.xpo, alpha=0.07))
+    ]
+    np.testing.assert_array_equal(slopes[1][0], slopes[0][0])
+    np.testing.assert_allclose(slopes[1][1], slopes[0][1] + 0.07, rtol=1e-6)
+
+
+def test_an_opponent_s_pair_has_the_margin_of_its_win_probabilities():
+    """Minimal, and 0, at d = (p - p') / tau."""
+    p, other, tau = jnp.array([0.9, 0.5, 0.1]), jnp.array([0.3, 0.5, 0.4]), 0.2
+    loss = functools.partial(losses.opponent_ipo, p=p, other_p=other, tau=tau)
+    d = jnp.array([3.0, 0.0, -1.5])
+    np.testing.assert_allclose(loss(d + 0.4, jnp.full(3, 0.4)), 0, atol=1e-6)
+    np.testing.assert_allclose(loss(d + 1.4, jnp.full(3, 0.4)), 1, rtol=1e-5)
+
+
+MOVED = np.array([[0.3, -0.2, 0.5], [0.0, 1.0, -1.0]])
+RATIO = np.array([[1.0, 0.4, -0.7], [0.2, 0.0, 0.6]])
+GROUP = np.array(
+    [[[0.5, 0.9, 0.2], [0.1, 0.5, 0.7], [0.8, 0.3, 0.5]], [[0.5, 0.0, 1.0], [1.0, 0.5, 0.6], [0.0, 0.4, 0.5]]]
+)
+
+
+def test_inpo_is_the_mean_square_over_pairs_written_out():
+    """In log pi, log mu and log pi_t, each up to what cancels."""
+    tau, eta, mu = 0.1, 0.25, np.array([[-1.0, -2.0, -0.5], [-3.0, -0.1, -2.0]])
+    pi, pi_t, want = RATIO + mu, RATIO + mu - MOVED, np.zeros(2)
+    for b in range(2):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            d = (pi - tau / eta * mu - (eta - tau) / eta * pi_t)[b]
+            squares = (d[i] - d[j] - 1 / (2 * eta)) ** 2, (d[i] - d[j] + 1 / (2 * eta)) ** 2
+            want[b] += (GROUP[b, i, j] * squares[0] + GROUP[b, j, i] * squares[1]) / 3
+    np.testing.assert_allclose(losses.inpo(MOVED, GROUP, RATIO, tau=tau, eta=eta), want, rtol=1e-5)
+
+
+def test_sppo_is_the_mean_square_to_the_wins_over_the_others():
+    eta, want = 0.7, np.zeros(2)
+    for b in range(2):
+        for k in range(3):
+            wins = np.mean([GROUP[b, k, j] for j in range(3) if j != k])
+            want[b] += (MOVED[b, k] - eta * (wins - 0.5)) ** 2 / 3
+    np.testing.assert_allclose(losses.sppo(MOVED, GROUP, eta=eta), want, rtol=1e-5)
 
 
 def test_reward_to_go_sums_this_token_and_later_ones():
@@ -124,3 +172,16 @@ def test_weights_out_of_range_are_refused():
         for loss in (losses.ipo, losses.online_ipo):
             with pytest.raises(UserError, match=f"tau={weight} must be positive"):
                 loss(zeros[0], zeros[0], zeros[0], tau=weight)
+        with pytest.raises(UserError, match=f"tau={weight} must be positive"):
+            losses.opponent_ipo(zeros[0], zeros[0], zeros[0], zeros[0], tau=weight)
+        with pytest.raises(UserError, match=f"eta={weight} must be positive"):
+            losses.inpo(zeros, zeros[None], zeros, tau=0.1, eta=weight)
+        with pytest.raises(UserError, match=f"eta={weight} must be positive"):
+            losses.sppo(zeros, zeros[None], eta=weight)
+    for weight in (-1.0, float("nan")):
+        with pytest.raises(UserError, match=f"alpha={weight} must not be negative"):
+            losses.xpo(zeros[0], zeros[0], zeros[0], beta=0.1, alpha=weight)
+        with pytest.raises(UserError, match=f"tau={weight} must be in"):
+            losses.inpo(zeros, zeros[None], zeros, tau=weight, eta=0.1)
+    with pytest.raises(UserError, match=r"tau=0.2 must be in \[0, eta=0.1\]"):
+        losses.inpo(zeros, zeros[None], zeros, tau=0.2, eta=0.1)

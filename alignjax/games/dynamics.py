@@ -120,7 +120,7 @@ def omd(h: float | Schedule) -> Dynamic:
     return Dynamic(_no_memory, update)
 
 
-def inpo() -> Dynamic:
+def exact_inpo() -> Dynamic:
     """Returns INPO (2407.00617): pi' ~ exp(p_t / eta) mu^(tau/eta) pi^(1-tau/eta), eta_t = tau (t + 2) / 2.
 
     In tabular form this is online mirror descent with h = 1 / eta, the step sizes of Nash-MD's theorem.

@@ -5,7 +5,7 @@ drawn responses, ``ppo`` from the same with a critic or a group. A loss returns 
 [B, T].
 """
 
-from alignjax.losses.direct import dpo, ipo, online_ipo
+from alignjax.losses.direct import dpo, inpo, ipo, online_ipo, opponent_ipo, sppo, xpo
 from alignjax.losses.policy_gradient import nash_md, regularized_policy_gradient, reinforce, reward_to_go
 from alignjax.losses.ppo import (
     adapted_coefficient,
@@ -47,6 +47,7 @@ __all__ = [
     "group_centered",
     "group_standardized",
     "grpo",
+    "inpo",
     "ipo",
     "k1",
     "k2",
@@ -59,6 +60,7 @@ __all__ = [
     "next_token",
     "one_past_the_end",
     "online_ipo",
+    "opponent_ipo",
     "preference_cross_entropy",
     "real_tokens",
     "regularized_policy_gradient",
@@ -68,6 +70,8 @@ __all__ = [
     "score_function",
     "sequence_mean",
     "sequence_sum",
+    "sppo",
     "token_rewards",
     "whiten",
+    "xpo",
 ]

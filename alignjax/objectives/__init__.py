@@ -5,7 +5,7 @@ under the trained parameters and hands arrays to it. Drawn responses and pairs o
 A policy gradient needs responses that the policy itself has drawn; direct alignment runs on both.
 """
 
-from alignjax.objectives.direct import DirectAlignment
+from alignjax.objectives.direct import DirectAlignment, IterativeAlignment, OpponentAlignment
 from alignjax.objectives.group import GroupGradient
 from alignjax.objectives.ppo import PPO, KLTarget
 from alignjax.objectives.preference import PreferenceGradient, RewardGradient
@@ -31,7 +31,9 @@ __all__ = [
     "PREFERENCE_MEANINGS",
     "DirectAlignment",
     "GroupGradient",
+    "IterativeAlignment",
     "KLTarget",
+    "OpponentAlignment",
     "PreferenceGradient",
     "RewardGradient",
     "next_token_loss",

@@ -136,8 +136,10 @@ def _preservation_policy(keep: int) -> Any:
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    """Returns the state as a dict of what Orbax can save: a typed key becomes its uint32 data."""
-    return {**vars(state), "key": jax.random.key_data(state.key)}
+    """Returns the state as a dict of what Orbax can save: a typed key becomes its uint32 data. An anchor that is empty
+    is left out, as in the saves of versions that had none."""
+    tree = {**vars(state), "key": jax.random.key_data(state.key)}
+    return tree if state.anchor else {name: part for name, part in tree.items() if name != "anchor"}
 
 
 @contextlib.contextmanager

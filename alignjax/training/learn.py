@@ -51,11 +51,17 @@ def step_key(state: TrainState, purpose: int) -> Key:
 
 
 def init_state(
-    params: Params, optimizer: optax.GradientTransformation, key: Key, average: bool, controls: Params | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    average: bool,
+    controls: Params | None = None,
+    anchor: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step. With ``average`` the moving average starts at the parameters."""
-    copy = jax.tree.map(jnp.array, params) if average else {}
-    return TrainState(jnp.int32(0), params, optimizer.init(params), copy, key, controls or {})
+    """Returns the state before the first step. With ``average`` the moving average starts at the parameters; with
+    ``anchor``, which extragradient steps need, so does the anchor."""
+    copies = [jax.tree.map(jnp.array, params) if wanted else {} for wanted in (average, anchor)]
+    return TrainState(jnp.int32(0), params, optimizer.init(params), copies[0], key, controls or {}, copies[1])
 
 
 def all_trained(params: Params, frozen: Any) -> Params:
@@ -70,10 +76,10 @@ def make_learn(
     assemble: Assemble = all_trained,
     average_decay: float | None = None,
     extras: Extras = Extras(),
+    extragradient: bool = False,
 ) -> Learn:
-    """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once:
-
-        average <- average_decay * average + (1 - average_decay) * params.
+    """Returns ``learn``. It takes ``schedule.updates`` optimiser steps and moves the average once, to
+    average_decay * average + (1 - average_decay) * params. With ``extragradient`` see ``at_anchor``.
 
     Where only adapters are trained, ``assemble`` lays them over a frozen base. ``extras`` are the objective's.
     Metrics are means over the first epoch, which meets every row once, or over the last for those that ``extras``
@@ -90,6 +96,7 @@ def make_learn(
 
     def learn(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
         key = step_key(state, LEARN)
+        state = at_anchor(state) if extragradient else state
         if schedule.updates == 1:
             state, metrics = update(state, frozen, batch, key)
         else:
@@ -102,6 +109,18 @@ def make_learn(
         return dataclasses.replace(state, step=state.step + 1, average=average, controls=controls), metrics
 
     return learn
+
+
+def at_anchor(state: TrainState) -> TrainState:
+    """Returns the state at the point from which an extragradient batch is learned from, with that point as its anchor.
+
+    On even steps these are its parameters, which lead to the half point, and that writes the next batch. On odd steps
+    it is the anchor: the second batch leads on from where the first one started (2503.08942). An optimiser with a
+    memory, such as Adam, keeps it over both (1802.10551).
+    """
+    is_whole = state.step % 2 == 0
+    start = jax.tree.map(lambda params, anchor: jnp.where(is_whole, params, anchor), state.params, state.anchor)
+    return dataclasses.replace(state, params=start, anchor=start)
 
 
 def over_minibatches(

@@ -110,15 +110,20 @@ class LearnerSpec(NamedTuple):
     assemble: Assemble = all_trained
     average_decay: float | None = None  # of the moving average of the parameters; None: none is kept
     extras: Extras = Extras()  # the objective's
+    extragradient: bool = False  # two batches, which share a learning rate, make one step
 
     def compile(self, params: Params, mesh: jax.sharding.Mesh) -> Learner:
         """Returns the jitted functions for parameters of these shapes on the mesh."""
-        optimizer = self.adam.build(self.loop.steps, self.loop.schedule.updates)
         schedule, extras = self.loop.schedule, self.extras
-        learn = make_learn(self.loss, optimizer, schedule, self.assemble, self.average_decay, extras)
+        batches = 2 if self.extragradient else 1  # of a learning rate
+        optimizer = self.adam.build(self.loop.steps // batches, schedule.updates * batches)
+        learn = make_learn(
+            self.loss, optimizer, schedule, self.assemble, self.average_decay, extras, self.extragradient
+        )
 
         def init(params: Params, key: Key) -> TrainState:
-            return init_state(params, optimizer, key, self.average_decay is not None, extras.controls())
+            average, controls = self.average_decay is not None, extras.controls()
+            return init_state(params, optimizer, key, average, controls, self.extragradient)
 
         def update(state: TrainState, frozen: SharedTree, batch: Any) -> tuple[TrainState, Metrics]:
             return learn(state, frozen.tree(), batch)

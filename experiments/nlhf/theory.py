@@ -44,7 +44,7 @@ def arms(tau: float) -> dict[str, tuple[Dynamic, Claim | None]]:
         "Nash-MD": (dynamics.exact_nash_md(dynamics.theorem_1_step_size), lambda t, tau, start: 8 / (tau**2 * (t + 1))),
         "Nash-MD, constant": (dynamics.exact_nash_md(tau), None),
         "OMD, h=.5": (dynamics.omd(0.5), None),
-        "INPO": (dynamics.inpo(), lambda t, tau, start: 32 / (tau**2 * (t + 1))),
+        "INPO": (dynamics.exact_inpo(), lambda t, tau, start: 32 / (tau**2 * (t + 1))),
         "MMD, h=tau": (dynamics.mmd(tau), lambda t, tau, start: start * (1 + tau**2) ** -t),
         "EGPO": (dynamics.egpo(h), lambda t, tau, start: start * (1 - h * tau) ** t),
         "Nash-MP": (dynamics.nash_mp(2 * tau), lambda t, tau, start: start * (1 + 2 * tau) ** -t),

@@ -22,6 +22,7 @@ LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
 RATERS, RATED = ("tests/test_raters.py",), ("tests/test_rated.py",)
 PAIR_STUDY, FINE_TUNE = ("tests/test_pair_study.py",), ("tests/test_fine_tune.py",)
 PPO = ("tests/test_ppo.py",)
+FIXED_POINTS, ONLINE = ("tests/test_fixed_points.py",), ("tests/test_online_objectives.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -216,7 +217,7 @@ MUTANTS = (
     ),
     Mutant(
         "a policy gradient may learn from anybody's responses", "alignjax/pipeline/stages/policy_data.py",
-        "if self.samplers[k].weights() != {Role.POLICY: 1}", "if False", WIRING,
+        "if self.samplers[k].weights() != {role: 1}", "if False", WIRING,
     ),
     Mutant(
         "a judge runs another judge's program", "alignjax/pipeline/experiment.py",
@@ -518,5 +519,38 @@ MUTANTS = (
         "a group's baseline is another prompt's", "alignjax/losses/ppo.py",
         "return (reward - jnp.mean(reward, -1, keepdims=True)) * count", "return (reward - jnp.mean(reward)) * count",
         PPO,
+    ),
+    Mutant(
+        "an extragradient step starts at the half point", "alignjax/training/learn.py",
+        "jnp.where(is_whole, params, anchor)", "params", (*LEARN, *FIXED_POINTS),
+    ),
+    Mutant(
+        "the half point does not write the second batch", "alignjax/training/collect.py",
+        "        assemble(state.params, frozen), frozen.reference or {}",
+        "        assemble(state.anchor or state.params, frozen), frozen.reference or {}", ONLINE,
+    ),
+    Mutant(
+        "the anchor is not saved", "alignjax/training/checkpointing.py",
+        "return tree if state.anchor else {", "return tree if not state.anchor else {",
+        ("tests/test_checkpointing.py",),
+    ),
+    Mutant(
+        "an iteration starts from the reference", "alignjax/objectives/direct.py",
+        "behavior = [require_behavior(batch.responses[k]) for k in every]",
+        "behavior = [require_reference(batch.responses[k]) for k in every]", FIXED_POINTS,
+    ),
+    Mutant(
+        "a group's preferences are those of the others", "alignjax/objectives/direct.py",
+        "jnp.stack([batch.probability(i, j) for j in every], 1)",
+        "jnp.stack([batch.probability(j, i) for j in every], 1)", FIXED_POINTS,
+    ),
+    Mutant(
+        "the opponent's win probabilities are exchanged", "alignjax/objectives/direct.py",
+        "batch.probability(0, 2), batch.probability(1, 2)", "batch.probability(1, 2), batch.probability(0, 2)",
+        FIXED_POINTS,
+    ),
+    Mutant(
+        "the reference's pairs may be anybody's", "alignjax/objectives/direct.py",
+        "return Extras(of_reference=self.of_reference)", "return Extras()", ONLINE,
     ),
 )  # fmt: skip

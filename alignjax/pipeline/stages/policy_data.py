@@ -107,13 +107,16 @@ class OnlineData:
     def check(self, context: Context, objective: Objective) -> None:
         """Raises UserError when the objective reads responses that no sampler writes, or the task has no prompts."""
         wanted = 1 + max((*objective.scored, *(k for pair in objective.compared for k in pair)), default=0)
-        if len(self.samplers) < wanted or (len(self.samplers) > wanted and not objective.compared):
+        is_group = len(objective.on_policy) == wanted  # all responses are the policy's, and their number is stated
+        if len(self.samplers) < wanted or (len(self.samplers) > wanted and is_group):
             more = "more" if len(self.samplers) < wanted else "fewer"
             raise UserError(f"{context.name}.data.samplers writes {len(self.samplers)} responses and the objective "
                             f"reads {wanted}; name {more} samplers")  # fmt: skip
-        if others := [k for k in objective.on_policy if self.samplers[k].weights() != {Role.POLICY: 1}]:
-            raise UserError(f"{context.name}.data.samplers[{others[0]}] is not the policy, and the objective's "
-                            "gradient is right for the policy's own responses alone; put aj.policy there")  # fmt: skip
+        for role, numbers in ((Role.POLICY, objective.on_policy), (Role.REFERENCE, objective.extras.of_reference)):
+            if others := [k for k in numbers if self.samplers[k].weights() != {role: 1}]:
+                who = role.name.lower()
+                raise UserError(f"{context.name}.data.samplers[{others[0]}] is not the {who}, and the objective is "
+                                f"right for the {who}'s own responses alone; put aj.{who} there")  # fmt: skip
         context.task.source.prompts("train", 1, context.seed())
 
     def exposure(self, context: Context) -> Exposure:

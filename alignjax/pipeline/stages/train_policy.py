@@ -21,7 +21,7 @@ from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
-from alignjax.pipeline.stages.policy_data import PolicyData, PolicySetup, reads_average
+from alignjax.pipeline.stages.policy_data import OfflineData, PolicyData, PolicySetup, reads_average
 from alignjax.pipeline.stages.writing import check_positions, check_stop
 from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec, with_critic
 from alignjax.training.collect import Frozen
@@ -50,6 +50,9 @@ class TrainPolicy:
 
     Beside its network it keeps the policy's parameters after the steps ``keep_at`` and, with ``average_decay``, their
     moving average at the end: ``KeptPolicy`` makes each a policy.
+
+    With ``extragradient`` (``learn.at_anchor``) warm-up and decay of the learning rate count pairs of batches. On the
+    second batch of a pair metrics are of the half point's responses.
     """
 
     objective: Objective  # for example PreferenceGradient(partial(losses.nash_md, tau=0.02))
@@ -65,6 +68,7 @@ class TrainPolicy:
     temperature: float = 1.0
     average_decay: float | None = None  # of the moving average that ``samplers.moving_average`` reads
     keep_at: tuple[int, ...] = ()  # steps after which the policy's parameters are kept
+    extragradient: bool = False  # two batches make one step, whose half point writes the second (EGPO, 2503.08942)
     seed: int = 0
     makes: ClassVar[Kind] = Kind.POLICY
 
@@ -126,8 +130,24 @@ class TrainPolicy:
         if self.loop.accumulate > 1 and self.objective.extras.whole_minibatch:
             raise UserError(f"{context.name}.loop.accumulate={self.loop.accumulate} would change the objective, which "
                             "whitens over whole minibatches; set it to 1")  # fmt: skip
+        if self.extragradient:
+            self.check_extragradient(context.name)
         if reads_average(self.data) and self.average_decay is None:
             raise UserError(f"{context.name}: the sampler moving_average needs average_decay; set it, e.g. 0.999")
+
+    def check_extragradient(self, name: str) -> None:
+        """Raises UserError where the half point, which writes every second batch, makes no sense or would do harm."""
+        if set(self.objective.on_policy) & set(self.objective.scored) or isinstance(self.data, OfflineData):
+            raise UserError(f"{name}.extragradient learns, at another point, from what the half point writes; use it "
+                            "with OnlineData and with OpponentAlignment")  # fmt: skip
+        if self.average_decay is not None:
+            raise UserError(f"{name}.average_decay={self.average_decay} would average half points too; "
+                            f"leave it out, or {name}.extragradient")  # fmt: skip
+        ends = [("loop.steps", self.loop.steps), ("loop.best.every", self.loop.best.every if self.loop.best else 0)]
+        for field, steps in (*ends, *(("keep_at", step) for step in self.keep_at)):
+            if steps % 2:
+                raise UserError(f"{name}.{field}={steps} ends at a half point, for an extragradient step takes "
+                                "two batches; make it even")  # fmt: skip
 
     def trained_parts(self, context: Context, start: Network, critic: Network | None) -> TrainedParts:
         """Returns what is trained: the start's network, the objective's heads, and a critic of its own."""
@@ -157,7 +177,9 @@ class TrainPolicy:
         start = dataclasses.replace(start, model=model, temperature=self.temperature)
         policy = policy_functions(start.model, critic.model if critic else None)
         loss, extras = functools.partial(self.objective, policy=policy), self.objective.extras
-        learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay, extras)
+        learning = LearnerSpec(
+            self.loop, self.adam, loss, parts.rules, parts.assemble, self.average_decay, extras, self.extragradient
+        )
         learner = learning.compile(parts.params, context.mesh)
         setup = PolicySetup(
             self.objective, self.loop, self.buckets, self.max_new_tokens, self.seed, start, reference, parts, policy,
@@ -170,11 +192,12 @@ class TrainPolicy:
         self.loop.check(context.name, context.mesh)
         setup, learner = self.setup(context)
         collect = self.data.programs(context, setup)
+        learned = max(len(self.objective.scored), len(self.objective.on_policy))  # responses
         learn = []
         for length, program in zip(self.buckets, collect[-len(self.buckets) :], strict=True):
             batch = jax.eval_shape(program.function, *program.arguments)
             arguments = (program.arguments[0], program.arguments[1], batch)
-            tokens = self.loop.batch * len(self.objective.scored) * (length + self.max_new_tokens)
+            tokens = self.loop.batch * learned * (length + self.max_new_tokens)
             learn.append(Program(f"learn {length}", learner.learn, arguments, tokens * self.loop.epochs))
         return (*collect, *learn)
 
