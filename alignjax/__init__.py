@@ -79,6 +79,7 @@ _PUBLIC = {
         "OnlineData",
         "PairStudy",
         "Pretrain",
+        "RatePool",
         "Relabel",
         "Study",
         "Tournament",
