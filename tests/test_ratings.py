@@ -24,6 +24,16 @@ def matrix(game):
     return np.asarray(game.p, np.float64)[0]
 
 
+MARGINS = np.array([-0.3, 0.1, 0.05])
+
+
+def limit_of_three():
+    """Three policies tie, and beat a fourth by these margins."""
+    rate = np.full((4, 4), 0.5)
+    rate[:3, 3], rate[3, :3] = 0.5 + MARGINS, 0.5 - MARGINS
+    return rate
+
+
 def random_pools():
     """Pools of every family, those of ties among them, in which many lotteries are Nash."""
     for name, draw in zoo.RANDOM_PREFERENCES.items():
@@ -31,6 +41,7 @@ def random_pools():
             yield pytest.param(draw(seed, 1, size)[0], id=f"{name}-{size}")
     yield pytest.param(np.full((4, 4), 0.5), id="all tied")
     yield pytest.param(np.array(LIMIT), id="limit")
+    yield pytest.param(limit_of_three(), id="limit of three")
 
 
 POOLS = list(random_pools())
@@ -111,6 +122,14 @@ def test_the_largest_entropy_is_that_of_a_general_solver(rate):
     ).x
     assert special.entr(chosen).sum() >= special.entr(np.clip(referee, 0, 1)).sum() - 1e-7
     assert np.all(a @ chosen <= 1e-12)
+
+
+def test_the_largest_entropy_at_a_limit_is_the_exponential_family_s():
+    """p is proportional to exp(scale margin), with the scale at which the fourth policy is just not better."""
+    scale = optimize.brentq(lambda s: MARGINS @ np.exp(s * MARGINS), 0, 100, xtol=1e-14)
+    weights = np.exp(scale * MARGINS)
+    found = maximum_entropy(nash_face(limit_of_three()))
+    np.testing.assert_allclose(found, [*(weights / weights.sum()), 0], atol=1e-9)
 
 
 def test_the_largest_entropy_is_the_limit_of_small_regularisation():
@@ -361,6 +380,15 @@ def test_binomial_resamples_are_binomial_and_cover_the_truth():
         low, high = np.percentile(rates, [2.5, 97.5])
         inside += low <= p <= high
     assert 0.88 <= inside / 200 <= 0.99
+
+
+def test_intervals_of_elo_weigh_each_cell_by_its_count():
+    count = np.array([[1.0, 400, 10], [400, 1, 90], [10, 90, 1]])
+    measured = pool([[0.5, 0.6, 0.3], [0.4, 0.5, 0.7], [0.7, 0.3, 0.5]], count)
+    found = bootstrap(measured, rate_pool(measured), 12, seed=2)
+    rates = list(resampled_rates(measured, 12, seed=2))
+    elo = np.array([general_fit(rate, count, 0.0) for rate in rates]) * ELO_POINTS
+    np.testing.assert_allclose(found.elo.T, np.percentile(elo, [2.5, 97.5], axis=0), atol=0.05)
 
 
 def test_intervals_follow_the_seed_and_shrink_with_the_comparisons():
