@@ -33,10 +33,11 @@ test: install
 # The referees. pip, and not uv, because it takes a torch that the machine offers for its CPU. An older transformers
 # lies in a folder of its own, for one process that has it first on its path.
 TORCH ?= torch==2.13.0
+SPIEL := open_spiel==2.0.2 cvxpy==1.9.3
 OLDER := transformers==4.57.6 huggingface-hub==0.36.0 tokenizers==0.22.1
 $(VENV)/parity: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock "peft>=0.21"
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock "peft>=0.21" $(SPIEL)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/older --upgrade $(OLDER)
 	touch $@
 

@@ -83,6 +83,7 @@ _PUBLIC = {
         "OnlineData",
         "PairStudy",
         "Pretrain",
+        "RatePool",
         "Relabel",
         "ReplyStudy",
         "Study",

@@ -24,6 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sample(commands)
     _add_compare(commands)
     _add_outputs(commands)
+    _add_rate(commands)
     return parser
 
 
@@ -148,6 +149,29 @@ def _add_outputs(commands: Any) -> None:
     parser.add_argument("folder", metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument("--format", required=True, choices=OUTPUT_FORMATS, help="whose format")
     parser.set_defaults(command="outputs")
+
+
+def _add_rate(commands: Any) -> None:
+    """Adds ``alignjax rate``."""
+    summary = (
+        "rate the policies of a finished tournament, or of a matrix of win rates: the lottery that none beats, "
+        "Elo, cycles, and what a copy changes"
+    )
+    parser = commands.add_parser("rate", help=summary, description=summary)
+    parser.add_argument(
+        "file", metavar="FILE",
+        help='the folder WORKDIR/NAME of a finished Tournament, its win_rates.json, JSON {"policies": [...], '
+        '"win_rate": [[...]], "n": optional}, or a CSV matrix with names in its first row and column',
+    )  # fmt: skip
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, metavar="N", help="intervals from N resamples (1000); 0: none"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the seed of the resamples (0)")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="rate the means of the judge's probabilities, not its votes"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as JSON")
+    parser.set_defaults(command="rate")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

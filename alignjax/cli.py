@@ -192,6 +192,26 @@ def outputs_command(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def rate_command(arguments: argparse.Namespace) -> int:
+    """Prints the ratings of the policies of a finished tournament, or of a matrix of win rates."""
+    from alignjax.distributed import storage
+    from alignjax.preferences.rating_intervals import rate_fully
+    from alignjax.reporting.pools import read_pools
+    from alignjax.reporting.rating_report import rating_numbers, rating_section
+
+    for name, high in (("bootstrap", 10**6), ("seed", 2**32 - 1)):
+        if not 0 <= (value := vars(arguments)[name]) <= high:
+            raise UserError(f"--{name}={value} must be at least 0 and at most {high}")
+    path = storage.parse_path(arguments.file)
+    with storage.bucket_errors(path):
+        pools = read_pools(path, arguments.probabilities)
+    rated = [rate_fully(title, pool, arguments.bootstrap, arguments.seed) for title, pool in pools]
+    if arguments.json:
+        storage.write_json(Path(arguments.json).expanduser(), list(map(rating_numbers, rated)))
+    print("\n".join(map(rating_section, rated)))
+    return 0
+
+
 def _open_network(folder: str, chat: bool) -> Any:
     """Opens a Hugging Face folder, or the network of a finished stage."""
     from alignjax.distributed import storage
@@ -278,5 +298,6 @@ COMMANDS = {
     "sample": sample_command,
     "compare": compare_command,
     "outputs": outputs_command,
+    "rate": rate_command,
 }
 """Each returns the exit status."""

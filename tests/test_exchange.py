@@ -75,6 +75,7 @@ def workdir(tmp_path_factory):
         oracles={"longer": longer, "soft": soft},
     )  # fmt: skip
     stages = {"table": table(), "filtered": table(writing=filtered, policies={"a": "other"}, judges=table().judges)}
+    stages["ratings"] = aj.RatePool("table", bootstrap=5)
     run(dataclasses.replace(experiment(**stages), task=chats), folder)
     return folder
 
@@ -210,6 +211,15 @@ def test_the_report_shows_the_new_tables_and_an_older_run_s_are_as_they_were(wor
     storage.write_json(tmp_path / "table" / "win_rates.json", older)
     shown = write_report(tmp_path, {"table": json.loads((workdir / "table" / "stage.json").read_text())})
     assert shown == "\n".join([*map(tables.win_rate_table, found), f"report: {tmp_path / 'report.md'}"])
+
+
+def test_a_stage_rates_the_policies_of_each_judge(workdir):
+    numbers = json.loads((workdir / "ratings" / "numbers.json").read_text())
+    assert [one["title"] for one in numbers] == ["judge: longer", "judge: soft"]
+    for one, found in zip(numbers, read(workdir, "win_rates.json"), strict=True):
+        assert one["policies"] == found["policies"] and one["bootstrap"]["is_paired"]
+        np.testing.assert_allclose(one["win_rate"], found["win_rate"], atol=1e-15)
+    assert "## Ratings of the pool, judge: soft" in (workdir / "report.md").read_text()
 
 
 def outputs(workdir, folder, form):

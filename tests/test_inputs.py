@@ -59,6 +59,7 @@ def every_stage():
         zero=aj.ZeroShotPreference("base"),
         dpo=dataclasses.replace(q.stages["nash_md"], objective=direct, data=aj.OfflineData("pairs")),
         table=table,
+        ratings=aj.RatePool("table"),
         rated=dataclasses.replace(judged, method=aj.RLAIF(aj.LanguageModelRater("base"))),
         relabeled=aj.Relabel(judge=aj.LanguageModelRater("base"), sizes=aj.JudgeSizes(8, 8, 8), pairs="pairs"),
         mixed=aj.MixPairs(first="pairs", second="relabeled"),

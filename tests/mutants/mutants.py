@@ -23,6 +23,7 @@ RATERS, RATED = ("tests/test_raters.py",), ("tests/test_rated.py",)
 PAIR_STUDY, FINE_TUNE = ("tests/test_pair_study.py",), ("tests/test_fine_tune.py",)
 PPO = ("tests/test_ppo.py",)
 FIXED_POINTS, ONLINE = ("tests/test_fixed_points.py",), ("tests/test_online_objectives.py",)
+RATINGS = ("tests/test_ratings.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -552,5 +553,25 @@ MUTANTS = (
     Mutant(
         "the reference's pairs may be anybody's", "alignjax/objectives/direct.py",
         "return Extras(of_reference=self.of_reference)", "return Extras()", ONLINE,
+    ),
+    Mutant(
+        "the lottery is the one that every policy beats", "alignjax/games/nash_face.py",
+        "a = (p - p.T) / 2", "a = (p.T - p) / 2", RATINGS,
+    ),
+    Mutant(
+        "copies of a policy count as others", "alignjax/games/nash_face.py",
+        "is_copy = np.all(abs(p[:, None] - p[None]) <= COPY, axis=-1)", "is_copy = np.eye(len(p), dtype=bool)", RATINGS,
+    ),
+    Mutant(
+        "a cell's number of comparisons does not weigh in Elo", "alignjax/preferences/elo.py",
+        "wins = n * rate +", "wins = n.max() * rate +", RATINGS,
+    ),
+    Mutant(
+        "each cell is resampled on its own, whatever the prompts say", "alignjax/preferences/rating_intervals.py",
+        "if pool.votes is not None:\n        columns", "if pool.votes is None:\n        columns", RATINGS,
+    ),
+    Mutant(
+        "a stage rates votes where it is to rate probabilities", "alignjax/pipeline/stages/rate_pool.py",
+        "self.table), self.probabilities)", "self.table), False)", ("tests/test_rate_command.py",),
     ),
 )  # fmt: skip

@@ -14,6 +14,7 @@ from alignjax.pipeline.stages.load import LoadAdapter, LoadCheckpoint, LoadPairs
 from alignjax.pipeline.stages.pair_study import PairStudy
 from alignjax.pipeline.stages.policy_data import OfflineData, OnlineData
 from alignjax.pipeline.stages.pretrain import Pretrain
+from alignjax.pipeline.stages.rate_pool import RatePool
 from alignjax.pipeline.stages.relabel import MixPairs, Relabel
 from alignjax.pipeline.stages.reply_study import ReplyStudy
 from alignjax.pipeline.stages.study import Finding, Study
@@ -40,6 +41,7 @@ __all__ = [
     "OnlineData",
     "PairStudy",
     "Pretrain",
+    "RatePool",
     "Relabel",
     "ReplyStudy",
     "Study",
