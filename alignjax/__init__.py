@@ -87,6 +87,7 @@ _PUBLIC = {
         "PairStudy",
         "Pretrain",
         "Relabel",
+        "ReplyStudy",
         "Study",
         "Tournament",
         "TrainPolicy",

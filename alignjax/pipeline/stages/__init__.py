@@ -15,6 +15,7 @@ from alignjax.pipeline.stages.pair_study import PairStudy
 from alignjax.pipeline.stages.policy_data import OfflineData, OnlineData
 from alignjax.pipeline.stages.pretrain import Pretrain
 from alignjax.pipeline.stages.relabel import MixPairs, Relabel
+from alignjax.pipeline.stages.reply_study import ReplyStudy
 from alignjax.pipeline.stages.study import Finding, Study
 from alignjax.pipeline.stages.tournament import Tournament
 from alignjax.pipeline.stages.train_policy import Critic, TrainPolicy
@@ -40,6 +41,7 @@ __all__ = [
     "PairStudy",
     "Pretrain",
     "Relabel",
+    "ReplyStudy",
     "Study",
     "Tournament",
     "TrainPolicy",

@@ -1,0 +1,69 @@
+"""The sentences of the world of posts, and what can be read back from a post and from a summary of it."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+PEOPLE = (
+    "brother", "sister", "boss", "friend", "landlord", "teacher", "neighbour", "cousin",
+    "roommate", "uncle", "mother", "father", "partner", "doctor", "coach", "colleague",
+)  # fmt: skip
+FACTS = (
+    "sold the car", "lost a job", "broke a leg", "bought a boat", "moved to town", "quit the band",
+    "won a prize", "met a singer", "left the house", "hid the keys", "ate the cake", "found a dog",
+    "broke the lamp", "lost the ring", "burned the soup", "painted the door", "missed the train", "called the police",
+    "took the money", "adopted a cat", "stopped the wedding", "crashed the van", "forgot the party", "cut the tree",
+)  # fmt: skip
+"""What people did: three words each, so that a summary's length is its number of claims and of hedges."""
+SUBREDDITS = ("advice", "family", "relationships", "legal")
+TITLES = ("About my {who}", "Help with my {who}", "My {who} again", "What is it with my {who}?")
+SURE = ("My {who} {fact}.", "Yesterday my {who} {fact}.", "Then my {who} {fact}.")
+DOUBTFUL = ("I think my {who} {fact}.", "Perhaps my {who} {fact}.", "It seems my {who} {fact}.")
+FILLERS = ("I need help.", "Sorry, this is long.", "What now?", "I am at a loss.", "Thanks for reading.")
+HEDGE = "maybe"
+"""What a summary puts before a claim that the post makes with doubt."""
+
+
+class Post(NamedTuple):
+    """What a post says of its one person."""
+
+    who: str
+    sure: tuple[str, ...]  # facts, in the order of the post
+    doubtful: tuple[str, ...]  # facts that the writer is not sure of
+
+
+class Reading(NamedTuple):
+    """What annotators see in a summary."""
+
+    told: int  # facts of the post, each counted once
+    words: int
+    wrong: int  # claims that the post does not make: facts that are not in it, and doubtful ones told as sure
+
+
+def read_post(prompt: str) -> Post:
+    """Returns what the post in a prompt says. A sentence of another form says nothing."""
+    body = prompt.rsplit("POST: ", 1)[-1]
+    sure = re.findall(r"(?:\bMy|\bYesterday my|\bThen my) (\w+) ([a-z ]+)\.", body)
+    doubtful = re.findall(r"(?:\bI think my|\bPerhaps my|\bIt seems my) (\w+) ([a-z ]+)\.", body)
+    who = next((person for person, _ in [*sure, *doubtful]), "")
+    return Post(who, tuple(fact for _, fact in sure), tuple(fact for _, fact in doubtful))
+
+
+def write_summary(who: str, claims: list[tuple[str, bool]]) -> str:
+    """Returns the summary that makes the claims (fact, whether it is hedged)."""
+    return f"{who} " + ", ".join(f"{HEDGE} {fact}" if hedged else fact for fact, hedged in claims)
+
+
+def read_summary(post: Post, text: str) -> Reading | None:
+    """Returns what annotators see in a summary of the post; None where it is not of its person, or no summary."""
+    match = re.fullmatch(r"(\w+) (.+)", text)
+    if match is None or match[1] != post.who:
+        return None
+    claims = [re.fullmatch(rf"({HEDGE} )?(.+)", clause) for clause in match[2].split(", ")]
+    found = [(claim[2], bool(claim[1])) for claim in claims if claim and claim[2] in FACTS]
+    if len(found) != len(claims):
+        return None
+    told = {fact for fact, _ in found} & {*post.sure, *post.doubtful}
+    wrong = sum(fact not in told or (fact in post.doubtful and not hedged) for fact, hedged in found)
+    return Reading(len(told), len(text.split()), wrong)
