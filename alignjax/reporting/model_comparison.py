@@ -69,7 +69,8 @@ def _cell(figure: Any) -> str:
         return f"{figure:.3f}"
     if figure["value"] is None:
         return "-"
-    return f"{figure['value'] + 0.0:.3f} [{figure['low'] + 0.0:.3f}, {figure['high'] + 0.0:.3f}]"
+    value, low, high = (f"{round(figure[key], 3) + 0.0:.3f}" for key in ("value", "low", "high"))  # no negative zero
+    return f"{value} [{low}, {high}]"
 
 
 def comparison_picture(numbers: Mapping[str, Any]) -> Figure:
