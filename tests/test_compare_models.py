@@ -15,12 +15,14 @@ import alignjax as aj
 from alignjax.distributed import storage
 from alignjax.errors import RunAgain, UserError
 from alignjax.models.tokenizer import encode_continuation, pad
-from alignjax.pipeline.experiment import Context
+from alignjax.pipeline.config import load
+from alignjax.pipeline.experiment import Context, order
 from alignjax.pipeline.run import run
 from alignjax.pipeline.stages import compare_models
 from alignjax.pipeline.stages.pair_batches import shuffle_sides
 from alignjax.reporting.model_comparison import comparison_picture, comparison_rows
 from alignjax.training import data
+from tests.conftest import ROOT
 from tests.test_transitivity import brute_force
 from tests.test_wiring import WORDS, WRITING, Random, mesh, task
 
@@ -283,6 +285,25 @@ def test_a_judge_that_is_not_there_is_told_before_anything_runs(line):
     context = context_of(line, judge=aj.Oracle("nobody"))
     with pytest.raises(UserError, match="compare: task 'words' has no oracle 'nobody'; it has circle"):
         context.experiment.stages["compare"].check(context)
+
+
+def test_the_experiment_fits_every_form_to_the_same_pairs_over_its_own_width():
+    whole = load(ROOT / "experiments" / "nlhf" / "preference_models.py")
+    order(whole.stages)
+    compare, forms = (
+        whole.stages["compare"],
+        {"pairwise": aj.pairwise, "paper": aj.one_order, "reward": aj.bradley_terry},
+    )
+    assert len(compare.models) == 9 and compare.judge == aj.Oracle("annotators")
+    for name, stage in compare.models.items():
+        form, width = name.split()
+        fit = whole.stages[stage]
+        assert fit.form is forms[form] and fit.pairs == "pairs"
+        assert whole.stages[fit.start].model.width == int(width)
+    widest = max((int(name.split()[1]) for name in compare.models))
+    assert compare.policy == whole.stages["pairs"].generator == f"base{widest}"
+    for name in ("pairs", "compare", "paper32"):
+        whole.stages[name].check(Context(whole, None, name, mesh()))
 
 
 # --- the paper's form is fitted ---

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignjax.games import game, zoo
 from alignjax.preferences import transitivity
 from alignjax.preferences.judges import LARGEST_ENTROPY, calibration, cross_entropies
 from alignjax.preferences.preference_models import probability
@@ -97,6 +96,8 @@ def best_reward_model(truth: np.ndarray) -> np.ndarray:
 
     They minimise the cross-entropy of the pairs of one prompt, so no reward model has a lower one on these replies.
     """
+    from alignjax.games import game, zoo  # SciPy's optimisers: only the end of a run needs them
+
     played = game.from_matrix(truth)
     rewards = zoo.bradley_terry_rewards(played, played.log_mu)
     return np.asarray(probability(rewards[:, :, None] - rewards[:, None, :]), np.float64)

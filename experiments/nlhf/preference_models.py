@@ -21,19 +21,20 @@ import alignjax as aj
 from alignjax.tasks import post_world
 
 FORMS = {"pairwise": aj.pairwise, "paper": aj.one_order, "reward": aj.bradley_terry}
-PROMPT, REPLY = 96, 24  # tokens
+PROMPT, REPLY = 64, 20  # tokens
 
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study; ``small`` is a short form of one width that learns little."""
-    widths, world = (32,) if small else (48, 96, 192), post_world.PostWorld(people=8, known=12)
+    widths = (64,) if small else (32, 64, 128)
+    world = post_world.PostWorld(people=2, known=4, facts=2) if small else post_world.PostWorld(people=8, known=12)
     writing = aj.Writing(max_new_tokens=REPLY, buckets=(PROMPT,), batch=128)
     base = aj.Pretrain(
-        model=aj.TransformerConfig(vocab_size=512, width=192, layers=2, heads=6, kv_heads=3, head_dim=32, hidden=512),
+        model=aj.TransformerConfig(vocab_size=512, width=128, layers=2, heads=4, kv_heads=1, head_dim=32, hidden=341),
         documents=10_000,
         row=128,
         adam=aj.Adam(lr=3e-3, warmup=50, weight_decay=0.01),
-        loop=aj.Loop(steps=500, batch=12),
+        loop=aj.Loop(steps=500, batch=16),
     )
     labels = aj.Label(
         generator=f"base{widths[-1]}",
@@ -54,22 +55,19 @@ def get_config(small: bool = False) -> aj.Experiment:
         models={f"{form} {width}": f"{form}{width}" for form in FORMS for width in widths},
         policy=f"base{widths[-1]}",
         judge=aj.Oracle("annotators"),
-        prompts=120,
-        replies=5,
+        prompts=100,
+        replies=6,
         writing=writing,
     )
     if small:
-        base = replace(base, documents=400, loop=aj.Loop(steps=4, batch=8))
+        base = replace(base, documents=1000, adam=aj.Adam(lr=5e-3, warmup=20), loop=aj.Loop(steps=150, batch=16))
         labels = replace(labels, prompts=64, writing=replace(writing, batch=64))
         fit = replace(fit, loop=aj.Loop(steps=2, batch=8))
         compare = replace(compare, prompts=8, replies=3, writing=replace(writing, batch=8))
 
     def of_width(width: int) -> aj.Pretrain:
-        """Returns the base of another width: heads of 24 or 32 numbers."""
-        size = 32 if width % 32 == 0 else 24
-        heads = width // size
-        model = replace(base.model, width=width, heads=heads, kv_heads=1, head_dim=size, hidden=8 * width // 3)
-        return replace(base, model=model)
+        """Returns the base of another width."""
+        return replace(base, model=replace(base.model, width=width, heads=width // 32, hidden=8 * width // 3))
 
     bases = {f"base{width}": of_width(width) for width in widths}
     models = {
