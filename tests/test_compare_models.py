@@ -16,7 +16,7 @@ from alignjax.distributed import storage
 from alignjax.errors import RunAgain, UserError
 from alignjax.models.tokenizer import encode_continuation, pad
 from alignjax.pipeline.config import load
-from alignjax.pipeline.experiment import Context, order
+from alignjax.pipeline.experiment import Context
 from alignjax.pipeline.run import run
 from alignjax.pipeline.stages import compare_models
 from alignjax.pipeline.stages.pair_batches import shuffle_sides
@@ -289,7 +289,6 @@ def test_a_judge_that_is_not_there_is_told_before_anything_runs(line):
 
 def test_the_experiment_fits_every_form_to_the_same_pairs_over_its_own_width():
     whole = load(ROOT / "experiments" / "nlhf" / "preference_models.py")
-    order(whole.stages)
     compare, forms = (
         whole.stages["compare"],
         {"pairwise": aj.pairwise, "paper": aj.one_order, "reward": aj.bradley_terry},
@@ -300,7 +299,7 @@ def test_the_experiment_fits_every_form_to_the_same_pairs_over_its_own_width():
         fit = whole.stages[stage]
         assert fit.form is forms[form] and fit.pairs == "pairs"
         assert whole.stages[fit.start].model.width == int(width)
-    widest = max((int(name.split()[1]) for name in compare.models))
+    widest = max(int(name.split()[1]) for name in compare.models)
     assert compare.policy == whole.stages["pairs"].generator == f"base{widest}"
     for name in ("pairs", "compare", "paper32"):
         whole.stages[name].check(Context(whole, None, name, mesh()))
