@@ -26,7 +26,7 @@ def every_pair(
     gives P + P' = 1 to the bit. Else it is asked with y_i first, i < j, and the other entry is 1 minus the answer.
     """
     p = np.full((len(prompts), *[len(replies[0])] * 2), 0.5)
-    i, j = np.triu_indices(p.shape[-1], 1)
+    i, j = (side.tolist() for side in np.triu_indices(p.shape[-1], 1))
     texts = [(x, own[a], own[b]) for x, own in zip(prompts, replies, strict=True) for a, b in zip(i, j, strict=True)]
     count = len(texts)
     if both_orders:

@@ -26,11 +26,11 @@ PROMPT, REPLY = 64, 20  # tokens
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study; ``small`` is a short form of one width that learns little."""
-    widths = (64,) if small else (32, 64, 128)
+    widths = (64,) if small else (32, 64, 96)
     world = post_world.PostWorld(people=2, known=4, facts=2) if small else post_world.PostWorld(people=8, known=12)
     writing = aj.Writing(max_new_tokens=REPLY, buckets=(PROMPT,), batch=128)
     base = aj.Pretrain(
-        model=aj.TransformerConfig(vocab_size=512, width=128, layers=2, heads=4, kv_heads=1, head_dim=32, hidden=341),
+        model=aj.TransformerConfig(vocab_size=512, width=96, layers=2, heads=3, kv_heads=1, head_dim=32, hidden=256),
         documents=10_000,
         row=128,
         adam=aj.Adam(lr=3e-3, warmup=50, weight_decay=0.01),
@@ -40,14 +40,14 @@ def get_config(small: bool = False) -> aj.Experiment:
         generator=f"base{widths[-1]}",
         method=aj.Judged(aj.Oracle("annotators")),
         split="train",
-        prompts=2000,
+        prompts=1600,
         writing=writing,
     )
     fit = aj.FitPreference(
         start=f"base{widths[-1]}",
         pairs="pairs",
         adam=aj.Adam(lr=1e-3),
-        loop=aj.Loop(steps=150, batch=32),
+        loop=aj.Loop(steps=100, batch=32),
         buckets=(PROMPT,),
         response=REPLY,
     )
@@ -55,7 +55,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         models={f"{form} {width}": f"{form}{width}" for form in FORMS for width in widths},
         policy=f"base{widths[-1]}",
         judge=aj.Oracle("annotators"),
-        prompts=100,
+        prompts=80,
         replies=6,
         writing=writing,
     )
