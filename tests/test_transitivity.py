@@ -108,17 +108,17 @@ def test_a_cycle_is_reproduced_in_its_own_direction_alone():
 def test_position_bias_by_hand():
     """The first of a pair is favoured by .2, .4 and -.1; in the second pair it wins in both orders."""
     p = np.array([[[0.5, 0.9, 0.8], [0.3, 0.5, 0.5], [0.6, 0.4, 0.5]]])
-    found = comparison.position_bias(p)
+    found = comparison.order_bias(p)
     assert found["position_bias"].value == pytest.approx((0.2 + 0.4 - 0.1) / 3)
     assert found["changed"].value == 2 / 3  # the third pair ties in one order alone
-    both = comparison.position_bias(np.concatenate([p, p.swapaxes(1, 2)]))
+    both = comparison.order_bias(np.concatenate([p, p.swapaxes(1, 2)]))
     assert both["position_bias"].value == pytest.approx(0.5 / 3)  # whatever stands first
 
 
 def test_an_odd_logit_has_no_position_bias_to_the_bit():
     p = zoo.unstructured(2, 9, 5)
     p = np.where(np.triu(np.ones((5, 5), bool), 1), p, 1 - p.swapaxes(1, 2))  # P + P' = 1 in floating point
-    found = comparison.position_bias(p)
+    found = comparison.order_bias(p)
     assert found["position_bias"] == (0, 0, 0, 90) and found["changed"] == (0, 0, 0, 90)
 
 

@@ -39,7 +39,7 @@ def every_pair(
     return p
 
 
-def position_bias(p: np.ndarray) -> dict[str, PromptMean]:
+def order_bias(p: np.ndarray) -> dict[str, PromptMean]:
     """Returns the mean of P(y > y') + P(y' > y) - 1, and the share of pairs whose winner changes with the order.
 
     Above 0 the model favours what it is shown first. A tie in one order alone counts as another winner.
@@ -105,7 +105,7 @@ def best_reward_model(truth: np.ndarray) -> np.ndarray:
 
 def model_figures(p: np.ndarray, truth: np.ndarray | None, threshold: float) -> dict[str, PromptMean | float]:
     """Returns all of these figures of one model; those against the truth only where it is known."""
-    figures: dict[str, PromptMean | float] = {**position_bias(p), **cyclic_triples(p, threshold)}
+    figures: dict[str, PromptMean | float] = {**order_bias(p), **cyclic_triples(p, threshold)}
     if truth is None:
         return figures
     return {**agreement_with(p, truth), **figures, "reproduced": reproduced_cycles(p, truth, threshold)}
