@@ -47,7 +47,13 @@ _PUBLIC = {
     "alignjax.models.log_probs": ("log_prob", "policy_functions"),
     "alignjax.models.lora": ("Lora",),
     # preference models, labelling methods and judges
-    "alignjax.preferences.preference_models": ("bradley_terry", "choice", "pairwise", "pairwise_head"),
+    "alignjax.preferences.preference_models": (
+        "bradley_terry",
+        "choice",
+        "one_order",
+        "pairwise",
+        "pairwise_head",
+    ),
     "alignjax.labeling.rlcd": ("RLCD",),
     "alignjax.labeling.judged": ("Judged",),
     "alignjax.labeling.rated": ("RLAIF", "Rating"),
@@ -67,6 +73,7 @@ _PUBLIC = {
     "alignjax.pipeline.stages": (
         "Finding",
         "ChoosePolicy",
+        "CompareModels",
         "Critic",
         "FineTune",
         "FitPreference",

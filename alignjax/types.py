@@ -203,6 +203,14 @@ class PreferenceLogit(Protocol):
         ...
 
 
+class OrderedLogit(Protocol):
+    """Compares two responses in the order in which it is shown them. A PreferenceLogit is one."""
+
+    def __call__(self, params: Params, prompt: Prompt, first: Completion, second: Completion, /) -> Array:
+        """Returns the logit of P(first > second | prompt), [B]; it need not be odd under exchange of the responses."""
+        ...
+
+
 class Reward(Protocol):
     """Scores one response."""
 

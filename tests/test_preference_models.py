@@ -14,7 +14,7 @@ TEMPLATE = preference_models.TemplateTokens(before=(14,), between=(15, 16), ques
 FIRST, SECOND = [[4, 2], [5, 6, 2], [2], [7, 7, 7]], [[3, 3, 2], [5, 6, 2], [8, 2], [7, 7]]
 
 
-FORMS = ("pairwise", "choice", "pairwise_head", "bradley_terry")
+FORMS = ("pairwise", "choice", "pairwise_head", "one_order", "bradley_terry")
 
 
 def build(form, model, params):
@@ -110,16 +110,16 @@ def context_state(model, params, x, first, second):
     return model.last_state(params, ragged([[*x, 14, *first, 15, 16, *second, 17]]))
 
 
-@pytest.mark.parametrize("name", ["pairwise", "choice", "pairwise_head"])
+@pytest.mark.parametrize("name", FORMS[:4])
 def test_a_pairwise_logit_is_the_score_after_the_context_in_one_order_less_that_in_the_other(model, params, name):
-    """The score is the answer's logit, half the log-odds of the answers, or a head's."""
+    """The score is the answer's logit, half the log-odds of the answers, a head's, or half the answer's logit."""
     x, y, z = [5, 6], [4, 2], [3, 8, 2]
     preference, full = build(name, model, params)
 
     def score(a, b):
         state = context_state(model, params, x, a, b)
         logits = model.logits(params, state)[0]
-        scores = {"pairwise": logits[9], "choice": 0.5 * (logits[9] - logits[11])}
+        scores = {"pairwise": logits[9], "choice": 0.5 * (logits[9] - logits[11]), "one_order": 0.5 * logits[9]}
         return scores[name] if name in scores else (state @ full["pairwise"]["kernel"])[0]
 
     logit = preference.logit(full, ragged([x]), ragged([y]), ragged([z]))
@@ -134,6 +134,24 @@ def test_a_bradley_terry_logit_is_the_difference_of_rewards_after_each_response(
     np.testing.assert_allclose(preference.reward(full, ragged([x]), ragged([y])), rewards[0], atol=1e-5)
     logit = preference.logit(full, ragged([x]), ragged([y]), ragged([z]))
     np.testing.assert_allclose(logit, rewards[0] - rewards[1], atol=1e-5)
+
+
+def test_the_papers_form_is_fitted_to_the_logit_of_one_order_and_asked_in_both(model, params):
+    """The other forms are fitted to what is asked."""
+    x, y, z = [5, 6], [4, 2], [3, 8, 2]
+    preference, full = build("one_order", model, params)
+
+    def shown(a, b):
+        return model.logits(params, context_state(model, params, x, a, b))[0, 9]
+
+    rows = [ragged([row]) for row in (x, y, z)]
+    one, other = preference.fitted(full, *rows)[0], preference.fitted(full, rows[0], rows[2], rows[1])[0]
+    np.testing.assert_allclose((one, other), (shown(y, z), shown(z, y)), rtol=1e-5, atol=1e-5)
+    assert abs(one + other) > 0.01  # it is not odd
+    np.testing.assert_allclose(preference.logit(full, *rows)[0], (one - other) / 2, rtol=1e-5, atol=1e-5)
+    for form in set(FORMS) - {"one_order"}:
+        odd, _ = build(form, model, params)
+        assert odd.ordered is None and odd.fitted is odd.logit
 
 
 def test_a_choice_needs_both_answers(model):
@@ -151,7 +169,7 @@ def test_bradley_terry_is_transitive_and_the_pairwise_forms_need_not_be(model, p
         return sum(preference.logit(full, x, sides[i], sides[(i + 1) % 3])[0] for i in range(3))
 
     assert abs(around("bradley_terry")) < 1e-4
-    for form in FORMS[:3]:
+    for form in FORMS[:4]:
         assert abs(around(form)) > 1e-3
 
 

@@ -14,10 +14,10 @@ from alignjax.types import (
     Key,
     LogProb,
     Metrics,
+    OrderedLogit,
     PackedTokens,
     Params,
     PreferenceBatch,
-    PreferenceLogit,
     Prompt,
 )
 
@@ -28,7 +28,7 @@ PREFERENCE_MEANINGS = {
 
 
 def preference_loss(
-    params: Params, batch: PreferenceBatch, key: Key, /, *, loss: Callable[..., Array], logit: PreferenceLogit
+    params: Params, batch: PreferenceBatch, key: Key, /, *, loss: Callable[..., Array], logit: OrderedLogit
 ) -> tuple[Array, Metrics]:
     """Returns the mean of ``loss(logit of P(y_0 > y_1), label)`` and metrics: how a preference model learns."""
     first, second = (response.completion for response in batch.responses)

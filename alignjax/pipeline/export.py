@@ -24,10 +24,12 @@ _PAIR = (
     "P(first > second) = sigmoid(s(first, second) - s(second, first)); s(y, y'), after the text prompt + before + y + "
     "between + y' + question of the template, is "
 )
+_ONE_ORDER = "; it was fitted as P(first > second) = sigmoid(2 s(first, second)), which has a position bias"
 _FORMULAS = {
     "pairwise": _PAIR + "the logit of the token `answer`",
     "choice": _PAIR + "half of the logit of the token `answer` minus that of `other`",
     "pairwise_head": _PAIR + "the last state times the head",
+    "one_order": _PAIR + "half of the logit of the token `answer`" + _ONE_ORDER,
     "bradley_terry": "P(first > second) = sigmoid(r(first) - r(second)); r(y): head times the state after prompt, y",
 }
 _REPLIES = (

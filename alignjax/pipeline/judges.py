@@ -21,7 +21,7 @@ from alignjax.preferences.preference_models import PreferenceModel
 from alignjax.preferences.raters import question_judge
 from alignjax.tasks.task import Template, as_question
 from alignjax.training.metrics import progress_bar
-from alignjax.types import Judge
+from alignjax.types import Judge, OrderedLogit
 
 
 class JudgeSpec(Protocol):
@@ -94,7 +94,7 @@ class ModelJudge:
     def programs(self, context: Context, name: str, sizes: JudgeSizes) -> tuple[Program, ...]:
         """Returns the program that compares replies. Its sizes are in the policies' tokens; the judge's may differ."""
         network = context.abstract(self.stage)
-        return (judging_program(context, name, self.model(context, network), network, sizes),)
+        return (judging_program(context, name, self.model(context, network).logit, network, sizes),)
 
     def open(self, context: Context, programs: tuple[Program, ...], sizes: JudgeSizes) -> Judge:
         """Returns the preference model as a judge."""
@@ -239,14 +239,12 @@ class HTTPJudge:
         return f"the model {self.model} at {self.url}, asked in {orders}"
 
 
-def judging_program(
-    context: Context, name: str, model: PreferenceModel, network: Network, sizes: JudgeSizes
-) -> Program:
-    """Returns the program of a ``preferences.judges.preference_asker`` for texts of these sizes."""
+def judging_program(context: Context, name: str, logit: OrderedLogit, network: Network, sizes: JudgeSizes) -> Program:
+    """Returns the program of a ``preferences.judges.preference_asker`` of a logit, for texts of these sizes."""
     prompt, reply = judges.judged_length(sizes.prompt), judges.judged_length(sizes.reply)
     replies = abstract_tokens(sizes.batch, reply)
     arguments = network.all_params, abstract_tokens(sizes.batch, prompt), replies, replies
-    ask = judges.preference_asker(model.logit, context.mesh)
+    ask = judges.preference_asker(logit, context.mesh)
     return Program(name, ask, arguments, sizes.batch * 2 * (prompt + 2 * reply))
 
 

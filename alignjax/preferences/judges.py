@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,9 +15,12 @@ from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
 from alignjax.preferences.preference_models import probability
 from alignjax.tasks.task import ExactPreference, Format, reply_text
-from alignjax.types import Judge, Params, PreferenceLogit
+from alignjax.types import Judge, OrderedLogit, Params
 
 LENGTH_MULTIPLE = 32  # lengths are rounded up to it, for fewer compilations
+_NEAREST = 1e-7  # that a probability comes to 0 or 1 in a cross-entropy
+LARGEST_ENTROPY = -math.log(_NEAREST)
+"""The largest cross-entropy of one pair, in nats."""
 
 
 @runtime_checkable
@@ -96,7 +100,7 @@ def judged_length(length: int) -> int:
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
-def preference_asker(logit: PreferenceLogit, mesh: jax.sharding.Mesh) -> Any:
+def preference_asker(logit: OrderedLogit, mesh: jax.sharding.Mesh) -> Any:
     """Returns a jitted (params, prompt, y, y') -> logits [B], on every host."""
     rows, everywhere = sharding.row_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(logit, in_shardings=(None, rows, rows, rows), out_shardings=everywhere, keep_unused=True)
@@ -111,11 +115,15 @@ def calibration(p: np.ndarray, label: np.ndarray, bins: int = 10) -> dict[str, f
     accuracy = np.mean(np.where(p == 0.5, 0.5, (p > 0.5) == (label > 0.5)))
     bin_of = np.minimum((p * bins).astype(int), bins - 1)
     gaps = [abs(np.sum(p[bin_of == b] - label[bin_of == b])) for b in range(bins)]
-    clipped = np.clip(p, 1e-7, 1 - 1e-7)
-    entropy = -np.mean(label * np.log(clipped) + (1 - label) * np.log(1 - clipped))
     return {
         "accuracy": float(accuracy),
         "calibration_error": float(np.sum(gaps) / len(p)),
-        "cross_entropy": float(entropy),
+        "cross_entropy": float(np.mean(cross_entropies(p, label))),
         "n": len(p),
     }
+
+
+def cross_entropies(p: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Returns -label log p - (1 - label) log(1 - p) in nats, [...], at most ``LARGEST_ENTROPY``."""
+    clipped = np.clip(p, _NEAREST, 1 - _NEAREST)
+    return -(label * np.log(clipped) + (1 - label) * np.log(1 - clipped))

@@ -1,4 +1,7 @@
-"""Preference models over a backbone: P(first > second | prompt), antisymmetric by construction."""
+"""Preference models over a backbone: P(first > second | prompt), antisymmetric wherever it judges or is learned from.
+
+``one_order`` is fitted as it is in 2312.00886, where the order of the responses matters, and asked in both orders.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,17 @@ from alignjax.models.heads import apply_head, init_head
 from alignjax.models.model import Model
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, single_token
 from alignjax.tasks.task import Template
-from alignjax.types import Array, Completion, Params, PreferenceLogit, Prompt, Reward, Tokens, stack_rows
+from alignjax.types import (
+    Array,
+    Completion,
+    OrderedLogit,
+    Params,
+    PreferenceLogit,
+    Prompt,
+    Reward,
+    Tokens,
+    stack_rows,
+)
 
 
 class TemplateTokens(NamedTuple):
@@ -31,12 +44,18 @@ class PreferenceModel(NamedTuple):
     """A form of preference model over a backbone; its parameters are the backbone's and, beside them, its heads."""
 
     init_heads: Callable[[], Params]  # the first heads; empty where the form has none
-    logit: PreferenceLogit
+    logit: PreferenceLogit  # what judges and policies ask
     reward: Reward | None  # r(x, y) where P(y > y') = sigmoid(r(x, y) - r(x, y'))
+    ordered: OrderedLogit | None = None  # what is fitted, where that depends on the order; None: ``logit`` is fitted
+
+    @property
+    def fitted(self) -> OrderedLogit:
+        """The logit that FitPreference trains."""
+        return self.ordered or self.logit
 
 
 PreferenceForm = Callable[[Model, TemplateTokens], PreferenceModel]
-"""``pairwise``, ``choice``, ``pairwise_head`` or ``bradley_terry``."""
+"""``pairwise``, ``choice``, ``pairwise_head``, ``one_order`` or ``bradley_terry``."""
 
 
 def template_tokens(tokenizer: Tokenizer, template: Template) -> TemplateTokens:
@@ -89,6 +108,25 @@ def pairwise_head(model: Model, template: TemplateTokens) -> PreferenceModel:
     return _over_both_orders(model, template, lambda params, state: apply_head(params["pairwise"], state), heads)
 
 
+def one_order(model: Model, template: TemplateTokens) -> PreferenceModel:
+    """Returns the model that is fitted as P(y > y' | x) = sigmoid(s(x, y, y')), s the logit of one fixed token.
+
+    It is the form of 2312.00886 section 7: each pair is shown once. So it has a position bias, the part of s that does
+    not change sign when y and y' are exchanged: P(y > y') + P(y' > y) is not 1. Judges and policies ask it in both
+    orders, P(y > y' | x) = sigmoid((s(x, y, y') - s(x, y', y)) / 2), which removes that part: the game of 2312.00886
+    is symmetric, and the baseline 1/2 of Nash-MD is P(y > y).
+    """
+
+    def score(params: Params, state: Array) -> Array:
+        return 0.5 * token_logit(model.logits(params, state), template.answer)
+
+    def ordered(params: Params, prompt: Prompt, first: Completion, second: Completion) -> Array:
+        state = model.last_state(params, pair_context(template, prompt, first, second))
+        return token_logit(model.logits(params, state), template.answer)
+
+    return _over_both_orders(model, template, score, {})._replace(ordered=ordered)
+
+
 def bradley_terry(model: Model, template: TemplateTokens) -> PreferenceModel:
     """Returns P(y > y' | x) = sigmoid(r(x, y) - r(x, y')), r linear in the state after the response, zero at the start.
 
@@ -112,14 +150,18 @@ def _over_both_orders(
     """Returns the model with logit s(x, y, y') - s(x, y', y), s = score(params, state [B, D] after the question)."""
 
     def scores(params: Params, prompt: Prompt, first: Completion, second: Completion) -> Array:
-        context = concatenate(prompt, template.before, first, template.between, second, template.question)
-        return score(params, model.last_state(params, context))
+        return score(params, model.last_state(params, pair_context(template, prompt, first, second)))
 
     def margin(params: Params, prompt: Prompt, first: Completion, second: Completion) -> Array:
         both = scores(params, stack_rows([prompt, prompt]), stack_rows([first, second]), stack_rows([second, first]))
         return both[0::2] - both[1::2]
 
     return PreferenceModel(_head_init(heads), antisymmetric(margin), None)
+
+
+def pair_context(template: TemplateTokens, prompt: Prompt, first: Completion, second: Completion) -> Prompt:
+    """Returns what a model reads of two responses in this order."""
+    return concatenate(prompt, template.before, first, template.between, second, template.question)
 
 
 def _head_init(heads: dict[str, int]) -> Callable[[], Params]:

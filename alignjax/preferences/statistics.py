@@ -43,6 +43,36 @@ def mean_interval(values: np.ndarray, bounds: tuple[float, float], level: float 
     return float(max(mean - reach, bounds[0])), float(min(mean + reach, bounds[1]))
 
 
+class PromptMean(NamedTuple):
+    """A mean over what several prompts have, with its 95% interval over the prompts; None where there is nothing."""
+
+    value: float | None
+    low: float
+    high: float
+    n: int  # what the mean is over
+
+
+def prompt_mean(totals: np.ndarray, counts: np.ndarray, bounds: tuple[float, float]) -> PromptMean:
+    """Returns R = sum(totals) / sum(counts), from the total and the count of each prompt, [N], with its interval.
+
+    What one prompt has is not independent, so the interval is Student's over the prompts that have something: R +-
+    t_{N-1} sqrt(N / (N-1) sum (total - R count)^2) / sum(counts), cut at the ``bounds``. Where all counts are equal it
+    is ``mean_interval`` of the prompts' means. One prompt alone says nothing: the interval is then ``bounds``.
+    """
+    from scipy import special
+
+    totals, counts = np.asarray(totals, np.float64)[counts > 0], counts[counts > 0]
+    if not len(counts):
+        return PromptMean(None, *bounds, 0)
+    n, whole = len(counts), int(np.sum(counts))
+    mean = float(np.sum(totals) / whole)
+    if n < 2:
+        return PromptMean(mean, *bounds, whole)
+    error = np.sqrt(n / (n - 1) * np.sum((totals - mean * counts) ** 2)) / whole
+    reach = float(special.stdtrit(n - 1, 0.975) * error)
+    return PromptMean(mean, max(mean - reach, bounds[0]), min(mean + reach, bounds[1]), whole)
+
+
 def length_controlled_rate(probability: np.ndarray, lengths: np.ndarray, others: np.ndarray) -> float:
     """Returns the win rate that the replies would have at the lengths of the others (AlpacaEval 2, 2404.04475).
 

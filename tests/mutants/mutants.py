@@ -24,6 +24,8 @@ PAIR_STUDY, FINE_TUNE = ("tests/test_pair_study.py",), ("tests/test_fine_tune.py
 PPO = ("tests/test_ppo.py",)
 FIXED_POINTS, ONLINE = ("tests/test_fixed_points.py",), ("tests/test_online_objectives.py",)
 RATINGS = ("tests/test_ratings.py",)
+FORMS, MODELS = ("tests/test_preference_models.py",), ("tests/test_compare_models.py",)
+CYCLES = ("tests/test_transitivity.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -573,5 +575,50 @@ MUTANTS = (
     Mutant(
         "a stage rates votes where it is to rate probabilities", "alignjax/pipeline/stages/rate_pool.py",
         "self.table), self.probabilities)", "self.table), False)", ("tests/test_rate_command.py",),
+    ),
+    Mutant(
+        "the paper's form shows the pair exchanged", "alignjax/preferences/preference_models.py",
+        "state = model.last_state(params, pair_context(template, prompt, first, second))",
+        "state = model.last_state(params, pair_context(template, prompt, second, first))", FORMS,
+    ),
+    Mutant(
+        "the paper's form is fitted in both orders", "alignjax/pipeline/stages/fit_preference.py",
+        "loss=self.loss, logit=form.fitted)", "loss=self.loss, logit=form.logit)", MODELS,
+    ),
+    Mutant(
+        "the paper's form reads the pairs as they are stored", "alignjax/pipeline/stages/fit_preference.py",
+        "rows = shuffle_sides(rows, context.seed(self.seed))", "rows = list(rows)", MODELS,
+    ),
+    Mutant(
+        "a pair is exchanged and its label is not", "alignjax/pipeline/stages/pair_batches.py",
+        '"p": 1 - row["p"]} if coin', '"p": row["p"]} if coin', MODELS,
+    ),
+    Mutant(
+        "both orders of the paper's form are one", "alignjax/pipeline/stages/compare_models.py",
+        "model.logit, network, self.sizes()", "model.fitted, network, self.sizes()", MODELS,
+    ),
+    Mutant(
+        "a judge asks the paper's form in one order", "alignjax/pipeline/judges.py",
+        "self.model(context, network).logit, network", "self.model(context, network).fitted, network", MODELS,
+    ),
+    Mutant(
+        "both orders are one", "alignjax/preferences/comparison.py",
+        "texts += [(x, second, first) for x, first, second in texts]", "texts += list(texts)", CYCLES,
+    ),
+    Mutant(
+        "the answers of the two orders are exchanged", "alignjax/preferences/comparison.py",
+        "p[:, j, i] = backward", "p[:, j, i] = answers[:count]", CYCLES,
+    ),
+    Mutant(
+        "a triple's third link is read the other way", "alignjax/preferences/transitivity.py",
+        "1 - p[:, i, k]], -1)", "p[:, i, k]], -1)", CYCLES,
+    ),
+    Mutant(
+        "a cycle is reproduced in the other direction", "alignjax/preferences/comparison.py",
+        "hits = (own == wanted)", "hits = (own == -wanted)", CYCLES,
+    ),
+    Mutant(
+        "the interval is over the pairs", "alignjax/preferences/statistics.py",
+        "np.sum((totals - mean * counts) ** 2)", "np.sum(counts * mean * (1 - mean))", CYCLES,
     ),
 )  # fmt: skip

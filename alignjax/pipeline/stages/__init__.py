@@ -6,6 +6,7 @@ Each is a frozen dataclass; ``alignjax.pipeline.experiment.Stage`` says how.
 from alignjax.pipeline.stages.agreement import MeasureAgreement
 from alignjax.pipeline.stages.best_of import MeasureBestOf
 from alignjax.pipeline.stages.choose_policy import ChoosePolicy
+from alignjax.pipeline.stages.compare_models import CompareModels
 from alignjax.pipeline.stages.fine_tune import FineTune
 from alignjax.pipeline.stages.fit_preference import FitPreference, ZeroShotPreference
 from alignjax.pipeline.stages.kept_policy import KeptPolicy
@@ -24,6 +25,7 @@ from alignjax.pipeline.stages.writing import Writing
 
 __all__ = [
     "ChoosePolicy",
+    "CompareModels",
     "Critic",
     "Finding",
     "FineTune",

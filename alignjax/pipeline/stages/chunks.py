@@ -14,13 +14,14 @@ _FOLDER = "chunks"
 
 
 def in_chunks(
-    context: Context, count: int, size: int, unit: str, work: Callable[[range], dict[str, Any]]
+    context: Context, count: int, size: int, unit: str, work: Callable[[range], dict[str, Any]], part: str = ""
 ) -> list[dict[str, Any]]:
     """Returns ``work(numbers)``, which is JSON, for every ``size`` of the numbers below ``count``.
 
-    Each chunk lies in a file of its own in the stage's folder. ``unit`` is what the progress bar counts.
+    Each chunk lies in a file of its own in the stage's folder. ``unit`` is what the progress bar counts. ``part`` names
+    the work where a stage has several.
     """
-    folder = context.folder / _FOLDER
+    folder = context.folder / _FOLDER / part
     storage.make_folder(folder)
     done = context.hosts.broadcast(lambda: sum(path.suffix == ".json" for path in storage.list_files(folder)))
     chunks = [storage.read_json(chunk_file(folder, i)) for i in range(done)]

@@ -31,6 +31,7 @@ from alignjax.pipeline.stages.pair_batches import (
     encode_pairs,
     pair_batches,
     read_stage_pairs,
+    shuffle_sides,
 )
 from alignjax.pipeline.stages.writing import check_positions
 from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
@@ -46,7 +47,11 @@ from alignjax.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class FitPreference:
-    """Fits a preference model to pairs, from the network of ``start``."""
+    """Fits a preference model to pairs, from the network of ``start``.
+
+    A form that depends on the order of the responses sees each pair in an order that a coin decides: a file of people's
+    choices has the preferred reply first.
+    """
 
     adam: Adam
     loop: Loop
@@ -54,7 +59,7 @@ class FitPreference:
     response: int  # the most tokens of a response
     start: str = stage_input(Kind.POLICY, Kind.PREFERENCE, Kind.REWARD)
     pairs: str = stage_input(Kind.PAIRS)
-    form: PreferenceForm = pairwise  # or choice, pairwise_head, bradley_terry
+    form: PreferenceForm = pairwise  # or choice, pairwise_head, one_order, bradley_terry
     loss: Callable[..., Array] = losses.preference_cross_entropy  # (logit [B], label [B]) -> [B]
     lora: Lora | None = None  # train adapters and heads over the start's frozen base
     truth: str | None = stage_input(Kind.PAIRS, default=None)  # measured on; ``pairs`` means its held-out split
@@ -114,7 +119,7 @@ class FitPreference:
         start = context.abstract(self.start)
         form = self.preference_model(context.task, start)
         parts = self.trained_parts(context, start, form)
-        loss = functools.partial(preference_loss, loss=self.loss, logit=form.logit)
+        loss = functools.partial(preference_loss, loss=self.loss, logit=form.fitted)
         learning = LearnerSpec(self.loop, self.adam, loss, parts.rules, parts.assemble)
         return learning.compile(parts.params, context.mesh), parts
 
@@ -134,12 +139,14 @@ class FitPreference:
         params = parts.assemble(learner.state.params, Frozen(base=parts.base))
         network = dataclasses.replace(start, base=params, adapters={}, heads={}, shared_base=None)
         sizes = JudgeSizes(self.loop.batch, max(self.buckets), self.response)
-        return judging_program(context, "measure", self.preference_model(context.task, start), network, sizes)
+        return judging_program(context, "measure", self.preference_model(context.task, start).logit, network, sizes)
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Fits the model, writes its network, and measures it."""
         start, task = context.abstract(self.start), context.task
         rows = read_stage_pairs(context, self.pairs, "train")
+        if self.preference_model(task, start).ordered is not None:
+            rows = shuffle_sides(rows, context.seed(self.seed))
         batches = pair_batches(rows, start.tokenizer, task, self.limits, self.loop.batch, context.seed(self.seed))
         if self.truth:
             self.measured_pairs(context, start.tokenizer)  # refuses them now, not after the training

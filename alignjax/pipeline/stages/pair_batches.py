@@ -75,6 +75,15 @@ def encode_pairs(
     return encoded, fitting
 
 
+def shuffle_sides(rows: Sequence[PairRow], seed: int) -> list[PairRow]:
+    """Returns the pairs, each in the order that a coin of its own decides."""
+    coins = np.random.default_rng(seed).random(len(rows)) < 0.5
+    return [
+        {"prompt": row["prompt"], "first": row["second"], "second": row["first"], "p": 1 - row["p"]} if coin else row
+        for row, coin in zip(rows, coins, strict=True)
+    ]
+
+
 def host_pair_batch(prompt: Prompt, sides: tuple[Response, Response], p: np.ndarray) -> PreferenceBatch:
     """Returns a batch of pairs with P(first > second) = p [B], on the host. (``types.pair_batch`` on NumPy arrays.)"""
     preference = np.full((len(p), 2, 2), 0.5, np.float32)
