@@ -358,9 +358,9 @@ def test_dialogues_of_several_turns_are_read_from_chats():
 def test_a_post_s_summary_is_the_reply_to_the_prompt_of_its_task(tmp_path):
     posts = [{"post": "I ran.", "summary": " Ran.\n"}, {"title": "Help", "post": " I fell.", "summary": "Fell."}]
     path = write_rows(tmp_path / "a.jsonl", posts)
-    for instruction in (summary.T5_INSTRUCTION, summary.TLDR_INSTRUCTION):
-        read = functools.partial(summary.read_tldr_demonstration, instruction=instruction)
-        asked = summary.summary_task(path, instruction=instruction).source.prompts("train", 9, 0)
+    for query in (summary.T5_QUERY, summary.PLAIN_QUERY):
+        read = functools.partial(summary.read_tldr_demonstration, query=query)
+        asked = summary.summary_task(path, query=query).source.prompts("train", 9, 0)
         found = dict(map(read, posts))
         assert found.keys() == set(asked) and set(found.values()) == {"Ran.", "Fell."}
     assert dict(map(summary.read_tldr_demonstration, posts))["summarize: I ran."] == "Ran."

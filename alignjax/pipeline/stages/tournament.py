@@ -20,7 +20,7 @@ from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
 from alignjax.pipeline.judges import JudgeSpec, check_held_out
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.raters import JudgeSizes
-from alignjax.pipeline.stages.writing import Writing, fitting_prompts
+from alignjax.pipeline.stages.writing import SHORTENED, Writing, fitting_prompts
 from alignjax.preferences import judges, tournament
 from alignjax.preferences.statistics import (
     PAPER_SAMPLE,
@@ -60,6 +60,7 @@ class Tournament:
     meanings: ClassVar[dict[str, str]] = {
         "prompts": "compared on",
         "too_long": "prompts longer than every bucket, left out",
+        "shortened": f"prompts {SHORTENED}",
     }
 
     def __post_init__(self) -> None:
@@ -108,7 +109,7 @@ class Tournament:
         """Writes replies, has them judged, and writes the tables and a few samples."""
         task = context.task
         all_prompts = task.source.prompts(self.split, self.prompts, context.seed(self.seed))
-        prompts, too_long = fitting_prompts(context, self.reference, self.writing, all_prompts)
+        prompts, counts = fitting_prompts(context, self.reference, self.writing, all_prompts)
         written = dict(self.write(context, programs, prompts))
         context.release()
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
@@ -130,7 +131,7 @@ class Tournament:
         samples = [{"prompt": x, **{p: replies[p][i] for p in replies}} for i, x in enumerate(prompts[:_SAMPLES])]
         storage.write_json(context.folder / "samples.json", samples)
         storage.write_json(context.folder / WIN_RATES, tables)
-        return {"prompts": len(prompts), "too_long": too_long}
+        return counts
 
     @property
     def baseline(self) -> str:
