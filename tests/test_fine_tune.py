@@ -385,6 +385,32 @@ def test_a_policy_is_fine_tuned_on_replies_and_nothing_else_takes_them_for_pairs
         export_pairs(tmp_path / "w" / "replies", tmp_path / "out.jsonl", "train", PairForm(False, False))
 
 
+def first_words(source, prompt, fits):
+    """Returns as many of a prompt's words as fit."""
+    words = prompt.split()
+    return next((text for n in range(len(words), 0, -1) if fits(text := " ".join(words[:n]))), None)
+
+
+def test_a_long_prompt_is_shortened_to_what_later_stages_ask_and_a_long_reply_is_left_out(tmp_path, monkeypatch):
+    """Beside its reply in a packed row; the limit is the stage's own and not the row's."""
+    asked, encode = [], fine_tune.encode_examples
+    monkeypatch.setattr(fine_tune, "encode_examples", lambda rows, *more: asked.extend(rows) or encode(rows, *more))
+    rows = [{"prompt": f"red {word}", "completion": "yes"} for word in WORDS]
+    rows += [{"prompt": "red" + " blue" * 30, "completion": "no"}, {"prompt": "red", "completion": "yes" + " no" * 9}]
+    replies = aj.LoadReplies(write_rows(tmp_path / "a.jsonl", rows))
+    tuned = tune(pairs="replies", row=9, shorten_to=4, loop=aj.Loop(steps=1, batch=8))
+    whole = dataclasses.replace(experiment(replies=replies, tuned=tuned), task=task(shorten=first_words))
+    for name in ("base", "replies", "tuned"):
+        run(whole, tmp_path / "w", only=[name])
+    figures = storage.read_json(tmp_path / "w" / "tuned" / "stage.json")["figures"]
+    assert (figures["examples"], figures["too_long"], figures["shortened"]) == (len(rows) - 1, 1, 1)
+    lengths = [len(tokenizer().encode(row["prompt"])) for row in asked if row["first"] == "no"]
+    assert lengths == [4]
+    for wrong in (0, 10):
+        with pytest.raises(UserError, match=r"FineTune\.shorten_to="):
+            tune(row=9, shorten_to=wrong)
+
+
 def test_another_content_of_the_file_is_another_stage(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [GOOD])
     first = aj.LoadReplies(path)

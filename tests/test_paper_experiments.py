@@ -203,7 +203,8 @@ def test_a_preference_model_shares_the_adapters_base_or_is_of_the_small_model():
 
 @pytest.mark.parametrize(("file", "settings", "words"), [
     (RLCD, {"labeller": "13b"}, "choose 7b or 30b"), (RLCD, {"attribute": "brave"}, "harmless, helpful"),
-    (DECODER, {"size": "7b"}, "choose 1b or 2.8b"), (LLAMA, {"family": "mistral"}, "llama2, llama3"), (LLAMA, {"preference": "1b"}, "choose same or 8b"),
+    (DECODER, {"size": "7b"}, "choose 1b or 2.8b"),
+    (LLAMA, {"family": "mistral"}, "llama2, llama3"), (LLAMA, {"preference": "1b"}, "choose same or 8b"),
 ])  # fmt: skip
 def test_an_unknown_choice_is_told(file, settings, words):
     with pytest.raises(UserError, match=words):

@@ -279,7 +279,8 @@ def test_comparisons_are_kept_by_confidence_and_split_and_the_others_are_counted
 
 
 @pytest.mark.parametrize(("row", "words"), [
-    ({**PUBLISHED, "extra": {"confidence": 9}}, "has no 'split'"), (judged(confidence="9"), "has 'confidence' '9', which"),
+    ({**PUBLISHED, "extra": {"confidence": 9}}, "has no 'split'"),
+    (judged(confidence="9"), "has 'confidence' '9', which"),
     (judged(confidence=True), "has 'confidence' True"), (judged(confidence=8.5), "has 'confidence' 8.5"),
     (judged(confidence=0), "has 'confidence' 0, which is no whole number from 1 to 9"),
     (judged(confidence=10), "has 'confidence' 10"), ({**judged(), "extra": 9.5}, "has 'confidence' 9.5"),

@@ -21,7 +21,7 @@ BRIDGE, HELD_OUT = ("tests/test_text_bridge.py",), ("tests/test_held_out.py",)
 LOSSES = ("tests/test_losses.py", "tests/test_objectives.py")
 RATERS, RATED = ("tests/test_raters.py",), ("tests/test_rated.py",)
 PAIR_STUDY, FINE_TUNE = ("tests/test_pair_study.py",), ("tests/test_fine_tune.py",)
-PPO = ("tests/test_ppo.py",)
+PPO, SUMMARY, TLDR = ("tests/test_ppo.py",), ("tests/test_summary.py",), ("tests/test_tldr_study.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -484,5 +484,34 @@ MUTANTS = (
         "a group's baseline is another prompt's", "alignjax/losses/ppo.py",
         "return (reward - jnp.mean(reward, -1, keepdims=True)) * count", "return (reward - jnp.mean(reward)) * count",
         PPO,
+    ),
+    Mutant(
+        "a post is cut at the first place that fits", "alignjax/tasks/summary.py",
+        "{post[: places[count - 1]]}", "{post[: places[0]]}", SUMMARY,
+    ),
+    Mutant(
+        "comparisons of every split are kept", "alignjax/tasks/summary.py",
+        'row["split"] in splits', 'row["split"]', SUMMARY,
+    ),
+    Mutant(
+        "comparisons of every confidence are kept", "alignjax/tasks/summary.py",
+        "_read_confidence(row) in confidence", "_read_confidence(row) != 0", SUMMARY,
+    ),
+    Mutant(
+        "a preference model is measured on longer prompts than it is fitted to",
+        "alignjax/pipeline/stages/pair_batches.py", 'fitting.append({**row, "prompt": text})', "fitting.append(row)",
+        SUMMARY,
+    ),
+    Mutant(
+        "prompts of a policy are never shortened", _DATA,
+        "drawn, max(setup.buckets))", "drawn, 2**30)", TLDR,
+    ),
+    Mutant(
+        "table 1 has the row's rates over the column", "experiments/nlhf/table_1.py",
+        "policy_name(column), policy_name(row)", "policy_name(row), policy_name(column)", TLDR,
+    ),
+    Mutant(
+        "P_tau pays for the KL of the other policy", "experiments/nlhf/table_1.py",
+        "tau * (other - own)", "tau * (own - other)", TLDR,
     ),
 )  # fmt: skip
