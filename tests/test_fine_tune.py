@@ -358,9 +358,9 @@ def test_dialogues_of_several_turns_are_read_from_chats():
 def test_a_post_s_summary_is_the_reply_to_the_prompt_of_its_task(tmp_path):
     posts = [{"post": "I ran.", "summary": " Ran.\n"}, {"title": "Help", "post": " I fell.", "summary": "Fell."}]
     path = write_rows(tmp_path / "a.jsonl", posts)
-    for instruction in (summary.T5_INSTRUCTION, summary.TLDR_INSTRUCTION):
-        read = functools.partial(summary.read_tldr_demonstration, instruction=instruction)
-        asked = summary.summary_task(path, instruction=instruction).source.prompts("train", 9, 0)
+    for query in (summary.T5_QUERY, summary.PLAIN_QUERY):
+        read = functools.partial(summary.read_tldr_demonstration, query=query)
+        asked = summary.summary_task(path, query=query).source.prompts("train", 9, 0)
         found = dict(map(read, posts))
         assert found.keys() == set(asked) and set(found.values()) == {"Ran.", "Fell."}
     assert dict(map(summary.read_tldr_demonstration, posts))["summarize: I ran."] == "Ran."
@@ -383,6 +383,32 @@ def test_a_policy_is_fine_tuned_on_replies_and_nothing_else_takes_them_for_pairs
         order(whole.with_stages(fit=fit).stages)
     with pytest.raises(UserError, match="replies holds replies that stand alone, as its file does; name a stage of"):
         export_pairs(tmp_path / "w" / "replies", tmp_path / "out.jsonl", "train", PairForm(False, False))
+
+
+def first_words(source, prompt, fits):
+    """Returns as many of a prompt's words as fit."""
+    words = prompt.split()
+    return next((text for n in range(len(words), 0, -1) if fits(text := " ".join(words[:n]))), None)
+
+
+def test_a_long_prompt_is_shortened_to_what_later_stages_ask_and_a_long_reply_is_left_out(tmp_path, monkeypatch):
+    """Beside its reply in a packed row; the limit is the stage's own and not the row's."""
+    asked, encode = [], fine_tune.encode_examples
+    monkeypatch.setattr(fine_tune, "encode_examples", lambda rows, *more: asked.extend(rows) or encode(rows, *more))
+    rows = [{"prompt": f"red {word}", "completion": "yes"} for word in WORDS]
+    rows += [{"prompt": "red" + " blue" * 30, "completion": "no"}, {"prompt": "red", "completion": "yes" + " no" * 9}]
+    replies = aj.LoadReplies(write_rows(tmp_path / "a.jsonl", rows))
+    tuned = tune(pairs="replies", row=9, shorten_to=4, loop=aj.Loop(steps=1, batch=8))
+    whole = dataclasses.replace(experiment(replies=replies, tuned=tuned), task=task(shorten=first_words))
+    for name in ("base", "replies", "tuned"):
+        run(whole, tmp_path / "w", only=[name])
+    figures = storage.read_json(tmp_path / "w" / "tuned" / "stage.json")["figures"]
+    assert (figures["examples"], figures["too_long"], figures["shortened"]) == (len(rows) - 1, 1, 1)
+    lengths = [len(tokenizer().encode(row["prompt"])) for row in asked if row["first"] == "no"]
+    assert lengths == [4]
+    for wrong in (0, 10):
+        with pytest.raises(UserError, match=r"FineTune\.shorten_to="):
+            tune(row=9, shorten_to=wrong)
 
 
 def test_another_content_of_the_file_is_another_stage(tmp_path):

@@ -440,7 +440,9 @@ def tournament(monkeypatch):
         for n, t in REPLIES.items()
     }  # fmt: skip
     monkeypatch.setattr(Tournament, "write", lambda *_: iter(written.items()))
-    monkeypatch.setattr(tournament_stage, "fitting_prompts", lambda *arguments: (list("wxyz"), 0))
+    monkeypatch.setattr(
+        tournament_stage, "fitting_prompts", lambda *arguments: (list("wxyz"), {"prompts": 4, "too_long": 0})
+    )
 
 
 def test_a_tournament_writes_and_shows_the_judge_s_figures_and_asks_nothing_twice(tournament, tmp_path):

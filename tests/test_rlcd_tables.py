@@ -179,7 +179,8 @@ def write_run(folder, task="sandbox-harmless", judge="oracle"):
     names, n = ["base", "rlcd", "rlaif"], 200
     rate = np.array([[0.5, 0.2, 0.3], [0.8, 0.5, 0.625], [0.7, 0.375, 0.5]])
     table = {"judge": judge, "policies": names, "n": n, "win_rate": rate.tolist(), "low": (rate - 0.1).tolist(),
-             "high": (rate + 0.05).tolist(), "mean_length": [20.0, 17.5, 30.0]}  # fmt: skip
+             "high": (rate + 0.05).tolist(), "mean_length": [20.0, 17.5, 30.0],
+             "kl_to_reference": [0.0, None, 2.5]}  # fmt: skip
     share = {"value": 0.75, "low": 0.7, "high": 0.8, "n": 90}
     measured = {"accuracy": 0.525, "low": 0.4, "high": 0.6, "n": 80, "mean_probability": 0.51,
                 "probability_low": 0.5, "probability_high": 0.52}  # fmt: skip

@@ -42,7 +42,7 @@ def context_of(experiment, name, workdir="w"):
 def test_held_out_pairs_of_the_same_stage_can_be_the_truth(experiment, monkeypatch):
     read = []
     monkeypatch.setattr(pair_batches.data, "read_pairs", lambda folder, split: read.append((folder, split)) or [])
-    monkeypatch.setattr(fit, "encode_pairs", lambda rows, *_: ([], rows))
+    monkeypatch.setattr(fit, "encode_pairs", lambda rows, *_: ([], rows, {}))
     context = context_of(experiment, "preference")
     for truth in ("pairs", "truth"):
         stage = dataclasses.replace(experiment.stages["preference"], truth=truth)
@@ -183,10 +183,12 @@ def test_a_mean_in_bfloat16_is_not_short_of_the_gradient(moments):
 
 
 def test_a_tournament_asks_nobody_what_is_too_long():
-    table = load_module(FILE).get_config().stages["table"]
-    network = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
-    context = SimpleNamespace(abstract=lambda name: network, name="table")
-    assert fitting_prompts(context, "base", table.writing, ["a" * 80, "b" * 81, "c"]) == (["a" * 80, "c"], 1)
+    whole = load_module(FILE).get_config()
+    table, network = whole.stages["table"], SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
+    context = SimpleNamespace(abstract=lambda name: network, name="table", task=whole.task)
+    assert fitting_prompts(context, "base", table.writing, ["a" * 80, "b" * 81, "c"]) == (
+        ["a" * 80, "c"], {"prompts": 2, "too_long": 1},
+    )  # fmt: skip
     with pytest.raises(UserError, match=r"all 1 prompts are longer than 80 tokens; add a larger one to table\.writing"):
         fitting_prompts(context, "base", table.writing, ["b" * 81])
 

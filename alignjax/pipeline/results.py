@@ -57,6 +57,7 @@ class WinRate(NamedTuple):
     judge: str  # its name in the table
     rate: Share
     tokens: tuple[float, float]  # mean lengths of the two policies' replies
+    kl: tuple[float | None, float | None]  # of the two policies to the table's reference, nats; None: not measured
 
 
 class Agreement(NamedTuple):
@@ -85,8 +86,8 @@ def read_win_rates(run: RunResults, policy: str, other: str) -> Iterator[WinRate
             if {policy, other} <= set(table["policies"]):
                 i, j = (table["policies"].index(name) for name in (policy, other))
                 rate = Share(table["win_rate"][i][j], table["low"][i][j], table["high"][i][j], table["n"])
-                tokens = table["mean_length"][i], table["mean_length"][j]
-                yield WinRate(record["task"]["name"], table["judge"], rate, tokens)
+                tokens, kl = ((table[name][i], table[name][j]) for name in ("mean_length", "kl_to_reference"))
+                yield WinRate(record["task"]["name"], table["judge"], rate, tokens, kl)
 
 
 def read_agreements(run: RunResults) -> Iterator[Agreement]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,8 +16,11 @@ EOS = "<eos>"
 """In a format's ``stop``: the tokens that end a text by the tokenizer's own convention."""
 SPLITS = ("train", "validation", "test")
 """The splits of a task's prompts."""
+T = TypeVar("T")
 Affixes = tuple[tuple[str, str], ...]
 """(positive, negative) pairs of texts that contrast two prompts (2307.12950)."""
+Fits = Callable[[str], bool]
+"""Whether a model has room for a prompt."""
 
 
 class Template(NamedTuple):
@@ -92,6 +95,14 @@ class Source(Protocol):
         ...
 
 
+class Shorten(Protocol):
+    """Makes a prompt that is too long shorter."""
+
+    def __call__(self, source: Any, prompt: str, fits: Fits, /) -> str | None:
+        """Returns the longest shorter form of a prompt of the source that fits; None where there is none."""
+        ...
+
+
 class Messages(Protocol):
     """Turns a prompt into what a chat model is asked."""
 
@@ -139,6 +150,7 @@ class Task:
     corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
     questions: tuple[Template, ...] = ()  # how a rater is asked for the quality of each affix pair
     evaluation_questions: dict[str, Template] = dataclasses.field(default_factory=dict)  # quality -> how a rater judges
+    shorten: Shorten | None = None  # what is asked where a prompt is too long; None: such a prompt is left out
     material_digest: str = ""  # of the file that words above were read from; "" where all are the task's own
 
     def __post_init__(self) -> None:
@@ -153,6 +165,12 @@ class Task:
         if self.affixes and self.contrast is None:
             raise UserError(f"task {self.name!r} has affixes and no contrast; give the function that applies an affix")
         self._check_questions()
+
+    def fit(self, prompt: str, fits: Fits) -> str:
+        """Returns a prompt that fits, or the task's shorter form of one that does not; itself where there is none."""
+        if self.shorten is None or fits(prompt):
+            return prompt
+        return self.shorten(self.source, prompt, fits) or prompt
 
     def _check_questions(self) -> None:
         """Raises UserError when there is not one question for each affix pair, or a question lacks an answer."""
@@ -184,7 +202,7 @@ def oracle_from_score(score: Score) -> ExactPreference:
     return oracle
 
 
-def shuffled(texts: Sequence[str], count: int, seed: int) -> list[str]:
+def shuffled(texts: Sequence[T], count: int, seed: int) -> list[T]:
     """Returns ``count`` of the texts, or all when there are fewer, in an order drawn by the seed."""
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:count]]
 

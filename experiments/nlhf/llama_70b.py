@@ -73,9 +73,9 @@ def get_config(
         max_new_tokens=NEW_TOKENS,
         lora=lora,
     )
-    read = partial(summary.read_tldr_comparison, instruction=summary.CHAT_INSTRUCTION)
+    read = partial(summary.read_tldr_comparison, query=summary.CHAT_QUERY)
     return aj.Experiment(
-        task=summary.summary_task(train, test=test, instruction=summary.CHAT_INSTRUCTION),
+        task=summary.summary_task(train, test=test, query=summary.CHAT_QUERY),
         mesh=aj.Mesh(data=1, fsdp=-1, tensor=8),
         stages={
             "base": base,

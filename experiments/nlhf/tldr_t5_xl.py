@@ -1,28 +1,30 @@
 """Table 1 of Nash learning from human feedback (2312.00886) at its size: TL;DR, T5-L policies, a T5-XL that compares.
 
-    alignjax run experiments/nlhf/tldr_t5_xl.py --workdir runs/tldr --set policy=PATH/t5-large-sft \\
+    alignjax run experiments/nlhf/tldr_t5_xl.py --workdir runs/tldr --set policy=PATH/t5-v1_1-large \\
         --set reader=PATH/t5-v1_1-xl --set rater=PATH/flan-t5-xxl \\
         --set train=PATH/train.jsonl --set test=PATH/test.jsonl \\
-        --set comparisons=PATH/comparisons-train.jsonl --set held_out=PATH/comparisons-test.jsonl
-    ... --set policy=PATH/t5-v1_1-large --set replies=PATH/train.jsonl   # fine-tunes the policies' start itself
+        --set comparisons=PATH/comparisons-train.jsonl --set held_out=PATH/comparisons-valid.jsonl
+    ... --set sft=PATH/t5-large-sft                                  # already fine-tuned: the start of every policy
     ... --only md3                                                   # an arm as a job of its own
+    ... --set "truth.read.confidence=()"                             # measured on all held-out comparisons
     alignjax plan experiments/nlhf/tldr_t5_xl.py --topology v5e:4x4  # needs no checkpoint and no data
+    alignjax run experiments/nlhf/table_1.py --workdir runs/table_1 --set run=runs/tldr    # beside the paper's
 
-To fetch, with a network, as safetensors: google/t5-v1_1-xl and google/flan-t5-xxl; a T5 v1.1 Large that was
-fine-tuned on the summaries of the training posts, with prompts in the form of ``summary.T5_INSTRUCTION``, or
-google/t5-v1_1-large and as ``replies`` the training posts with their authors' summaries; the filtered TL;DR posts and
-the comparisons of openai/summarize-from-feedback (2009.01325), the files of one kind joined. A folder of another size
-than T5_LARGE, T5_XL or T5_XXL is refused.
+To fetch, with a network, as safetensors: google/t5-v1_1-large, google/t5-v1_1-xl and google/flan-t5-xxl; the filtered
+TL;DR posts, train and test, and the comparisons of openai/summarize-from-feedback (2009.01325), or the same as parquet.
+Join the files of comparisons into two: one of the lines whose split is train, one of the others. Lines of other splits
+and those on news articles are left out and counted. A folder of another size than T5_LARGE, T5_XL or T5_XXL is refused.
 
 From the paper: data, sizes, the fine-tuned policy as start and reference of every arm, 10,000 steps, tau .008 (of the
 reward's policy gradient, RLHF: .05), the betas, the decays of the moving averages (from memory), 2000 comparisons a
-cell, the preference model's question with its answers 1 and 2.
+cell, the preference model's question with its answers 1 and 2, the comparisons of high confidence as its test.
 
 Ours, where the paper does not say: Adam at a constant 3e-5 and batches of 32, as in 2403.08635 for the same algorithm
-(which uses Adafactor); posts of at most 512 tokens and summaries of at most 64, temperature 1; the preference models'
-rate and one epoch; the fine-tuning's rate, batch and one epoch. The arms whose result is an average of the weights
-(EMA1*, EMA2*) are left out. The paper's judge is a larger language model; here it is Flan-T5-XXL, asked in both orders
-without training. Batches of 32 divide over 16 devices; with more devices, --set mesh.tensor=4.
+(which uses Adafactor); the query, and posts cut so that it has at most 512 tokens, as in 2009.01325; summaries of at
+most 64, temperature 1; the preference models' rate and one epoch; the fine-tuning's rate, batch and one epoch; of the
+held-out comparisons those of the split valid2. The arms whose result is an average of the weights (EMA1*, EMA2*) are
+left out. The paper's judge is a larger language model; here it is Flan-T5-XXL, asked in both orders without training.
+Batches of 32 divide over 16 devices; with more devices, --set mesh.tensor=4.
 """
 
 from dataclasses import replace
@@ -37,37 +39,37 @@ T5_LARGE = aj.T5Config(  # T5 v1.1 (2002.05202; sizes of 1910.10683, gated)
 )  # fmt: skip
 T5_XL = replace(T5_LARGE, width=2048, heads=32, hidden=5120)
 T5_XXL = replace(T5_LARGE, width=4096, heads=64, hidden=10_240)
-POSTS = (128, 256, 512)  # prompt lengths in tokens
+POSTS = (128, 256, 512)  # prompt lengths in tokens; the posts of longer ones are cut
 NEW_TOKENS = 64
 EVERY = 200_000  # more posts than there are: all of them
 
 
 def get_config(
-    policy: str = "checkpoints/t5-large-sft",
+    policy: str = "checkpoints/t5-v1_1-large",
+    sft: str = "",
     reader: str = "checkpoints/t5-v1_1-xl",
     rater: str = "checkpoints/flan-t5-xxl",
     train: str = "",
     test: str = "",
     comparisons: str = "",
     held_out: str = "",
-    replies: str = "",
+    query: str = summary.TLDR_QUERY,
 ) -> aj.Experiment:
     """Returns the arms of table 1; ``rater`` is the checkpoint that judges.
 
-    ``policy`` is fine-tuned on the summaries of ``replies``; without a file it has been.
+    ``policy`` is fine-tuned on the summaries of ``train``, unless ``sft`` names a folder that has been.
     """
     checkpoint = aj.LoadCheckpoint(policy, compute_dtype="bfloat16", remat="full", model=T5_LARGE)
-    supervised = {
-        "base": checkpoint,
-        "replies": aj.LoadReplies(replies, summary.read_tldr_demonstration),
-        "sft": aj.FineTune(
-            start="base",
-            pairs="replies",
-            adam=aj.Adam(lr=1e-4, warmup=50, b2=0.999),
-            loop=aj.Loop(steps=910, batch=128, accumulate=2),  # an epoch of 116,722 posts
-            row=max(POSTS),
-        ),
-    }
+    tuned = aj.FineTune(
+        start="base",
+        pairs="replies",
+        adam=aj.Adam(lr=1e-4, warmup=50, b2=0.999),
+        loop=aj.Loop(steps=910, batch=128, accumulate=2),  # an epoch of 116,722 posts
+        row=max(POSTS),
+    )
+    replies = aj.LoadReplies(train, partial(summary.read_tldr_demonstration, query=query))
+    read = partial(summary.read_tldr_comparison, query=query, splits=("train",), confidence=())
+    read_held_out = partial(read, splits=("valid2",), confidence=summary.HIGH_CONFIDENCE)
     fit = aj.FitPreference(
         start="reader",
         pairs="pairs",
@@ -107,22 +109,25 @@ def get_config(
         },
     }
     return aj.Experiment(
-        task=summary.summary_task(train, test=test),
+        task=summary.summary_task(train, test=test, query=query),
         mesh=aj.Mesh(data=1, fsdp=-1, tensor=1),
         stages={
-            **(supervised if replies else {"sft": checkpoint}),
+            **(
+                {"sft": replace(checkpoint, path=sft)}
+                if sft
+                else {"base": checkpoint, "replies": replies, "sft": tuned}
+            ),
             "reader": replace(checkpoint, path=reader, model=T5_XL),
             "rater": replace(checkpoint, path=rater, model=T5_XXL, dtype="bfloat16"),
-            "pairs": aj.LoadPairs(comparisons, summary.read_tldr_comparison),
-            "truth": aj.LoadPairs(held_out, summary.read_tldr_comparison),
+            "pairs": aj.LoadPairs(comparisons, read),
+            "truth": aj.LoadPairs(held_out, read_held_out),
             "preference": fit,
             "reward": replace(fit, form=aj.bradley_terry),
-            "judge": aj.ZeroShotPreference("rater"),
             **arms,
             "table": aj.Tournament(
                 policies={name: name for name in ("sft", *arms)},
                 reference="sft",
-                judges={"rater": aj.ModelJudge("judge")},
+                judges={"rater": aj.LanguageModelJudge("rater", summary.RATER_QUESTION)},
                 prompts=2000,
                 writing=aj.Writing(max_new_tokens=NEW_TOKENS, buckets=POSTS, batch=128),
             ),

@@ -102,7 +102,7 @@ FORMATS = {
     "openings": Format(({"prompt": "One day", "story": 13},), _openings, plain_readers.opening),
     "posts": Format(
         ({"title": "Mine", "post": "I ran.", "summary": "A run."}, {"text": "I ran."}),
-        lambda path: summary.read_posts(path, file_digest(path)),
+        lambda path: [post.text for post in summary.read_posts(path, file_digest(path))],
         plain_readers.post,
     ),
     "tldr": Format(

@@ -26,6 +26,7 @@ FIXED_POINTS, ONLINE = ("tests/test_fixed_points.py",), ("tests/test_online_obje
 RATINGS = ("tests/test_ratings.py",)
 FORMS, MODELS = ("tests/test_preference_models.py",), ("tests/test_compare_models.py",)
 CYCLES = ("tests/test_transitivity.py",)
+SUMMARY, TLDR = ("tests/test_summary.py",), ("tests/test_tldr_study.py",)
 CLIENT, CHAT = ("tests/test_http_client.py",), ("tests/test_http_judge.py",)
 _DATA = "alignjax/pipeline/stages/policy_data.py"
 
@@ -620,5 +621,34 @@ MUTANTS = (
     Mutant(
         "the interval is over the pairs", "alignjax/preferences/statistics.py",
         "np.sum((totals - mean * counts) ** 2)", "np.sum(counts * mean * (1 - mean))", CYCLES,
+    ),
+    Mutant(
+        "a post is cut at the first place that fits", "alignjax/tasks/summary.py",
+        "{post[: places[count - 1]]}", "{post[: places[0]]}", SUMMARY,
+    ),
+    Mutant(
+        "comparisons of every split are kept", "alignjax/tasks/summary.py",
+        'row["split"] in splits', 'row["split"]', SUMMARY,
+    ),
+    Mutant(
+        "comparisons of every confidence are kept", "alignjax/tasks/summary.py",
+        "_read_confidence(row) in confidence", "_read_confidence(row) != 0", SUMMARY,
+    ),
+    Mutant(
+        "a preference model is measured on longer prompts than it is fitted to",
+        "alignjax/pipeline/stages/pair_batches.py", 'fitting.append({**row, "prompt": text})', "fitting.append(row)",
+        SUMMARY,
+    ),
+    Mutant(
+        "prompts of a policy are never shortened", _DATA,
+        "drawn, max(setup.buckets))", "drawn, 2**30)", TLDR,
+    ),
+    Mutant(
+        "table 1 has the row's rates over the column", "experiments/nlhf/table_1.py",
+        "policy_name(column), policy_name(row)", "policy_name(row), policy_name(column)", TLDR,
+    ),
+    Mutant(
+        "P_tau pays for the KL of the other policy", "experiments/nlhf/table_1.py",
+        "tau * (other - own)", "tau * (own - other)", TLDR,
     ),
 )  # fmt: skip

@@ -17,6 +17,7 @@ from alignjax.pipeline.raters import JudgeSizes
 from alignjax.pipeline.stages.load import LoadPairs
 from alignjax.pipeline.stages.pair_batches import PairLimits, PairRow, encode_pairs, read_stage_pairs
 from alignjax.pipeline.stages.study import Finding, write_finding
+from alignjax.pipeline.stages.writing import SHORTENED
 from alignjax.preferences.statistics import human_agreement, mean_interval
 from alignjax.reporting.tables import markdown_table
 
@@ -41,6 +42,7 @@ class MeasureAgreement:
         "measured": "pairs",
         "too_long": "pairs that a model cannot hold, left out",
         "undecided": "pairs with the label 1/2, left out",
+        "shortened": f"prompts {SHORTENED}",
         "known_prompts": "pairs with a prompt that a model was fitted to, left out unless overlap is set",
     }
 
@@ -119,7 +121,9 @@ class MeasureAgreement:
             raise UserError(f"{context.name}: of {len(rows)} pairs of {self.pairs!r}, {left_out['undecided']} are "
                             f"undecided and {left_out['known_prompts']} have prompts that a model was fitted to; "
                             "name other pairs")  # fmt: skip
-        fitting = self.fitting(context, asked)
+        fitting, whole = self.fitting(context, asked), {row["prompt"] for row in asked}
+        if context.task.shorten:
+            left_out["shortened"] = sum(row["prompt"] not in whole for row in fitting)
         return fitting, {"measured": len(fitting), "too_long": len(asked) - len(fitting), **left_out}
 
     def read_pairs(self, context: Context) -> list[PairRow]:
@@ -134,7 +138,7 @@ class MeasureAgreement:
         limits = PairLimits((self.sizes.prompt,), self.sizes.reply)
         for stage in self.models.values():
             try:
-                rows = encode_pairs(rows, context.abstract(stage).tokenizer, context.task, limits)[1]
+                rows = encode_pairs(rows, context.abstract(stage).tokenizer, context.task, limits).rows
             except UserError:
                 raise UserError(f"{context.name}: no pair fits prompts of {self.sizes.prompt} and replies of "
                                 f"{self.sizes.reply} tokens; raise {context.name}.sizes") from None  # fmt: skip

@@ -18,7 +18,7 @@ from alignjax.pipeline import networks
 from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program, function_of, programs_of
 from alignjax.pipeline.judges import ModelJudge
 from alignjax.pipeline.raters import JudgeSizes
-from alignjax.pipeline.stages.writing import Writing, fitting_prompts
+from alignjax.pipeline.stages.writing import SHORTENED, Writing, fitting_prompts
 from alignjax.training import metrics
 
 
@@ -43,6 +43,7 @@ class ChoosePolicy:
         "chosen": "the policy that was chosen",
         "prompts": "compared on",
         "too_long": "prompts longer than every bucket, left out",
+        "shortened": f"prompts {SHORTENED}",
         "preference": "mean of P(policy > reference) by the judge",
     }
 
@@ -94,7 +95,7 @@ class ChoosePolicy:
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Has every policy answer, compares them, and writes the network of the best."""
         every = context.task.source.prompts(self.split, self.prompts, context.seed(self.seed))
-        prompts, too_long = fitting_prompts(context, self.reference, self.writing, every)
+        prompts, counts = fitting_prompts(context, self.reference, self.writing, every)
         write = function_of(programs, "write", self.writing.buckets)
         with metrics.progress_bar(1 + len(self.policies), 0, context.name, "policy") as bar:
             reference = function_of(programs, "write reference", self.writing.buckets)
@@ -109,7 +110,7 @@ class ChoosePolicy:
         chosen = max(means, key=lambda name: means[name])
         network = dataclasses.replace(context.load(self.policies[chosen]), heads={})
         networks.save(context.folder, network)
-        return {"chosen": chosen, "prompts": len(prompts), "too_long": too_long, "preference": means}
+        return {"chosen": chosen, **counts, "preference": means}
 
     def replies(self, context: Context, write: Any, name: str, stage: str, prompts: list[str]) -> list[str]:
         """Returns a policy's replies, empty where the task's filter refuses one. Each policy's are kept in a file."""

@@ -19,7 +19,7 @@ from alignjax.pipeline.raters import JudgeSizes
 from alignjax.pipeline.stages.agreement import known_prompts
 from alignjax.pipeline.stages.chunks import in_chunks
 from alignjax.pipeline.stages.study import Finding, write_finding
-from alignjax.pipeline.stages.writing import Writing, fitting_prompts
+from alignjax.pipeline.stages.writing import SHORTENED, Writing, fitting_prompts
 from alignjax.preferences import comparison, http_judge, judges
 from alignjax.reporting.model_comparison import comparison_picture, comparison_section
 from alignjax.types import Judge
@@ -49,6 +49,7 @@ class CompareModels:
         "prompts": "with all replies",
         "pairs": "of replies to one prompt",
         "too_long": "prompts longer than every bucket, left out",
+        "shortened": f"prompts {SHORTENED}",
         "known_prompts": "prompts that a model was fitted to, left out",
         "incomplete": "prompts for which the filter refused every try, left out",
         "judge_ties": "pairs that the judge calls equal",
@@ -139,11 +140,11 @@ class CompareModels:
         """
         source, known = context.task.source, known_prompts(context, self.models.values())
         every = source.prompts(self.split, self.prompts, context.seed(self.seed))
-        fitting, too_long = fitting_prompts(context, self.policy, self.writing, every)
+        fitting, counts = fitting_prompts(context, self.policy, self.writing, every)
         asked = [prompt for prompt in fitting if prompt not in known]
         drawn = self.draw(context, programs, asked)
         kept = [(x, list(own)) for x, own in zip(asked, drawn, strict=True) if None not in own]
-        figures = {"prompts": len(kept), "pairs": len(kept) * self.pairs_a_prompt, "too_long": too_long,
+        figures = {**counts, "prompts": len(kept), "pairs": len(kept) * self.pairs_a_prompt,
                    "known_prompts": len(fitting) - len(asked), "incomplete": len(asked) - len(kept)}  # fmt: skip
         if not kept:
             raise UserError(f"{context.name}: of {len(every)} prompts, {figures['known_prompts']} are known to a model "

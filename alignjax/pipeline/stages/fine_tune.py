@@ -26,7 +26,7 @@ from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
 from alignjax.pipeline.stages.pair_batches import PairRow, read_stage_pairs
 from alignjax.pipeline.stages.pretrain import Corpus, pack_documents, pretraining_loss
-from alignjax.pipeline.stages.writing import check_positions, check_stop
+from alignjax.pipeline.stages.writing import SHORTENED, check_positions, check_stop, shorten_prompts
 from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
 from alignjax.tasks.task import EOS, Task, reply_text
 from alignjax.training import data
@@ -46,7 +46,8 @@ class FineTune:
 
     ``LoadReplies`` gives it replies that stand alone. On RLCD's pairs it is context distillation: the preferred reply
     was written under the positive prompt (2307.12950 section 4). Examples are packed into rows; for an encoder-decoder
-    each has a row of its own, of a prompt and a reply of at most ``row`` tokens each. Pairs with p = 1/2 are left out.
+    each has a row of its own, of a prompt and a reply of at most ``row`` tokens each. No reply is cut: an example
+    that does not fit is left out. So are pairs with p = 1/2.
     Where a task's replies end with the tokenizer's end token, it is learned too.
     """
 
@@ -56,6 +57,7 @@ class FineTune:
     start: str = stage_input(Kind.POLICY)
     pairs: str = stage_input(Kind.PAIRS, Kind.REPLIES)
     lora: Lora | None = None  # train adapters over the start's frozen base
+    shorten_to: int | None = None  # tokens that the task shortens longer prompts to, as later stages do; None: ``row``
     seed: int = 0
     makes: ClassVar[Kind] = Kind.POLICY
     meanings: ClassVar[dict[str, str]] = {
@@ -63,11 +65,14 @@ class FineTune:
         "examples": "trained on",
         "ties": "pairs without a preferred reply, left out",
         "too_long": "examples longer than a row, left out",
+        "shortened": f"prompts {SHORTENED}",
         "rows": "that the examples fill",
     }
 
     def __post_init__(self) -> None:
         check_range(self, 2, math.inf, "row")
+        if self.shorten_to is not None:
+            check_range(self, 1, self.row, "shorten_to")
 
     def network(self, context: Context) -> NetworkSpec | None:
         """Returns the start's network, trained."""
@@ -110,7 +115,10 @@ class FineTune:
         """Trains the policy and writes its network."""
         start = context.abstract(self.start)
         rows = read_stage_pairs(context, self.pairs, "train")
-        if not (examples := encode_examples(rows, start.tokenizer, context.task)):
+        texts = [row["prompt"] for row in rows]
+        prompts, counts = shorten_prompts(context.task, start.tokenizer, texts, self.shorten_to or self.row)
+        asked = [{**row, "prompt": prompt} for row, prompt in zip(rows, prompts, strict=True)]
+        if not (examples := encode_examples(asked, start.tokenizer, context.task)):
             raise UserError(f"{context.name}: all {len(rows)} pairs of {self.pairs!r} have p = 1/2, and so no preferred"
                             " reply; name another stage")  # fmt: skip
         corpus = packed_examples if start.model.forward else separate_examples
@@ -125,7 +133,7 @@ class FineTune:
 
         trained = train(context.training_run(self.seed), learner, parameters, batches.plan, batches.make_batch)
         networks.save(context.folder, parts.network(start, trained.params))
-        return {"ties": len(rows) - len(examples), **batches.figures, **trained.figures}
+        return {"ties": len(rows) - len(examples), **batches.figures, **counts, **trained.figures}
 
 
 def encode_examples(rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task) -> list[Example]:

@@ -33,7 +33,7 @@ from alignjax.pipeline.stages.pair_batches import (
     read_stage_pairs,
     shuffle_sides,
 )
-from alignjax.pipeline.stages.writing import check_positions
+from alignjax.pipeline.stages.writing import SHORTENED, check_positions
 from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec
 from alignjax.preferences import judges
 from alignjax.preferences.preference_models import PreferenceForm, PreferenceModel, choice, pairwise, template_tokens
@@ -170,34 +170,35 @@ class FitPreference:
     def measure(self, context: Context, program: Program, parts: TrainedParts, trained: Trained) -> dict[str, float]:
         """Returns accuracy and calibration on the pairs of ``truth``."""
         tokenizer = context.abstract(self.start).tokenizer
-        rows, too_long = self.measured_pairs(context, tokenizer)
+        rows, counts = self.measured_pairs(context, tokenizer)
         judge = judges.model_judge(
             program.function, parts.assemble(trained.params, trained.frozen), tokenizer, context.task.format,
             batch=self.loop.batch, mesh=context.mesh, owner=context.name,
         )  # fmt: skip
         p = judge(*([row[name] for row in rows] for name in ("prompt", "first", "second")))
-        return {**judges.calibration(p, np.array([row["p"] for row in rows])), "too_long": too_long}
+        return {**judges.calibration(p, np.array([row["p"] for row in rows])), **counts}
 
-    def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[PairRow], int]:
-        """Returns the pairs of ``truth`` that fit, and how many are too long: the longest would decide what is
-        compiled.
+    def measured_pairs(self, context: Context, tokenizer: Tokenizer) -> tuple[list[PairRow], dict[str, int]]:
+        """Returns the pairs of ``truth`` that fit, and how many do not: the longest would decide what is compiled.
 
         One that is too long would need a compilation of its own. Raises UserError when none is left.
         """
         assert self.truth is not None
         rows = read_stage_pairs(context, self.truth, "held_out" if self.truth == self.pairs else "train")
-        _, fitting = encode_pairs(rows, tokenizer, context.task, self.limits)
-        return fitting, len(rows) - len(fitting)
+        _, fitting, counts = encode_pairs(rows, tokenizer, context.task, self.limits)
+        return fitting, counts
 
     meanings: ClassVar[dict[str, str]] = {
         **PREFERENCE_MEANINGS,
         "pairs": "trained on",
         "too_long": "pairs longer than buckets and response allow, left out",
+        "shortened": f"prompts {SHORTENED}",
         "held_out.accuracy": "share of held-out labels that the preference model agrees with",
         "held_out.calibration_error": "mean gap between its probabilities and the labels, ten bins",
         "held_out.cross_entropy": "nats a pair",
         "held_out.n": "held-out pairs",
         "held_out.too_long": "held-out pairs that were left out",
+        "held_out.shortened": f"held-out prompts {SHORTENED}",
     }
 
 

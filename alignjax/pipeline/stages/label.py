@@ -16,7 +16,7 @@ from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, Exposure, Program, function_of, programs_of
 from alignjax.pipeline.raters import JudgeSizes
 from alignjax.pipeline.stages.chunks import in_chunks
-from alignjax.pipeline.stages.writing import Writing
+from alignjax.pipeline.stages.writing import SHORTENED, Writing, shorten_prompts
 from alignjax.preferences import http_judge, judges
 from alignjax.tasks.task import Task
 from alignjax.training import data
@@ -82,8 +82,9 @@ class Label:
 
     def run(self, context: Context, programs: tuple[Program, ...]) -> dict[str, Any]:
         """Labels the prompts chunk by chunk; each chunk is kept in a file of its own."""
-        prompts = context.task.source.prompts(self.split, self.prompts, context.seed(self.seed))
+        drawn = context.task.source.prompts(self.split, self.prompts, context.seed(self.seed))
         network, judge = context.load(self.generator), None
+        prompts, counts = shorten_prompts(context.task, network.tokenizer, drawn, max(self.writing.buckets))
         if self.method.judge:
             judge = self.method.judge.open(context, programs_of(programs, "judge"), self.sizes())
         generate = self.writing.generator(
@@ -99,7 +100,7 @@ class Label:
         size = 4 * self.writing.batch  # few retries a chunk, and they fill batches
         chunks = in_chunks(context, len(prompts), size, "prompt", label)
         figures = judges.judge_figures(judge, [chunk["judge_counts"] for chunk in chunks])
-        return {**self.finish(context, chunks), **({"judge": figures} if figures else {})}
+        return {**self.finish(context, chunks), **counts, **({"judge": figures} if figures else {})}
 
     def finish(self, context: Context, chunks: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Writes the dataset; returns what the task's first oracle says about its labels."""
@@ -124,6 +125,7 @@ class Label:
     meanings: ClassVar[dict[str, str]] = {
         "pairs": "kept",
         "dropped": "prompts without a pair: the filter refused every try, or the prompt was too long",
+        "shortened": f"prompts {SHORTENED}",
         "tries_per_prompt": "replies drawn for a prompt, both sides together",
         "oracle_ties": "share of the pairs that the task's oracle calls equal",
         "label_accuracy": "share of the labels that the oracle agrees with, where it does not tie",

@@ -243,7 +243,8 @@ class LoadPairs:
         """Returns the rows and the malformed lines of the file."""
         found = read_stage_file(context, self, "comparisons")
         if not any(row for _, row in found.rows):
-            raise UserError(f"{context.name}: no line of {self.path} compares two replies to one prompt; give another")
+            raise UserError(f"{context.name}: no line of {self.path} compares two replies to one prompt, or all are "
+                            "left out by its read; give another file, or another read")  # fmt: skip
         return found
 
     def programs(self, context: Context) -> tuple[Program, ...]:
@@ -265,7 +266,7 @@ class LoadPairs:
 
     meanings: ClassVar[dict[str, str]] = {
         "pairs": "kept",
-        "skipped": "lines of the file that compare nothing",
+        "skipped": "lines of the file that compare nothing, or that its read leaves out",
         "different_prompts": "among the pairs",
         "malformed": "lines of the file that were left out",
     }

@@ -10,6 +10,7 @@ import numpy as np
 from alignjax.errors import UserError
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, encode_prompt, pad
 from alignjax.pipeline.experiment import Context, abstract_array, abstract_tokens
+from alignjax.pipeline.stages.writing import shorten_prompts
 from alignjax.tasks.task import Task, reply_text
 from alignjax.training import data
 from alignjax.types import PreferenceBatch, Prompt, Response
@@ -42,7 +43,8 @@ def pair_batches(
     rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task, limits: PairLimits, batch: int, seed: int
 ) -> PairBatches:
     """Returns batches of the pairs that fit. Raises UserError when none does."""
-    encoded, fitting = encode_pairs(rows, tokenizer, task, limits)
+    pairs = encode_pairs(rows, tokenizer, task, limits)
+    encoded = pairs.encoded
     plan = data.plan_batches([len(pair[0]) for pair in encoded], limits.buckets, batch, seed)
 
     def make_batch(chosen: data.BatchPlan) -> PreferenceBatch:
@@ -50,29 +52,36 @@ def pair_batches(
         sides = Response(pad(first, limits.response)), Response(pad(second, limits.response))
         return host_pair_batch(pad(prompts, chosen.length), sides, np.asarray(p, np.float32))
 
-    return PairBatches(plan, make_batch, {"pairs": len(fitting), "too_long": len(rows) - len(fitting)})
+    return PairBatches(plan, make_batch, {"pairs": len(encoded), **pairs.figures})
 
 
-def encode_pairs(
-    rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task, limits: PairLimits
-) -> tuple[list[tuple[list[int], list[int], list[int], float]], list[PairRow]]:
-    """Returns (prompt ids, first ids, second ids, p) of the rows that fit, and these rows.
+class EncodedPairs(NamedTuple):
+    """The pairs that fit."""
+
+    encoded: list[tuple[list[int], list[int], list[int], float]]  # prompt ids, first ids, second ids, p
+    rows: list[PairRow]  # with the prompt that was encoded
+    figures: dict[str, int]  # how many did not fit, and how many have a shorter prompt
+
+
+def encode_pairs(rows: Sequence[PairRow], tokenizer: Tokenizer, task: Task, limits: PairLimits) -> EncodedPairs:
+    """Returns the pairs that fit; the task shortens a prompt where it can, and no response is ever cut.
 
     Raises UserError when no row fits.
     """
+    prompts, counts = shorten_prompts(task, tokenizer, [row["prompt"] for row in rows], max(limits.buckets))
     encoded, fitting = [], []
-    for row in rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
+    for row, text in zip(rows, prompts, strict=True):
+        prompt = encode_prompt(tokenizer, text)
         first, second = (
             encode_continuation(tokenizer, reply_text(task.format, row[name])) for name in ("first", "second")
         )
         if len(prompt) <= max(limits.buckets) and max(len(first), len(second)) <= limits.response:
             encoded.append((prompt, first, second, row["p"]))
-            fitting.append(row)
+            fitting.append({**row, "prompt": text})
     if not encoded:
         raise UserError(f"none of {len(rows)} pairs fits prompts of {max(limits.buckets)} and responses of "
                         f"{limits.response} tokens; raise buckets or response")  # fmt: skip
-    return encoded, fitting
+    return EncodedPairs(encoded, fitting, {"too_long": len(rows) - len(fitting), **counts})
 
 
 def shuffle_sides(rows: Sequence[PairRow], seed: int) -> list[PairRow]:

@@ -16,7 +16,7 @@ from alignjax.models.tokenizer import blank_tokens, encode_prompt, pad
 from alignjax.pipeline.experiment import Context, Exposure, Program, abstract_array, abstract_tokens, function_of
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.pair_batches import PairLimits, abstract_pair_batch, pair_batches, read_stage_pairs
-from alignjax.pipeline.stages.writing import stop_tokens, unseen_stops, writing_model
+from alignjax.pipeline.stages.writing import shorten_prompts, stop_tokens, unseen_stops, writing_model
 from alignjax.pipeline.trained_parts import TrainedParts
 from alignjax.preferences.judges import judged_length
 from alignjax.sampling.samplers import Sampler
@@ -177,7 +177,8 @@ class OnlineData:
 
     def batches(self, context: Context, setup: PolicySetup, programs: tuple[Program, ...]) -> Batches:
         """Returns batches of prompts, and how responses are drawn and compared."""
-        prompts = context.task.source.prompts("train", self.prompts, context.seed(setup.seed))
+        drawn = context.task.source.prompts("train", self.prompts, context.seed(setup.seed))
+        prompts, counts = shorten_prompts(context.task, setup.start.tokenizer, drawn, max(setup.buckets))
         ids = [encode_prompt(setup.start.tokenizer, text) for text in prompts]
         kept = [i for i, row in enumerate(ids) if len(row) <= max(setup.buckets)]
         if not kept:
@@ -188,7 +189,7 @@ class OnlineData:
         def make_batch(chosen: data.BatchPlan) -> Tokens:
             return pad([ids[kept[i]] for i in chosen.indices], chosen.length)
 
-        figures = {"prompts": len(kept), "too_long": len(ids) - len(kept)}
+        figures = {"prompts": len(kept), "too_long": len(ids) - len(kept), **counts}
         return Batches(plan, make_batch, self.collect(context, setup, programs, [prompts[i] for i in kept]), figures)
 
     def collect(

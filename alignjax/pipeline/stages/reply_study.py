@@ -16,7 +16,7 @@ from alignjax.errors import UserError, check_range
 from alignjax.fields import Kind, stage_input
 from alignjax.pipeline.experiment import Context, Exposure, Program, function_of
 from alignjax.pipeline.stages.study import Finding, write_finding
-from alignjax.pipeline.stages.writing import Writing, fitting_prompts
+from alignjax.pipeline.stages.writing import SHORTENED, Writing, fitting_prompts
 from alignjax.training import metrics
 
 Read = Callable[[Sequence[str], Mapping[str, Sequence[str]]], Finding]
@@ -41,6 +41,7 @@ class ReplyStudy:
     meanings: ClassVar[dict[str, str]] = {
         "prompts": "answered by each policy",
         "too_long": "prompts longer than every bucket, left out",
+        "shortened": f"prompts {SHORTENED}",
     }
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class ReplyStudy:
         """Has the policies answer and writes what was found."""
         first = next(iter(self.policies.values()))
         every = context.task.source.prompts(self.split, self.prompts, context.seed(self.seed))
-        prompts, too_long = fitting_prompts(context, first, self.writing, every)
+        prompts, counts = fitting_prompts(context, first, self.writing, every)
         replies, writers = {}, self.writers(context)
         with metrics.progress_bar(len(self.policies), 0, context.name, "policy") as bar:
             for name in self.policies:
@@ -92,7 +93,7 @@ class ReplyStudy:
                 replies[name] = self.replies(context, write, name, prompts)
                 bar.update()
         write_finding(context, self.function(prompts, replies))
-        return {"prompts": len(prompts), "too_long": too_long}
+        return counts
 
     def replies(self, context: Context, write: Any, name: str, prompts: Sequence[str]) -> list[str]:
         """Returns a policy's replies. They are kept in a file, so that a resumed run does not write them again."""

@@ -29,7 +29,7 @@ from alignjax.pipeline.stages.replies import (
     reply_measures,
     write_replies,
 )
-from alignjax.pipeline.stages.writing import Writing, fitting_prompts
+from alignjax.pipeline.stages.writing import SHORTENED, Writing, fitting_prompts
 from alignjax.pipeline.training_judge import check_judge, judge_label
 from alignjax.preferences import judges, tournament
 from alignjax.preferences.statistics import mean_interval
@@ -67,6 +67,7 @@ class Tournament:
         "prompts": "compared on",
         "replies": "written or kept, one a policy and prompt",
         "too_long": "prompts longer than every bucket, left out",
+        "shortened": f"prompts {SHORTENED}",
     }
 
     def __post_init__(self) -> None:
@@ -133,7 +134,7 @@ class Tournament:
         """Writes replies, has them judged, and writes the tables and a few samples."""
         task = context.task
         all_prompts = task.source.prompts(self.split, self.prompts, context.seed(self.seed))
-        prompts, too_long = fitting_prompts(context, self.reference, self.writing, all_prompts)
+        prompts, counts = fitting_prompts(context, self.reference, self.writing, all_prompts)
         written = dict(self.write(context, programs, prompts))
         context.release()
         replies = {name: [task.clean(text) or "" for text in rows["text"]] for name, rows in written.items()}
@@ -157,7 +158,7 @@ class Tournament:
         samples = [{"prompt": x, **{p: replies[p][i] for p in replies}} for i, x in enumerate(prompts[:_SAMPLES])]
         storage.write_json(context.folder / "samples.json", samples)
         storage.write_json(context.folder / WIN_RATES, tables)
-        return {"prompts": len(prompts), "replies": len(prompts) * len(written), "too_long": too_long}
+        return {**counts, "replies": len(prompts) * len(written)}
 
     @property
     def baseline(self) -> str:

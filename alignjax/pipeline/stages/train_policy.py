@@ -22,7 +22,7 @@ from alignjax.pipeline.experiment import Context, Exposure, NetworkSpec, Program
 from alignjax.pipeline.networks import Network
 from alignjax.pipeline.stages.fit_preference import check_adapters
 from alignjax.pipeline.stages.policy_data import OfflineData, PolicyData, PolicySetup, reads_average
-from alignjax.pipeline.stages.writing import check_positions, check_stop
+from alignjax.pipeline.stages.writing import SHORTENED, check_positions, check_stop
 from alignjax.pipeline.trained_parts import TrainedParts, split_trained, trained_spec, with_critic
 from alignjax.training.collect import Frozen
 from alignjax.training.loop import Learner, LearnerSpec, Loop, train
@@ -84,6 +84,7 @@ class TrainPolicy:
     def meanings(self) -> dict[str, str]:
         """What metrics and figures show."""
         own = {"prompts": "that fit a bucket", "pairs": "trained on", "too_long": "longer than every bucket, left out"}
+        own |= {"shortened": f"prompts {SHORTENED}"}
         return {**self.objective.meanings, **own}
 
     def network(self, context: Context) -> NetworkSpec | None:

@@ -144,14 +144,34 @@ def check_positions(context: Context, source: str, field: str, tokens: int) -> N
     warnings.warn(f"{needs} was trained on contexts of {config.context}; lower it, or expect worse text", stacklevel=2)
 
 
-def fitting_prompts(context: Context, source: str, writing: Writing, prompts: Sequence[str]) -> tuple[list[str], int]:
-    """Returns the prompts that a bucket holds in the tokens of the stage ``source``, and how many are too long.
+def fitting_prompts(
+    context: Context, source: str, writing: Writing, prompts: Sequence[str]
+) -> tuple[list[str], dict[str, int]]:
+    """Returns the prompts that a bucket holds in the tokens of the stage ``source``, and how many there are.
 
-    Raises UserError when none fits.
+    The task shortens the others where it can (``shorten_prompts``). Raises UserError when none fits.
     """
-    encode, longest = context.abstract(source).tokenizer.encode, max(writing.buckets)
-    kept = [prompt for prompt in prompts if len(encode(prompt)) <= longest]
+    tokenizer, longest = context.abstract(source).tokenizer, max(writing.buckets)
+    texts, figures = shorten_prompts(context.task, tokenizer, prompts, longest)
+    kept = [text for text in texts if len(tokenizer.encode(text)) <= longest]
     if not kept:
         raise UserError(f"{context.name}: all {len(prompts)} prompts are longer than {longest} tokens; "
                         f"add a larger one to {context.name}.writing.buckets")  # fmt: skip
-    return kept, len(prompts) - len(kept)
+    return kept, {"prompts": len(kept), "too_long": len(prompts) - len(kept), **figures}
+
+
+def shorten_prompts(
+    task: Task, tokenizer: Tokenizer, prompts: Sequence[str], longest: int
+) -> tuple[list[str], dict[str, int]]:
+    """Returns the prompts in their order, each in at most ``longest`` tokens where the task can shorten it.
+
+    The figures have how many were shortened; they are empty for a task that shortens nothing. All stages that ask for
+    the same length see the same text.
+    """
+    texts = [task.fit(prompt, lambda text: len(tokenizer.encode(text)) <= longest) for prompt in prompts]
+    shortened = sum(text != prompt for text, prompt in zip(texts, prompts, strict=True))
+    return texts, {"shortened": shortened} if task.shorten else {}
+
+
+SHORTENED = "too long as they are; their text was cut so that they fit"
+"""What the figure of ``shorten_prompts`` shows."""
