@@ -29,8 +29,8 @@ as judges and policies ask it.
 """
 _JUDGE_NOTE = """Accuracy, calibration error and cross-entropy (nats a pair) are against the judge's probabilities;
 accuracy is over the pairs that it does not tie. Reproduced: the share of the judge's circles that are circles of the
-model's too, in the same direction. The judge is {judge}. The best reward is fitted to its probabilities of the replies
-to each prompt: no reward model has a lower cross-entropy on them.
+model's too, in the same direction. The best reward is fitted to the judge's probabilities of the replies
+to each prompt: no reward model has a lower cross-entropy on them. The judge is {judge}.
 """
 
 
