@@ -49,7 +49,7 @@ def rate_fully(title: str, pool: Pool, replicates: int, seed: int) -> RatedPool:
     """Returns ratings, clone effects and, with replicates and where the pool says how many comparisons it is of,
     intervals."""
     ratings = rate_pool(pool)
-    known = pool.votes is not None or pool.count is not None
+    known = pool.votes is not None or pool.comparisons is not None
     intervals = bootstrap(pool, ratings, replicates, seed) if replicates and known else None
     return RatedPool(title, pool, ratings, clone_effects(pool, ratings), intervals)
 
@@ -70,9 +70,9 @@ def resampled_rates(pool: Pool, replicates: int, seed: int) -> Iterator[np.ndarr
             wins = (columns @ chosen).reshape(size, size)
             yield 0.5 + (wins - wins.T) / (2 * n)
         return
-    assert pool.count is not None  # ``rate_fully`` asks
+    assert pool.comparisons is not None  # ``rate_fully`` asks
     upper = np.triu_indices(size, 1)
-    counts = pool.count[upper].astype(np.int64)
+    counts = pool.comparisons[upper].astype(np.int64)
     for _ in range(replicates):
         rate = np.zeros((size, size))
         rate[upper] = rng.binomial(counts, pool.rate[upper]) / counts - 0.5
@@ -87,7 +87,7 @@ def bootstrap(pool: Pool, ratings: Ratings, replicates: int, seed: int) -> Inter
     rates = np.stack(list(resampled_rates(pool, replicates, seed)))
     mass = np.stack([maximal_lottery(rate) for rate in rates])
     nash = np.stack([nash_average(rate, row) for rate, row in zip(rates, mass, strict=True)])
-    elo = np.stack([fit_bradley_terry(rate, pool.count).elo for rate in rates])
+    elo = np.stack([fit_bradley_terry(rate, pool.comparisons).elo for rate in rates])
     winners = [condorcet_winner(rate) for rate in rates]
     condorcet = np.bincount([w for w in winners if w is not None], minlength=len(pool.policies)) / replicates
     cycles = [_is_cycle(rates, triple.policies).mean() for triple in ratings.triples]
@@ -95,7 +95,10 @@ def bootstrap(pool: Pool, ratings: Ratings, replicates: int, seed: int) -> Inter
         replicates,
         seed,
         pool.votes is not None,
-        *map(_percentiles, (mass, nash, elo, exploitabilities(rates))),
+        _percentiles(mass),
+        _percentiles(nash),
+        _percentiles(elo),
+        _percentiles(exploitabilities(rates)),
         condorcet,
         np.array(cycles),
     )

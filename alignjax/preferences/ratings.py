@@ -26,7 +26,7 @@ class Pool(NamedTuple):
 
     policies: tuple[str, ...]
     rate: np.ndarray  # [P, P] how often i beats j; antisymmetric around 1/2 to the bit
-    count: np.ndarray | None = None  # [P, P] comparisons of each cell; None: not known
+    comparisons: np.ndarray | None = None  # [P, P] their number in each cell; None: not known
     votes: np.ndarray | None = None  # [P, P, N] of each prompt, whose mean is ``rate``; None: not known
 
 
@@ -127,7 +127,7 @@ def rate_pool(pool: Pool) -> Ratings:
     return Ratings(
         lottery,
         nash_average(pool.rate, lottery.mass),
-        fit_bradley_terry(pool.rate, pool.count),
+        fit_bradley_terry(pool.rate, pool.comparisons),
         triples,
         decided,
         condorcet_winner(pool.rate),
@@ -193,7 +193,8 @@ def clone_effects(pool: Pool, ratings: Ratings) -> tuple[CloneEffect, ...]:
 def _clone_effect(pool: Pool, ratings: Ratings, policy: int) -> CloneEffect:
     size = len(pool.policies)
     members = [*range(size), policy]
-    rate, count = (None if m is None else m[np.ix_(members, members)] for m in (pool.rate, pool.count))
+    rate = pool.rate[np.ix_(members, members)]
+    count = None if pool.comparisons is None else pool.comparisons[np.ix_(members, members)]
     others = np.arange(size) != policy
     nash = nash_average(rate, maximal_lottery(rate))[:size] - ratings.nash
     elo = fit_bradley_terry(rate, count).elo[:size]

@@ -32,7 +32,7 @@ def rating_section(rated: RatedPool) -> str:
 def _rating_table(rated: RatedPool) -> str:
     """Returns a row for each policy, the largest mass and then the highest Elo first."""
     names, r, found = _names(rated), rated.ratings, rated.intervals
-    order = sorted(range(len(names)), key=lambda i: (-round(r.lottery.mass[i], 9), -r.fit.elo[i]))
+    order = sorted(range(len(names)), key=lambda i: (-round(float(r.lottery.mass[i]), 9), -r.fit.elo[i]))
     rows = []
     for i in order:
         exploiter = r.exploiter[i]
@@ -70,7 +70,7 @@ def _bounds(found: Intervals | None, field: str, i: int, form: str) -> str:
 def _interval_note(rated: RatedPool) -> str:
     """Returns what the intervals are of."""
     if (found := rated.intervals) is None:
-        if rated.pool.count is None:
+        if rated.pool.comparisons is None:
             return "No intervals: the number of comparisons is not known.\n"
         return "No intervals were asked for.\n"
     how = "the prompts, the same for all cells" if found.is_paired else "each cell on its own, as a binomial"
@@ -114,7 +114,7 @@ def _fit_line(rated: RatedPool) -> str:
         line += (
             "Some policies never lose to some others, so their distance has no likeliest value: half a virtual win on\n"
             "each side of every pair makes it finite"
-            + (", and each cell counts as 100 comparisons.\n" if rated.pool.count is None else ".\n")
+            + (", and each cell counts as 100 comparisons.\n" if rated.pool.comparisons is None else ".\n")
         )
     return line
 
@@ -178,7 +178,7 @@ def rating_numbers(rated: RatedPool) -> dict[str, Any]:
         "title": rated.title,
         "policies": list(names),
         "win_rate": rated.pool.rate.tolist(),
-        "n": None if rated.pool.count is None else rated.pool.count.tolist(),
+        "n": None if rated.pool.comparisons is None else rated.pool.comparisons.tolist(),
         "lottery": {name: getattr(r.lottery, name).tolist() for name in ("mass", "low", "high")}
         | {"is_unique": r.lottery.is_unique, "gap": r.lottery.gap},
         "nash_average": r.nash.tolist(),
