@@ -94,6 +94,7 @@ _PUBLIC = {
         "Relabel",
         "ReplyStudy",
         "Study",
+        "TaskReplies",
         "Tournament",
         "TrainPolicy",
         "Writing",

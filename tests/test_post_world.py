@@ -9,7 +9,7 @@ import pytest
 from alignjax.errors import UserError
 from alignjax.games import game as games
 from alignjax.games import solve
-from alignjax.tasks.post_grammar import PEOPLE, Post, Reading, read_post, read_summary, write_summary
+from alignjax.tasks.post_grammar import PEOPLE, PostContent, SummaryReading, read_post, read_summary, write_summary
 from alignjax.tasks.post_world import (
     INVALID,
     OTHER,
@@ -27,7 +27,7 @@ POST = (
     "SUBREDDIT: r/family\n\nTITLE: About my boss\n\nPOST: Then my boss lied. I think my boss fell. "
     "What now? My boss quit.\n\nTL;DR:"
 )
-READ = Post("boss", ("lied", "quit"), ("fell",))
+READ = PostContent("boss", ("lied", "quit"), ("fell",))
 
 
 def prefer(first, second):
@@ -50,15 +50,15 @@ def test_a_post_is_read_back():
 @pytest.mark.parametrize(
     ("summary", "reading"),
     [
-        ("boss lied", Reading(1, 2, 0)),
-        ("boss quit, lied", Reading(2, 3, 0)),
-        ("boss lied, lied", Reading(1, 3, 0)),  # told once
-        ("boss fell", Reading(1, 2, 1)),  # doubtful
-        ("boss maybe fell", Reading(1, 3, 0)),
-        ("boss maybe lied", Reading(1, 3, 0)),  # hedging what is sure is longer, and not wrong
-        ("boss lied, won", Reading(1, 3, 1)),  # invented
-        ("boss lied, maybe won", Reading(1, 4, 1)),  # hedged, and still not in the post
-        ("boss maybe fell, fell", Reading(1, 4, 1)),
+        ("boss lied", SummaryReading(1, 2, 0)),
+        ("boss quit, lied", SummaryReading(2, 3, 0)),
+        ("boss lied, lied", SummaryReading(1, 3, 0)),  # told once
+        ("boss fell", SummaryReading(1, 2, 1)),  # doubtful
+        ("boss maybe fell", SummaryReading(1, 3, 0)),
+        ("boss maybe lied", SummaryReading(1, 3, 0)),  # hedging what is sure is longer, and not wrong
+        ("boss lied, won", SummaryReading(1, 3, 1)),  # invented
+        ("boss lied, maybe won", SummaryReading(1, 4, 1)),  # hedged, and still not in the post
+        ("boss maybe fell, fell", SummaryReading(1, 4, 1)),
         ("uncle lied", None),
         ("boss ate", None),
         ("boss", None),

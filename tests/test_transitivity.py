@@ -36,9 +36,9 @@ def test_the_known_games_have_one_cycle_and_its_weakest_link(name):
     p = matrix(game())
     assert abs(transitivity.cycles(p, 0.01)).tolist() == [[1]]
     np.testing.assert_allclose(transitivity.weakest_links(p), [[weakest]], atol=1e-6)
-    found = comparison.cyclic_triples(p, 0.01)
+    found = comparison.cyclicity(p, 0.01)
     assert found["cyclic"].value == 1 and found["weakest_link"].value == pytest.approx(weakest, abs=1e-6)
-    assert comparison.cyclic_triples(p, weakest - 0.5 + 1e-6)["cyclic"].value == 0  # beyond the weakest link
+    assert comparison.cyclicity(p, weakest - 0.5 + 1e-6)["cyclic"].value == 0  # beyond the weakest link
 
 
 def test_a_cycle_has_a_direction():
@@ -56,7 +56,7 @@ def test_cycles_are_those_of_a_count_over_all_orders(family, threshold):
     assert np.sum(transitivity.cycles(p, threshold) != 0, 1).tolist() == want
     if family in ("cyclic", "near_deterministic") or (family, threshold) == ("unstructured", 0.0):
         assert sum(want) > 0
-    found = comparison.cyclic_triples(p, threshold)
+    found = comparison.cyclicity(p, threshold)
     assert found["cyclic"].value == pytest.approx(np.mean(want) / 35) and found["cyclic"].n == 6 * 35
 
 

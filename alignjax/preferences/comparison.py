@@ -73,7 +73,7 @@ def agreement_with(p: np.ndarray, truth: np.ndarray) -> dict[str, PromptMean | f
     }
 
 
-def cyclic_triples(p: np.ndarray, threshold: float) -> dict[str, PromptMean]:
+def cyclicity(p: np.ndarray, threshold: float) -> dict[str, PromptMean]:
     """Returns the share of the triples that are ``transitivity.cycles``, and the mean of their weakest links."""
     found = transitivity.cycles(p, threshold) != 0
     counts = np.sum(found, 1)
@@ -105,7 +105,7 @@ def best_reward_model(truth: np.ndarray) -> np.ndarray:
 
 def model_figures(p: np.ndarray, truth: np.ndarray | None, threshold: float) -> dict[str, PromptMean | float]:
     """Returns all of these figures of one model; those against the truth only where it is known."""
-    figures: dict[str, PromptMean | float] = {**order_bias(p), **cyclic_triples(p, threshold)}
+    figures: dict[str, PromptMean | float] = {**order_bias(p), **cyclicity(p, threshold)}
     if truth is None:
         return figures
     return {**agreement_with(p, truth), **figures, "reproduced": reproduced_cycles(p, truth, threshold)}

@@ -24,7 +24,7 @@ HEDGE = "maybe"
 """What a summary puts before a claim that the post makes with doubt."""
 
 
-class Post(NamedTuple):
+class PostContent(NamedTuple):
     """What a post says of its one person."""
 
     who: str
@@ -32,7 +32,7 @@ class Post(NamedTuple):
     doubtful: tuple[str, ...]  # facts that the writer is not sure of
 
 
-class Reading(NamedTuple):
+class SummaryReading(NamedTuple):
     """What annotators see in a summary."""
 
     told: int  # facts of the post, each counted once
@@ -40,13 +40,13 @@ class Reading(NamedTuple):
     wrong: int  # claims that the post does not make: facts that are not in it, and doubtful ones told as sure
 
 
-def read_post(prompt: str) -> Post:
+def read_post(prompt: str) -> PostContent:
     """Returns what the post in a prompt says. A sentence of another form says nothing."""
     body = prompt.rsplit("POST: ", 1)[-1]
     sure = re.findall(r"(?:\bMy|\bYesterday my|\bThen my) (\w+) (\w+)\.", body)
     doubtful = re.findall(r"(?:\bI think my|\bPerhaps my|\bIt seems my) (\w+) (\w+)\.", body)
     who = next((person for person, _ in [*sure, *doubtful]), "")
-    return Post(who, tuple(fact for _, fact in sure), tuple(fact for _, fact in doubtful))
+    return PostContent(who, tuple(fact for _, fact in sure), tuple(fact for _, fact in doubtful))
 
 
 def write_summary(who: str, claims: list[tuple[str, bool]]) -> str:
@@ -54,7 +54,7 @@ def write_summary(who: str, claims: list[tuple[str, bool]]) -> str:
     return f"{who} " + ", ".join(f"{HEDGE} {fact}" if hedged else fact for fact, hedged in claims)
 
 
-def read_summary(post: Post, text: str) -> Reading | None:
+def read_summary(post: PostContent, text: str) -> SummaryReading | None:
     """Returns what annotators see in a summary of the post; None where it is not of its person, or no summary."""
     match = re.fullmatch(r"(\w+) (.+)", text)
     if match is None or match[1] != post.who:
@@ -65,4 +65,4 @@ def read_summary(post: Post, text: str) -> Reading | None:
         return None
     told = {fact for fact, _ in found} & {*post.sure, *post.doubtful}
     wrong = sum(fact not in told or (fact in post.doubtful and not hedged) for fact, hedged in found)
-    return Reading(len(told), len(text.split()), wrong)
+    return SummaryReading(len(told), len(text.split()), wrong)

@@ -31,21 +31,20 @@ from alignjax.tasks.post_grammar import (
     SUBREDDITS,
     SURE,
     TITLES,
-    Post,
-    Reading,
+    PostContent,
+    SummaryReading,
     read_post,
     read_summary,
     write_summary,
 )
+from alignjax.tasks.summary import TLDR_QUERY
 from alignjax.tasks.task import EOS, SPLITS, Format, Task, Template, is_in_split
 
-QUERY = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
-"""How a post stands in a prompt (2009.01325)."""
 STYLES = ("bold", "careful", "terse")
 """What a summary may do with doubtful facts, beside telling every sure one: tell them, hedge them, leave them out."""
 INVALID, OTHER = "invalid", "other"
 """Styles of what is no summary of the post, and of every other summary."""
-_RANKS: tuple[Callable[[Reading], tuple[int, int, int]], ...] = (
+_RANKS: tuple[Callable[[SummaryReading], tuple[int, int, int]], ...] = (
     lambda r: (r.told, -r.words, -r.wrong),
     lambda r: (-r.words, -r.wrong, r.told),
     lambda r: (-r.wrong, r.told, -r.words),
@@ -65,7 +64,7 @@ class PostWorld:
     known: int = len(FACTS)  # how many different facts there are
     facts: int = 3  # of a post
     doubtful: int = 1
-    sloppy: float = 0.3
+    sloppy: float = 0.2
     masses: tuple[float, float, float] = (0.38, 0.34, 0.28)  # of the complete, brief and faithful annotators
 
     def __post_init__(self) -> None:
@@ -105,10 +104,10 @@ def sample_prompt(world: PostWorld, rng: np.random.Generator) -> str:
     sentences = [_choose(rng, form).format(who=who, fact=fact) for form, fact in zip(forms, facts, strict=True)]
     sentences.append(_choose(rng, FILLERS))
     post = " ".join(sentences[i] for i in rng.permutation(len(sentences)))
-    return QUERY.format(subreddit=_choose(rng, SUBREDDITS), title=_choose(rng, TITLES).format(who=who), post=post)
+    return TLDR_QUERY.format(subreddit=_choose(rng, SUBREDDITS), title=_choose(rng, TITLES).format(who=who), post=post)
 
 
-def styled_summary(post: Post, style: str) -> str:
+def styled_summary(post: PostContent, style: str) -> str:
     """Returns the summary of one of ``STYLES``: sure facts first, in the order of the post."""
     doubtful = () if style == "terse" else post.doubtful
     return write_summary(post.who, [*((f, False) for f in post.sure), *((f, style == "careful") for f in doubtful)])
@@ -136,7 +135,7 @@ def annotators_prefer(masses: Sequence[float], prompt: str, reply: str, other: s
 
 
 @lru_cache(maxsize=4096)
-def _preferred_share(masses: tuple[float, ...], first: Reading, second: Reading) -> float:
+def _preferred_share(masses: tuple[float, ...], first: SummaryReading, second: SummaryReading) -> float:
     """Returns the share of annotators who prefer the first of two readings, ties counting half."""
     signs = [(rank(first) > rank(second)) - (rank(first) < rank(second)) for rank in _RANKS]
     return 0.5 + 0.5 * sum(mass * sign for mass, sign in zip(masses, signs, strict=True))
@@ -154,12 +153,17 @@ def write_as(world: PostWorld, prompt: str, rng: np.random.Generator) -> str:
     return write_summary(post.who, [(fact, bool(rng.random() < 0.5)) for fact in kept])
 
 
-def post_corpus(world: PostWorld, count: int, seed: int) -> list[str]:
-    """Returns ``count`` training posts with summaries, to pretrain a policy on: its supervised fine-tuning."""
+def post_summaries(world: PostWorld, count: int, seed: int) -> list[tuple[str, str]]:
+    """Returns ``count`` training posts with summaries by the writers of the corpus."""
     rng = np.random.default_rng(seed)
     prompts = (sample_prompt(world, rng) for _ in range(10 * count + 1000))
     kept = [prompt for prompt in prompts if is_in_split(prompt, "train")][:count]
-    return [f"{prompt} {write_as(world, prompt, rng)}" for prompt in kept]
+    return [(prompt, write_as(world, prompt, rng)) for prompt in kept]
+
+
+def post_corpus(world: PostWorld, count: int, seed: int) -> list[str]:
+    """Returns ``count`` documents to pretrain on: posts with summaries behind them."""
+    return [f"{prompt} {summary}" for prompt, summary in post_summaries(world, count, seed)]
 
 
 def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
@@ -176,4 +180,5 @@ def post_task(world: PostWorld = PostWorld()) -> Task:
         template=Template(before="", between=" Or:", question=" Better: ", answer="1", other="2"),
         oracles={"annotators": partial(annotators_prefer, world.masses)},
         corpus_of_source=post_corpus,
+        replies_of_source=post_summaries,
     )

@@ -148,6 +148,9 @@ class Task:
     score: Score | None = None
     messages: Messages = one_message
     corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
+    replies_of_source: Callable[[Any, int, int], Sequence[tuple[str, str]]] | None = (
+        None  # -> (prompt, reply) to imitate
+    )
     questions: tuple[Template, ...] = ()  # how a rater is asked for the quality of each affix pair
     evaluation_questions: dict[str, Template] = dataclasses.field(default_factory=dict)  # quality -> how a rater judges
     shorten: Shorten | None = None  # what is asked where a prompt is too long; None: such a prompt is left out
@@ -190,6 +193,14 @@ class Task:
         It follows ``source``: a task whose source was replaced has the corpus of the new one.
         """
         return None if self.corpus_of_source is None else functools.partial(self.corpus_of_source, self.source)
+
+    @property
+    def written_replies(self) -> Callable[[int, int], Sequence[tuple[str, str]]] | None:
+        """(count, seed) -> up to ``count`` (prompt, reply) by the task's own writers, to imitate; None without writers.
+
+        Like ``corpus`` it follows ``source``.
+        """
+        return None if self.replies_of_source is None else functools.partial(self.replies_of_source, self.source)
 
 
 def oracle_from_score(score: Score) -> ExactPreference:

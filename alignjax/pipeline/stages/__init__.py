@@ -19,6 +19,7 @@ from alignjax.pipeline.stages.rate_pool import RatePool
 from alignjax.pipeline.stages.relabel import MixPairs, Relabel
 from alignjax.pipeline.stages.reply_study import ReplyStudy
 from alignjax.pipeline.stages.study import Finding, Study
+from alignjax.pipeline.stages.task_replies import TaskReplies
 from alignjax.pipeline.stages.tournament import Tournament
 from alignjax.pipeline.stages.train_policy import Critic, TrainPolicy
 from alignjax.pipeline.stages.writing import Writing
@@ -47,6 +48,7 @@ __all__ = [
     "Relabel",
     "ReplyStudy",
     "Study",
+    "TaskReplies",
     "Tournament",
     "TrainPolicy",
     "Writing",

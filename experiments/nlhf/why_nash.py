@@ -1,0 +1,223 @@
+"""Why a Nash policy and not the best policy for a reward (2312.00886, section 3.2), with language models.
+
+    alignjax run experiments/nlhf/why_nash.py --workdir runs/why_nash               # ... minutes on two cores
+    alignjax run experiments/nlhf/why_nash.py --workdir runs/small --set small=True
+
+A policy summarises posts of the small world ``alignjax.tasks.post_world``. The annotators' majority is a cycle: the
+bold summary beats the careful one, that beats the terse one, and that beats the bold one. One set of pairs, labelled by
+the annotators, fits a reward model and a preference model. ``rlhf`` is the policy gradient on the reward. ``nash_md``
+is Nash-MD on the preference model. Each is trained with three seeds.
+
+``course-styles.png`` shows, over training, how often the policies write each style, and what a summary of one style
+wins against them (their exploitability). The dashed lines are the exact Nash policy of the game of the three styles,
+by ``alignjax.games``.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import alignjax as aj
+from alignjax.games import game as games
+from alignjax.games import solve
+from alignjax.preferences.statistics import mean_interval
+from alignjax.reporting.tables import markdown_table
+from alignjax.tasks import post_world
+from alignjax.tasks.post_grammar import read_post
+from alignjax.tasks.post_world import STYLES
+
+POST, SUMMARY = 48, 12  # tokens
+BETA, TAU = 0.25, 0.02  # of Nash-MD
+STEPS, EVERY = 150, 25  # of training, and between the points of a curve
+
+
+def get_config(small: bool = False) -> aj.Experiment:
+    """Returns the study."""
+    world = post_world.PostWorld(facts=2, doubtful=1)
+    steps, every, seeds = (12, 6, 1) if small else (STEPS, EVERY, 3)
+    writing = aj.Writing(max_new_tokens=SUMMARY, buckets=(POST,), batch=128)
+    base = aj.Pretrain(
+        model=aj.TransformerConfig(vocab_size=512, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=384),
+        documents=4000,
+        row=128,
+        adam=aj.Adam(lr=2e-3, warmup=5, weight_decay=0.01),
+        loop=aj.Loop(steps=20, batch=12),
+    )
+    sft = aj.FineTune(
+        start="base",
+        pairs="summaries",
+        adam=aj.Adam(lr=2e-3, warmup=50, weight_decay=0.01),
+        loop=aj.Loop(steps=60 if small else 800, batch=16),
+        row=128,
+    )
+    pairs = aj.Label(
+        generator="sft", method=aj.Judged(aj.Oracle("annotators")), split="train", prompts=2000, writing=writing
+    )
+    preference = aj.FitPreference(
+        start="sft",
+        pairs="pairs",
+        truth="truth",
+        adam=aj.Adam(lr=1e-3),
+        loop=aj.Loop(steps=240, batch=32),
+        buckets=(POST,),
+        response=SUMMARY,
+    )
+    nash_md = aj.TrainPolicy(
+        start="sft",
+        reference="sft",
+        objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=TAU)),
+        data=aj.OnlineData(preference="preference", samplers=(aj.policy, aj.mixture(beta=BETA)), prompts=6000),
+        adam=aj.Adam(lr=3e-4, warmup=5, schedule="constant"),
+        loop=aj.Loop(steps=steps, batch=48),
+        buckets=(POST,),
+        max_new_tokens=SUMMARY,
+    )
+    rlhf = replace(
+        nash_md,
+        objective=aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=TAU), bound=5.0),
+        data=replace(nash_md.data, preference="reward", samplers=(aj.policy, aj.policy)),
+    )
+    if small:
+        pairs = replace(pairs, prompts=128)
+        preference = replace(preference, loop=aj.Loop(steps=10, batch=16))
+    stages, points = {}, {"sft 0 0": "sft"}  # a point of a curve is called "arm seed step"
+    for (arm, stage), seed in itertools.product({"rlhf": rlhf, "nash_md": nash_md}.items(), range(seeds)):
+        name = f"{arm}_{seed}"
+        stages[name] = replace(stage, seed=seed, keep_at=tuple(range(every, steps, every)))
+        for step in range(every, steps, every):
+            stages[f"{name}_{step}"] = aj.KeptPolicy(policy=name, at=step)
+            points[f"{arm} {seed} {step}"] = f"{name}_{step}"
+        points[f"{arm} {seed} {steps}"] = name
+    return aj.Experiment(
+        task=post_world.post_task(world),
+        stages={
+            "base": base,
+            "summaries": aj.TaskReplies(1000 if small else 20_000),
+            "sft": sft,
+            "pairs": pairs,
+            "truth": replace(pairs, split="validation", prompts=64 if small else 400),
+            "preference": preference,
+            "reward": replace(preference, form=aj.bradley_terry),
+            **stages,
+            "course": aj.ReplyStudy(
+                policies=points,
+                function=partial(course, masses=world.masses),
+                prompts=48 if small else 500,
+                writing=writing,
+            ),
+        },
+    )
+
+
+class Point(NamedTuple):
+    """A policy at one step of its training, as the annotators see it."""
+
+    arm: str
+    seed: int
+    step: int
+    shares: list[float]  # of its summaries, by style
+    exploitability: float  # what the best style wins against it: max over styles of P(style > policy) - 1/2
+    interval: tuple[float, float]
+
+
+class ExactGame(NamedTuple):
+    """What theory says of the game of the three styles, [3] each."""
+
+    nash: np.ndarray  # without regularisation
+    mixture: np.ndarray  # the regularised Nash policy at tau / (1 - beta): what Nash-MD's mixture becomes
+    policy: np.ndarray  # the policy with that mixture
+
+
+def solve_game(masses: Sequence[float], post: str, sft: Sequence[float]) -> ExactGame:
+    """Returns the exact solutions; the reference is ``sft``'s shares of the three styles.
+
+    Where every style is written in many ways, all of them win alike, so that the policy of a style is in proportion to
+    the reference's. The mixture is here one of whole responses.
+    """
+    styled = [post_world.styled_summary(read_post(post), style) for style in STYLES]
+    p = [[post_world.annotators_prefer(masses, post, a, b) for b in styled] for a in styled]
+    mu = np.maximum(sft, 1e-3) / np.sum(np.maximum(sft, 1e-3))
+    game = games.from_matrix(p, mu, tau=TAU / (1 - BETA))
+    mixture = solve.regularised_nash(game).policy[0]
+    policy = (mixture / mu**BETA) ** (1 / (1 - BETA))
+    return ExactGame(solve.nash(game).policy[0], mixture, policy / policy.sum())
+
+
+def read_point(masses: Sequence[float], name: str, prompts: Sequence[str], replies: Sequence[str]) -> Point:
+    """Returns what annotators see in a policy's replies; the name is "arm seed step"."""
+    arm, seed, step = name.split()
+    styles = [post_world.style_of(x, y) for x, y in zip(prompts, replies, strict=True)]
+    wins = np.array(
+        [
+            [
+                post_world.annotators_prefer(masses, x, post_world.styled_summary(read_post(x), style), y)
+                for style in STYLES
+            ]
+            for x, y in zip(prompts, replies, strict=True)
+        ]
+    )
+    best = wins[:, np.argmax(wins.mean(0))] - 0.5
+    shares = [styles.count(style) / len(styles) for style in STYLES]
+    return Point(arm, int(seed), int(step), shares, float(best.mean()), mean_interval(best, (-0.5, 0.5)))
+
+
+def total_variation(shares: Sequence[float], policy: np.ndarray) -> float:
+    """Returns the total variation between shares of three styles and a policy over them; what is missing is neither."""
+    return float(0.5 * (np.abs(np.subtract(shares, policy)).sum() + 1 - np.sum(shares)))
+
+
+def course(prompts: Sequence[str], replies: Mapping[str, Sequence[str]], masses: Sequence[float]) -> aj.Finding:
+    """Returns the styles and the exploitability of every policy over its training, beside the exact game."""
+    points = [read_point(masses, name, prompts, texts) for name, texts in replies.items()]
+    exact = solve_game(masses, prompts[0], points[0].shares)
+    last = max(point.step for point in points)
+    rows = [[f"exact: {name}", "", *map(_three, policy), "", ""] for name, policy in exact._asdict().items()]
+    for p in points:
+        if p.step in (0, last):
+            distance = _three(total_variation(p.shares, exact.nash))
+            low, high = map(_three, p.interval)
+            rows.append(
+                [f"{p.arm}", str(p.seed), *map(_three, p.shares), distance, f"{p.exploitability:.3f} [{low}, {high}]"]
+            )
+    mean = {
+        arm: np.mean([p.exploitability for p in points if p.step == last and p.arm == arm])
+        for arm in ("rlhf", "nash_md")
+    }
+    text = (
+        f"## The styles of the policies after {last} steps\n\n"
+        + markdown_table(["policy", "seed", *STYLES, "distance to Nash", "exploitability"], rows)
+        + f"\nMean exploitability: rlhf {mean['rlhf']:.3f}, nash_md {mean['nash_md']:.3f}, "
+        f"{mean['rlhf'] / max(mean['nash_md'], 1e-9):.1f} times as much.\n"
+    )
+    numbers = {"points": [p._asdict() for p in points], "exact": {k: v.tolist() for k, v in exact._asdict().items()}}
+    return aj.Finding(text, {"styles": draw_course(points, exact)}, numbers)
+
+
+def _three(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def draw_course(points: Sequence[Point], exact: ExactGame) -> Figure:
+    """Returns a panel for each style's share over training, and one for the exploitability."""
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    axes = figure.subplots(1, 4)
+    start, curves = points[0], itertools.groupby(points[1:], key=lambda point: (point.arm, point.seed))
+    for (arm, seed), group in curves:
+        line = [start, *group]
+        steps, label = [point.step for point in line], arm if seed == 0 else None
+        style = {"color": {"rlhf": "C3", "nash_md": "C0"}[arm], "linewidth": 1.2}
+        for i, axis in enumerate(axes[:3]):
+            axis.plot(steps, [point.shares[i] for point in line], label=label, **style)
+        axes[3].plot(steps, [point.exploitability for point in line], label=label, **style)
+    for i, name in enumerate(STYLES):
+        axes[i].axhline(exact.nash[i], color="k", linestyle="--", linewidth=0.8, label="exact Nash")
+        axes[i].set(title=f"share of {name} summaries", ylim=(-0.03, 1.03), xlabel="step")
+    axes[3].axhline(0, color="k", linestyle="--", linewidth=0.8)
+    axes[3].set(title="exploitability", xlabel="step")
+    axes[0].legend(fontsize=8)
+    return figure
