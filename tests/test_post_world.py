@@ -21,6 +21,7 @@ from alignjax.tasks.post_world import (
     style_of,
     styled_summary,
 )
+from alignjax.tasks.summary import PLAIN_QUERY, T5_QUERY, TLDR_QUERY
 
 MASSES = PostWorld().masses
 POST = (
@@ -43,8 +44,12 @@ def canonical_summaries(post):
             yield write_summary(post.who, claims)
 
 
-def test_a_post_is_read_back():
+@pytest.mark.parametrize("query", [TLDR_QUERY, T5_QUERY, PLAIN_QUERY])
+def test_a_post_is_read_back(query):
     assert read_post(POST) == READ
+    for prompt in PostWorld(query=query, doubtful=2).prompts("train", 40, 0):
+        post = read_post(prompt)
+        assert len(post.sure) == 1 and len(post.doubtful) == 2 and post.who in prompt
 
 
 @pytest.mark.parametrize(
@@ -152,6 +157,7 @@ def test_prompts_are_distinct_repeatable_and_split():
         ({"masses": (0.5, 0.5, 0.5)}, "masses"),
         ({"masses": (0.5, 0.5)}, "masses"),
         ({"sloppy": 1.5}, "sloppy"),
+        ({"query": "no place"}, "query"),
     ],
 )
 def test_a_world_out_of_range_is_refused(settings, words):

@@ -42,9 +42,8 @@ class SummaryReading(NamedTuple):
 
 def read_post(prompt: str) -> PostContent:
     """Returns what the post in a prompt says. A sentence of another form says nothing."""
-    body = prompt.rsplit("POST: ", 1)[-1]
-    sure = re.findall(r"(?:\bMy|\bYesterday my|\bThen my) (\w+) (\w+)\.", body)
-    doubtful = re.findall(r"(?:\bI think my|\bPerhaps my|\bIt seems my) (\w+) (\w+)\.", body)
+    sure = re.findall(r"(?:\bMy|\bYesterday my|\bThen my) (\w+) (\w+)\.", prompt)
+    doubtful = re.findall(r"(?:\bI think my|\bPerhaps my|\bIt seems my) (\w+) (\w+)\.", prompt)
     who = next((person for person, _ in [*sure, *doubtful]), "")
     return PostContent(who, tuple(fact for _, fact in sure), tuple(fact for _, fact in doubtful))
 

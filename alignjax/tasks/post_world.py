@@ -37,7 +37,7 @@ from alignjax.tasks.post_grammar import (
     read_summary,
     write_summary,
 )
-from alignjax.tasks.summary import TLDR_QUERY
+from alignjax.tasks.summary import TLDR_QUERY, Post, fill_query
 from alignjax.tasks.task import EOS, SPLITS, Format, Task, Template, is_in_split
 
 STYLES = ("bold", "careful", "terse")
@@ -57,7 +57,8 @@ class PostWorld:
     """Sizes of the world, who annotates and who writes. Raises UserError out of range.
 
     The last ``doubtful`` of a post's ``facts`` are doubtful. A writer of the corpus has one of ``STYLES``, each equally
-    likely, or, with probability ``sloppy``, tells any facts in any way, one of them perhaps invented.
+    likely, or, with probability ``sloppy``, tells any facts in any way, one of them perhaps invented. The ``query`` is
+    one of a ``summary.Post``.
     """
 
     people: int = len(PEOPLE)
@@ -66,6 +67,7 @@ class PostWorld:
     doubtful: int = 1
     sloppy: float = 0.2
     masses: tuple[float, float, float] = (0.38, 0.34, 0.28)  # of the complete, brief and faithful annotators
+    query: str = TLDR_QUERY  # how a post stands in a prompt
 
     def __post_init__(self) -> None:
         if not 1 <= self.people <= len(PEOPLE):
@@ -75,6 +77,7 @@ class PostWorld:
                             f"known at most {len(FACTS)}")  # fmt: skip
         if not 1 <= self.doubtful < self.facts:
             raise UserError(f"PostWorld.doubtful={self.doubtful} must be in 1 .. facts - 1 = {self.facts - 1}")
+        fill_query(self.query, Post("", "", ""))
         check_range(self, 0, 1, "sloppy", "masses")
         if len(self.masses) != len(_RANKS) or not math.isclose(sum(self.masses), 1, abs_tol=1e-6):
             raise UserError(f"PostWorld.masses={self.masses} must be three that sum to 1")
@@ -104,7 +107,7 @@ def sample_prompt(world: PostWorld, rng: np.random.Generator) -> str:
     sentences = [_choose(rng, form).format(who=who, fact=fact) for form, fact in zip(forms, facts, strict=True)]
     sentences.append(_choose(rng, FILLERS))
     post = " ".join(sentences[i] for i in rng.permutation(len(sentences)))
-    return TLDR_QUERY.format(subreddit=_choose(rng, SUBREDDITS), title=_choose(rng, TITLES).format(who=who), post=post)
+    return fill_query(world.query, Post(_choose(rng, SUBREDDITS), _choose(rng, TITLES).format(who=who), post))
 
 
 def styled_summary(post: PostContent, style: str) -> str:

@@ -30,21 +30,22 @@ from alignjax.reporting.tables import markdown_table
 from alignjax.tasks import post_world
 from alignjax.tasks.post_grammar import read_post
 from alignjax.tasks.post_world import STYLES
+from alignjax.tasks.summary import PLAIN_QUERY
 
-POST, SUMMARY = 48, 12  # tokens
-BETA, TAU = 0.25, 0.02  # of Nash-MD
+POST, SUMMARY = 40, 12  # tokens
+BETA, TAU = 0.25, 0.03  # of Nash-MD; tau is RLHF's too
 STEPS, EVERY = 150, 25  # of training, and between the points of a curve
 
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study."""
-    world = post_world.PostWorld(facts=2, doubtful=1)
+    world = post_world.PostWorld(facts=2, doubtful=1, sloppy=0.0, query=PLAIN_QUERY)
     steps, every, seeds = (12, 6, 1) if small else (STEPS, EVERY, 3)
     writing = aj.Writing(max_new_tokens=SUMMARY, buckets=(POST,), batch=128)
     base = aj.Pretrain(
-        model=aj.TransformerConfig(vocab_size=512, width=128, layers=2, heads=4, kv_heads=4, head_dim=32, hidden=384),
+        model=aj.TransformerConfig(vocab_size=512, width=96, layers=2, heads=4, kv_heads=4, head_dim=24, hidden=288),
         documents=4000,
-        row=128,
+        row=96,
         adam=aj.Adam(lr=2e-3, warmup=5, weight_decay=0.01),
         loop=aj.Loop(steps=20, batch=12),
     )
@@ -53,17 +54,17 @@ def get_config(small: bool = False) -> aj.Experiment:
         pairs="summaries",
         adam=aj.Adam(lr=2e-3, warmup=50, weight_decay=0.01),
         loop=aj.Loop(steps=60 if small else 800, batch=16),
-        row=128,
+        row=96,
     )
     pairs = aj.Label(
-        generator="sft", method=aj.Judged(aj.Oracle("annotators")), split="train", prompts=2000, writing=writing
+        generator="sft", method=aj.Judged(aj.Oracle("annotators")), split="train", prompts=4000, writing=writing
     )
     preference = aj.FitPreference(
         start="sft",
         pairs="pairs",
         truth="truth",
         adam=aj.Adam(lr=1e-3),
-        loop=aj.Loop(steps=240, batch=32),
+        loop=aj.Loop(steps=200, batch=32),
         buckets=(POST,),
         response=SUMMARY,
     )
@@ -72,7 +73,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         reference="sft",
         objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=TAU)),
         data=aj.OnlineData(preference="preference", samplers=(aj.policy, aj.mixture(beta=BETA)), prompts=6000),
-        adam=aj.Adam(lr=3e-4, warmup=5, schedule="constant"),
+        adam=aj.Adam(lr=1e-4, warmup=5, b1=0.0),
         loop=aj.Loop(steps=steps, batch=48),
         buckets=(POST,),
         max_new_tokens=SUMMARY,
@@ -97,7 +98,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         task=post_world.post_task(world),
         stages={
             "base": base,
-            "summaries": aj.TaskReplies(1000 if small else 20_000),
+            "summaries": aj.TaskReplies(1000 if small else 12_000),
             "sft": sft,
             "pairs": pairs,
             "truth": replace(pairs, split="validation", prompts=64 if small else 400),

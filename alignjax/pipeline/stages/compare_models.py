@@ -143,7 +143,7 @@ class CompareModels:
         fitting, counts = fitting_prompts(context, self.policy, self.writing, every)
         asked = [prompt for prompt in fitting if prompt not in known]
         drawn = self.draw(context, programs, asked)
-        kept = [(x, list(own)) for x, own in zip(asked, drawn, strict=True) if None not in own]
+        kept = [(x, [y for y in own if y is not None]) for x, own in zip(asked, drawn, strict=True) if None not in own]
         figures = {**counts, "prompts": len(kept), "pairs": len(kept) * self.pairs_a_prompt,
                    "known_prompts": len(fitting) - len(asked), "incomplete": len(asked) - len(kept)}  # fmt: skip
         if not kept:
