@@ -32,7 +32,7 @@ def test_the_arms_differ_in_their_opponents_alone():
     for name, opponent in opponents.items():
         arm = stages[name]
         assert arm.data.samplers == (aj.policy, opponent)
-        same = dataclasses.replace(arm, data=stages["md1"].data, average_decay=None)
+        same = dataclasses.replace(arm, data=stages["md1"].data, average_decay=None, keep_at=stages["md1"].keep_at)
         assert same == stages["md1"]
     assert stages["rlhf"].data.preference == "reward" and stages["reward"].pairs == stages["preference"].pairs
     assert stages["ema1"].average_decay < stages["ema2"].average_decay

@@ -57,8 +57,8 @@ class PostWorld:
     """Sizes of the world, who annotates and who writes. Raises UserError out of range.
 
     The last ``doubtful`` of a post's ``facts`` are doubtful. A writer of the corpus has one of ``STYLES``, each equally
-    likely, or, with probability ``sloppy``, tells any facts in any way, one of them perhaps invented. The ``query`` is
-    one of a ``summary.Post``.
+    likely, or, with probability ``sloppy``, tells any of the facts, hedged or not, one of them perhaps twice. The
+    ``query`` is one of a ``summary.Post``.
     """
 
     people: int = len(PEOPLE)
@@ -152,7 +152,7 @@ def write_as(world: PostWorld, prompt: str, rng: np.random.Generator) -> str:
     facts = [*post.sure, *post.doubtful]
     kept = [facts[i] for i in rng.permutation(len(facts))[: rng.integers(1, len(facts) + 1)]]
     if rng.random() < 0.5:
-        kept[-1] = FACTS[rng.integers(world.known)]
+        kept.append(kept[0])
     return write_summary(post.who, [(fact, bool(rng.random() < 0.5)) for fact in kept])
 
 

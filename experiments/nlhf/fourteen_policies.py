@@ -28,35 +28,43 @@ import alignjax as aj
 from alignjax.preferences.statistics import mean_interval
 from alignjax.reporting.tables import markdown_table
 from alignjax.tasks import post_world
+from alignjax.tasks.summary import PLAIN_QUERY
 
-POST, SUMMARY = 56, 16  # tokens
+POST, SUMMARY = 40, 16  # tokens
 TAU = 0.02
-STEPS, BATCH, EVERY = 100, 48, 20
+STEPS, BATCH, EVERY = 120, 48, 24
 DECAYS = (1 - 10 / STEPS, 1 - 5 / STEPS)  # .999 and .9995 of 10,000 steps
 EXPLOITED = ("sft", "rlhf", "sp", "md1", "br", "ema1")
 
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study; ``small`` is a short form of it."""
-    world, steps = post_world.PostWorld(), 6 if small else STEPS
+    world, steps = post_world.PostWorld(facts=2, sloppy=0.4, query=PLAIN_QUERY), 6 if small else STEPS
     every = steps // 3 if small else EVERY
     writing = aj.Writing(max_new_tokens=SUMMARY, buckets=(POST,), batch=128)
-    sft = aj.Pretrain(
-        model=aj.TransformerConfig(vocab_size=512, width=128, layers=2, heads=4, kv_heads=2, head_dim=32, hidden=384),
-        documents=8000,
-        row=144,
-        adam=aj.Adam(lr=3e-3, warmup=50, weight_decay=0.01),
-        loop=aj.Loop(steps=600, batch=12),
+    base = aj.Pretrain(
+        model=aj.TransformerConfig(vocab_size=512, width=96, layers=2, heads=4, kv_heads=4, head_dim=24, hidden=288),
+        documents=4000,
+        row=96,
+        adam=aj.Adam(lr=2e-3, warmup=5, weight_decay=0.01),
+        loop=aj.Loop(steps=20, batch=12),
+    )
+    sft = aj.FineTune(
+        start="base",
+        pairs="summaries",
+        adam=aj.Adam(lr=2e-3, warmup=50, weight_decay=0.01),
+        loop=aj.Loop(steps=1000, batch=16),
+        row=96,
     )
     pairs = aj.Label(
-        generator="sft", method=aj.Judged(aj.Oracle("annotators")), split="train", prompts=2560, writing=writing
+        generator="sft", method=aj.Judged(aj.Oracle("annotators")), split="train", prompts=4000, writing=writing
     )
     preference = aj.FitPreference(
         start="sft",
         pairs="pairs",
         truth="truth",
-        adam=aj.Adam(lr=5e-4),
-        loop=aj.Loop(steps=120, batch=32),
+        adam=aj.Adam(lr=1e-3),
+        loop=aj.Loop(steps=240, batch=32),
         buckets=(POST,),
         response=SUMMARY,
     )
@@ -65,14 +73,14 @@ def get_config(small: bool = False) -> aj.Experiment:
         reference="sft",
         objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=TAU)),
         data=aj.OnlineData(preference="preference", samplers=(aj.policy, aj.mixture(beta=1 / 8)), prompts=5000),
-        adam=aj.Adam(lr=3e-4, warmup=5, schedule="constant"),
+        adam=aj.Adam(lr=1e-4, warmup=5, b1=0.0, schedule="constant"),
         loop=aj.Loop(steps=steps, batch=BATCH),
         buckets=(POST,),
         max_new_tokens=SUMMARY,
     )
-    prompts = 600
+    prompts = 1000
     if small:
-        sft = replace(sft, documents=3000, loop=aj.Loop(steps=100, batch=8))
+        sft = replace(sft, loop=aj.Loop(steps=20, batch=8))
         writing = replace(writing, batch=16)
         pairs = replace(pairs, prompts=96, writing=writing)
         preference = replace(preference, loop=aj.Loop(steps=6, batch=16))
@@ -94,10 +102,11 @@ def get_config(small: bool = False) -> aj.Experiment:
         "br": against(aj.reference),
         **{f"ema{i}": replace(against(aj.moving_average), average_decay=d) for i, d in enumerate(DECAYS, 1)},
     }
+    followed = tuple(range(every, steps + 1, every))  # steps
+    arms |= {name: replace(arms[name], keep_at=followed) for name in ("br", "md1")}
     averages = {f"ema{i}_avg": aj.KeptPolicy(policy=f"ema{i}", at="average") for i in (1, 2)}
     policies = ("sft", *arms, *averages)
-    courses = {f"{arm}_{step}": aj.KeptPolicy(policy=arm, at=step) for arm in ("br", "md1")
-               for step in range(every, steps, every)}  # fmt: skip
+    courses = {f"{arm}_{step}": aj.KeptPolicy(policy=arm, at=step) for arm in ("br", "md1") for step in followed}
     exploiters = {f"against_{name}": exploiter(nash_md, name, steps // 3) for name in EXPLOITED}
     table = aj.Tournament(
         policies={name: name for name in policies},
@@ -111,6 +120,8 @@ def get_config(small: bool = False) -> aj.Experiment:
     return aj.Experiment(
         task=post_world.post_task(world),
         stages={
+            "base": base,
+            "summaries": aj.TaskReplies(600 if small else 16_000),
             "sft": sft,
             "pairs": pairs,
             "truth": replace(pairs, split="validation", prompts=prompts),
@@ -133,7 +144,10 @@ def get_config(small: bool = False) -> aj.Experiment:
             "hacking": replace(
                 table,
                 policies={"sft": "sft", **{name.replace("_", " "): name for name in courses}},
-                judges={"annotators": aj.Oracle("annotators"), "training": aj.ModelJudge("preference", held_out=False)},
+                judges={
+                    "annotators": aj.Oracle("annotators"),
+                    "training": aj.TrainingJudge(aj.ModelJudge("preference")),
+                },
                 tau=None,
             ),
         },

@@ -1,6 +1,6 @@
 """RLCD against its rivals (2307.12950), in the small world whose truth is known: labels, policies, win rates.
 
-    alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd                   # 12 minutes on two busy cores
+    alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd                   # 10 minutes on two cores
     alignjax run experiments/rlcd/sandbox.py --workdir runs/rlcd1 --set seed=1     # another seed
     alignjax run experiments/rlcd/sandbox.py --workdir runs/small --set small=True
 

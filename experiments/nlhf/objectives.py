@@ -1,0 +1,55 @@
+"""Further objectives beside Nash-MD (2312.00886), on one set of pairs, prompts and random numbers, in the small world.
+
+    alignjax run experiments/nlhf/objectives.py --workdir runs/objectives
+
+The arms are rows on the machinery of ``fourteen_policies.py``, whose stages before them these are: online IPO and
+IPO-MD (2403.08635), online DPO (2402.04792), XPO (2405.21046), INPO (2407.00617), SPPO (2405.00675) and EGPO
+(2503.08942). ``inpo``, ``sppo`` and ``egpo`` draw four, four and three responses to a prompt, the others two.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import alignjax as aj
+from alignjax.pipeline.experiment import ancestors
+
+TAU, BETA = 0.02, 0.25
+SHOWN = ("sft", "rlhf", "md1")  # of the fourteen
+
+
+def get_config(small: bool = False) -> aj.Experiment:
+    """Returns the arms."""
+    study = aj.load_module(Path(__file__).with_name("fourteen_policies.py")).get_config(small)
+    md1 = study.stages["md1"]
+
+    def arm(objective: aj.DirectAlignment | aj.IterativeAlignment | aj.OpponentAlignment, *samplers: aj.Sampler):
+        """Returns another objective on what these samplers write."""
+        return replace(md1, objective=objective, data=replace(md1.data, samplers=samplers), keep_at=())
+
+    online_ipo = aj.DirectAlignment(partial(aj.losses.online_ipo, tau=TAU))
+    iterations = replace(md1.loop, epochs=2, minibatches=2)
+    arms = {
+        "online_ipo": arm(online_ipo, aj.policy, aj.policy),
+        "ipo_md": arm(online_ipo, aj.mixture(BETA), aj.mixture(BETA)),
+        "online_dpo": arm(aj.DirectAlignment(partial(aj.losses.dpo, beta=0.1)), aj.policy, aj.policy),
+        "xpo": arm(
+            aj.DirectAlignment(partial(aj.losses.xpo, beta=0.1, alpha=1e-3), of_reference=(1,)),
+            aj.policy,
+            aj.reference,
+        ),
+        "inpo": replace(
+            arm(aj.IterativeAlignment(4, partial(aj.losses.inpo, tau=TAU, eta=0.1), True), *(aj.policy,) * 4),
+            loop=iterations,
+        ),
+        "sppo": replace(
+            arm(aj.IterativeAlignment(4, partial(aj.losses.sppo, eta=5.0), False), *(aj.policy,) * 4), loop=iterations
+        ),
+        "egpo": replace(
+            arm(aj.OpponentAlignment(partial(aj.losses.opponent_ipo, tau=TAU)), *(aj.policy,) * 3), extragradient=True
+        ),
+    }
+    stages = {**study.stages, **arms}
+    stages["table"] = replace(stages["table"], policies={name: name for name in (*SHOWN, *arms)})
+    kept = ancestors(stages, ["game"])
+    return replace(study, stages={name: stage for name, stage in stages.items() if name in kept})
