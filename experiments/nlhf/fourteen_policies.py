@@ -64,7 +64,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         pairs="pairs",
         truth="truth",
         adam=aj.Adam(lr=1e-3),
-        loop=aj.Loop(steps=240, batch=32),
+        loop=aj.Loop(steps=400, batch=32),
         buckets=(POST,),
         response=SUMMARY,
     )

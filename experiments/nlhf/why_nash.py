@@ -34,7 +34,7 @@ from alignjax.tasks.summary import PLAIN_QUERY
 
 POST, SUMMARY = 40, 12  # tokens
 BETA, TAU = 0.25, 0.03  # of Nash-MD; tau is RLHF's too
-STEPS, EVERY = 150, 25  # of training, and between the points of a curve
+STEPS, EVERY = 175, 25  # of training, and between the points of a curve
 
 
 def get_config(small: bool = False) -> aj.Experiment:
@@ -64,7 +64,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         pairs="pairs",
         truth="truth",
         adam=aj.Adam(lr=1e-3),
-        loop=aj.Loop(steps=200, batch=32),
+        loop=aj.Loop(steps=400, batch=32),
         buckets=(POST,),
         response=SUMMARY,
     )
