@@ -8,11 +8,13 @@ import pytest
 
 import alignjax as aj
 from alignjax.distributed import sharding, storage
+from alignjax.errors import UserError
 from alignjax.pipeline import config
 from alignjax.pipeline.experiment import Context
 from alignjax.pipeline.run import run
 from alignjax.tasks import post_world
 from alignjax.tasks.post_grammar import read_post
+from alignjax.training import data
 from tests.conftest import ROOT
 from tests.test_wiring import experiment, policy_stage
 
@@ -62,6 +64,26 @@ def test_beta_0_is_self_play_and_beta_1_the_best_response_bit_for_bit(tmp_path):
         assert all(np.array_equal(x, y) for x, y in zip(params(a), params(b), strict=True))
     for a, b in (("sp", "br"), ("md", "sp"), ("md", "br")):
         assert any(np.any(x != y) for x, y in zip(params(a), params(b), strict=True))
+
+
+# --- replies by the task's own writers ---
+
+
+def test_replies_of_the_writers_are_what_a_policy_imitates(tmp_path):
+    world = post_world.PostWorld()
+    whole = aj.Experiment(post_world.post_task(world), {"summaries": aj.TaskReplies(30)})
+    run(whole, tmp_path)
+    rows = data.read_pairs(tmp_path / "summaries" / "data", "train")
+    context = Context(whole, tmp_path, "summaries", sharding.make_mesh(whole.mesh))
+    written = set(post_world.post_summaries(world, 30, context.seed()))
+    assert {(row["prompt"], row["first"]) for row in rows} == written and len(written) == 30
+    assert {(row["second"], row["p"]) for row in rows} == {("", 1.0)}
+    assert whole.stages["summaries"].exposure(context) == aj.Exposure()
+
+
+def test_a_task_without_writers_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no writers of its own; give LoadReplies a file"):
+        run(experiment(replies=aj.TaskReplies(30)), tmp_path, only=["replies"])
 
 
 # --- why Nash ---
