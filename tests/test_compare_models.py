@@ -298,10 +298,10 @@ def test_the_experiment_fits_every_form_to_the_same_pairs_over_its_own_width():
         form, width = name.split()
         fit = whole.stages[stage]
         assert fit.form is forms[form] and fit.pairs == "pairs"
-        assert whole.stages[fit.start].model.width == int(width)
+        assert whole.stages[whole.stages[fit.start].start].model.width == int(width)
     widest = max(int(name.split()[1]) for name in compare.models)
-    assert compare.policy == whole.stages["pairs"].generator == f"base{widest}"
-    for name in ("pairs", "compare", "paper32"):
+    assert compare.policy == whole.stages["pairs"].generator == f"sft{widest}"
+    for name in ("pairs", "compare", "paper48"):
         whole.stages[name].check(Context(whole, None, name, mesh()))
 
 

@@ -219,7 +219,7 @@ def test_a_stage_rates_the_policies_of_each_judge(workdir):
     for one, found in zip(numbers, read(workdir, "win_rates.json"), strict=True):
         assert one["policies"] == found["policies"] and one["bootstrap"]["is_paired"]
         np.testing.assert_allclose(one["win_rate"], found["win_rate"], atol=1e-15)
-    assert "## Ratings of the pool, judge: soft" in (workdir / "report.md").read_text()
+    assert "## Ratings of the pool, judge: soft" in (workdir / "ratings" / "section.md").read_text()
 
 
 def outputs(workdir, folder, form):

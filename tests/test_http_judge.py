@@ -487,7 +487,7 @@ def label(monkeypatch):
         ]
 
     monkeypatch.setattr(Writing, "generator", lambda *_: generate)
-    monkeypatch.setattr(Context, "load", lambda *_: SimpleNamespace())
+    monkeypatch.setattr(Context, "load", lambda *_: SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text: [0])))
     monkeypatch.setattr("alignjax.pipeline.stages.label.function_of", lambda *_: None)
     monkeypatch.setattr(
         "alignjax.pipeline.stages.label.data.write_pairs", lambda *_: None

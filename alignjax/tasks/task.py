@@ -103,6 +103,14 @@ class Shorten(Protocol):
         ...
 
 
+class RepliesOfSource(Protocol):
+    """Replies by a task's own writers."""
+
+    def __call__(self, source: Any, count: int, seed: int, /) -> Sequence[tuple[str, str]]:
+        """Returns up to ``count`` training prompts of the source with a reply to each."""
+        ...
+
+
 class Messages(Protocol):
     """Turns a prompt into what a chat model is asked."""
 

@@ -47,7 +47,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         documents=4000,
         row=96,
         adam=aj.Adam(lr=2e-3, warmup=5, weight_decay=0.01),
-        loop=aj.Loop(steps=20, batch=12),
+        loop=aj.Loop(steps=20, batch=16),
     )
     sft = aj.FineTune(
         start="base",
