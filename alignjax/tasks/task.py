@@ -156,9 +156,7 @@ class Task:
     score: Score | None = None
     messages: Messages = one_message
     corpus_of_source: Callable[[Any, int, int], Sequence[str]] | None = None  # (source, count, seed) -> documents
-    replies_of_source: Callable[[Any, int, int], Sequence[tuple[str, str]]] | None = (
-        None  # -> (prompt, reply) to imitate
-    )
+    replies_of_source: RepliesOfSource | None = None  # the task's own writers, to imitate
     questions: tuple[Template, ...] = ()  # how a rater is asked for the quality of each affix pair
     evaluation_questions: dict[str, Template] = dataclasses.field(default_factory=dict)  # quality -> how a rater judges
     shorten: Shorten | None = None  # what is asked where a prompt is too long; None: such a prompt is left out

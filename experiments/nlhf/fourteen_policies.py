@@ -80,7 +80,8 @@ def get_config(small: bool = False) -> aj.Experiment:
     )
     prompts = 1000
     if small:
-        sft = replace(sft, loop=aj.Loop(steps=20, batch=8))
+        base = replace(base, loop=aj.Loop(steps=20, batch=8))
+        sft = replace(sft, loop=aj.Loop(steps=60, batch=16))
         writing = replace(writing, batch=16)
         pairs = replace(pairs, prompts=96, writing=writing)
         preference = replace(preference, loop=aj.Loop(steps=6, batch=16))
@@ -121,7 +122,7 @@ def get_config(small: bool = False) -> aj.Experiment:
         task=post_world.post_task(world),
         stages={
             "base": base,
-            "summaries": aj.TaskReplies(600 if small else 16_000),
+            "summaries": aj.TaskReplies(1000 if small else 16_000),
             "sft": sft,
             "pairs": pairs,
             "truth": replace(pairs, split="validation", prompts=prompts),
