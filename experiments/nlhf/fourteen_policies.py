@@ -1,6 +1,6 @@
 """Table 1 of Nash learning from human feedback (2312.00886) in a small world: fourteen policies and one matrix.
 
-    alignjax run experiments/nlhf/fourteen_policies.py --workdir runs/fourteen              # ... minutes on two cores
+    alignjax run experiments/nlhf/fourteen_policies.py --workdir runs/fourteen   # 35 minutes on two busy cores
     alignjax run experiments/nlhf/fourteen_policies.py --workdir runs/small --set small=True
     ... --only md3                                                                 # an arm as a job of its own
 

@@ -1,6 +1,6 @@
 """Why a Nash policy and not the best policy for a reward (2312.00886, section 3.2), with language models.
 
-    alignjax run experiments/nlhf/why_nash.py --workdir runs/why_nash               # ... minutes on two cores
+    alignjax run experiments/nlhf/why_nash.py --workdir runs/why_nash               # 12 minutes on two busy cores
     alignjax run experiments/nlhf/why_nash.py --workdir runs/small --set small=True
 
 A policy summarises posts of the small world ``alignjax.tasks.post_world``. The annotators' majority is a cycle: the
