@@ -49,6 +49,16 @@ def test_a_trained_best_response_plays_against_the_policy_that_it_begins_as():
         assert arm.objective.loss.keywords == {"tau": 0.0}
 
 
+def test_an_exploiter_s_win_is_its_own_and_not_the_policy_s():
+    fourteen, world = config.load_module(FOURTEEN), post_world.PostWorld()
+    prompts = world.prompts("test", 5, 0)
+    styled = {style: [post_world.styled_summary(read_post(x), style) for x in prompts] for style in post_world.STYLES}
+    replies = {name: styled["terse"] for name in fourteen.EXPLOITED}
+    replies |= {f"against {name}": styled["careful"] for name in fourteen.EXPLOITED}
+    numbers = fourteen.exploitation(prompts, replies, world.masses).numbers
+    assert {round(found["mean_probability"], 6) for found in numbers.values()} == {0.66}
+
+
 def test_beta_0_is_self_play_and_beta_1_the_best_response_bit_for_bit(tmp_path):
     def arm(opponent):
         return policy_stage(data=dataclasses.replace(policy_stage().data, samplers=(aj.policy, opponent)))
@@ -114,9 +124,13 @@ def test_a_policy_of_one_style_is_exploited_by_the_style_that_beats_it(why):
 
 def test_the_exact_game_is_that_of_the_three_styles(why):
     world = post_world.PostWorld(facts=2)
-    exact = why.solve_game(world.masses, world.prompts("test", 1, 0)[0], [0.3, 0.3, 0.3])
+    mu = np.array([0.5, 0.3, 0.2])
+    exact = why.solve_game(world.masses, world.prompts("test", 1, 0)[0], 0.9 * mu)
     np.testing.assert_allclose(exact.nash, np.array([0.16, 0.12, 0.22]) / 0.5, atol=1e-5)
-    mixed = exact.policy ** (1 - why.BETA) * (1 / 3) ** why.BETA
+    links = np.array([[0.5, 0.72, 0.38], [0.28, 0.5, 0.66], [0.62, 0.34, 0.5]])  # of bold, careful, terse
+    ends = mu * np.exp(links @ exact.mixture / (why.TAU / (1 - why.BETA)))  # where Nash-MD-PG's mixture is stationary
+    np.testing.assert_allclose(exact.mixture, ends / ends.sum(), atol=1e-5)
+    mixed = exact.policy ** (1 - why.BETA) * mu**why.BETA
     np.testing.assert_allclose(mixed / mixed.sum(), exact.mixture, atol=1e-6)
     assert why.total_variation([0.32, 0.24, 0.44], exact.nash) < 1e-5
     assert why.total_variation([0.0, 0.0, 0.0], exact.nash) == pytest.approx(1)
