@@ -221,5 +221,6 @@ def test_a_group_and_its_loss_must_fit_each_other():
         aj.IterativeAlignment(2, ONE_FOR_ALL, regularized=False)
     with pytest.raises(UserError, match="regularized=True do not fit"):
         aj.IterativeAlignment(2, functools.partial(losses.sppo, eta=1.0), regularized=True)
-    with pytest.raises(UserError, match=r"DirectAlignment\.of_reference=\(2,\)"):
-        direct(losses.xpo, (2,), beta=0.1, alpha=0.1)
+    for wrong in ((2,), (0,), (1, 0)):
+        with pytest.raises(UserError, match=r"DirectAlignment\.of_reference=.* must be \(1,\)"):
+            direct(losses.xpo, wrong, beta=0.1, alpha=0.1)

@@ -17,7 +17,7 @@ from alignjax.pipeline import config, run
 from alignjax.pipeline.description import describe
 from alignjax.pipeline.experiment import Context, order
 from alignjax.pipeline.judges import check_held_out
-from alignjax.pipeline.stages import Label
+from alignjax.pipeline.stages import KeptPolicy, Label
 from alignjax.preferences.preference_models import bradley_terry
 from alignjax.sampling.samplers import mixture, moving_average, policy, reference
 from alignjax.tasks import summary
@@ -106,7 +106,9 @@ def test_the_arms_are_the_papers_grid_and_differ_in_nothing_else():
     assert stages["rlhf"].data.samplers == (policy, policy) and stages["rlhf"].data.preference == "reward"
     assert [stages[name].average_decay for name in ("ema1", "ema2")] == [0.999, 0.9995]
     assert [stages[name].objective.loss.keywords["tau"] for name in ("rlhf", "md1")] == [0.05, 0.008]
-    assert stages["table"].policies == {name: name for name in ["sft", *ARMS]} and stages["md1"].loop.steps == 10_000
+    averages = {f"ema{i}_avg": KeptPolicy(policy=f"ema{i}", at="average") for i in (1, 2)}
+    assert {name: stages[name] for name in averages} == averages
+    assert stages["table"].policies == {n: n for n in ["sft", *ARMS, *averages]} and stages["md1"].loop.steps == 10_000
 
 
 def test_the_policies_start_is_fine_tuned_unless_a_folder_has_been_and_nothing_else_changes():

@@ -17,6 +17,7 @@ from alignjax.tasks.post_world import (
     PostWorld,
     annotators_prefer,
     post_corpus,
+    post_summaries,
     post_task,
     style_of,
     styled_summary,
@@ -133,7 +134,14 @@ def test_the_corpus_has_the_writers_that_the_world_says():
     assert set(styles) == set(STYLES)
     assert min(styles.values()) > 440
     sloppy = Counter(style_of(*document.split("TL;DR: ")) for document in post_corpus(PostWorld(sloppy=1.0), 500, 0))
-    assert sloppy[OTHER] > 300 and sloppy[INVALID] == 0
+    assert sloppy == {OTHER: 500}
+
+
+def test_every_annotator_prefers_a_summary_to_itself_with_a_fact_told_twice():
+    for seed in range(30):
+        (plain,), (sloppy,) = (post_summaries(PostWorld(sloppy=share), 1, seed) for share in (0.0, 1.0))
+        assert plain[0] == sloppy[0] and sloppy[1].startswith(plain[1] + ", ")
+        assert annotators_prefer((0.4, 0.3, 0.3), *plain, sloppy[1]) == pytest.approx(1)
 
 
 def test_prompts_are_distinct_repeatable_and_split():

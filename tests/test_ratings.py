@@ -8,7 +8,7 @@ from alignjax.games import zoo
 from alignjax.games.nash_face import mass_ranges, maximal_lottery, maximum_entropy, nash_face
 from alignjax.games.solve import regularised_nash
 from alignjax.preferences.elo import ELO_POINTS, fit_bradley_terry
-from alignjax.preferences.rating_intervals import bootstrap, rate_fully, resampled_rates
+from alignjax.preferences.rating_intervals import bootstrap, exploitability_intervals, rate_fully, resampled_rates
 from alignjax.preferences.ratings import clone_effects, cyclic_triples, make_pool, pool_of_votes, rate_pool
 
 LETTERS = "abcdefghi"
@@ -341,16 +341,49 @@ def test_the_paired_bootstrap_is_an_independent_one_over_the_same_prompts():
         rows.append((rate, mass, fit))
     masses = np.array([mass for _, mass, _ in rows])
     nash = np.array([(rate - 0.5) @ mass for rate, mass, _ in rows])
-    worst = np.array([(rate - 0.5).max(0) for rate, *_ in rows])
     for name, values, atol in (
         ("mass", masses, 1e-9),
         ("nash", nash, 1e-9),
         ("elo", [fit for *_, fit in rows], 1e-2),
-        ("exploitability", worst, 1e-9),
     ):
         np.testing.assert_allclose(getattr(found, name).T, np.percentile(values, [2.5, 97.5], axis=0), atol=atol)
     np.testing.assert_allclose(found.condorcet, np.mean(masses == 1, axis=0))
     assert found.is_paired and found.replicates == 60 and found.seed == 9
+
+
+def test_exploitability_is_bounded_by_exact_intervals_of_all_cells_at_once():
+    """The ends are those of SciPy's binomial test at 1 - 0.05 / 2, of three policies that each meet two others."""
+    rate, n = np.array([[0.5, 0.7, 0.4], [0.3, 0.5, 0.75], [0.6, 0.25, 0.5]]), 40
+    found = exploitability_intervals(pool(rate, n))
+    for i in range(3):
+        ends = [stats.binomtest(round(rate[j, i] * n), n).proportion_ci(0.975, "exact") for j in range(3) if j != i]
+        np.testing.assert_allclose(found[i], [max(0.5, *(x.low for x in ends)) - 0.5, max(x.high for x in ends) - 0.5])
+    assert found[0, 0] == 0  # nobody surely beats it
+    soft = np.full((2, 2, 30), 0.5)
+    soft[0, 1] = np.linspace(0.2, 0.9, 30)
+    soft[1, 0] = 1 - soft[0, 1]
+    of_probabilities = exploitability_intervals(pool_of_votes("ab", soft))
+    t = stats.ttest_1samp(soft[0, 1], 0).confidence_interval(0.95)
+    np.testing.assert_allclose(of_probabilities[1], [max(t.low - 0.5, 0), t.high - 0.5], atol=1e-12)
+
+
+def test_the_exploitability_of_equal_policies_is_covered_although_the_largest_cell_is_not_zero():
+    """Eight policies draw a quality for each prompt; the better reply wins. All are equal, so the truth is 0."""
+    rng, missed, above = np.random.default_rng(0), 0, 0.0
+    for _ in range(200):
+        quality = rng.standard_normal((8, 100))
+        votes = 0.5 + 0.5 * np.sign(quality[:, None] - quality[None, :])
+        measured = pool_of_votes("abcdefgh", votes)
+        found = exploitability_intervals(measured)
+        missed += np.sum(found[:, 0] > 0)
+        above += np.mean(rate_pool(measured).exploitability > 0.02)
+    assert missed / 1600 <= 0.05 and above / 200 > 0.8
+
+
+def test_one_comparison_a_cell_has_no_intervals():
+    votes = np.full((2, 2, 1), 0.5)
+    votes[0, 1], votes[1, 0] = 1, 0
+    assert rate_fully("x", pool_of_votes("ab", votes), 20, 0).intervals is None
 
 
 def test_pairing_keeps_what_two_policies_share():

@@ -118,12 +118,12 @@ def test_a_win_rate_table_shows_rates_intervals_and_what_was_not_measured():
     assert ["mine", "0.750 [0.600, 0.900]", "-", "12.50", "1.25", "2.00"] in rows
 
 
-def judged(judge, rates, kls=(0.0, 2.0, 1.0, 5.0)):
-    """A table of a tournament whose policies over its baseline have these rates."""
+def judged(judge, means, kls=(0.0, 2.0, 1.0, 5.0)):
+    """A table of a tournament whose policies have these mean probabilities over its baseline; its votes are all wins."""
     names = ["sft", "br 40", "br 20", "rlhf"]
-    win_rate = [[0.5 if i == j else rate for j in range(4)] for i, rate in enumerate(rates)]
+    probability = [[0.5 if i == j else mean for j in range(4)] for i, mean in enumerate(means)]
     return {"policies": names, "judge": judge, "baseline": "sft", "reference": "base", "kl_to_reference": list(kls),
-            "win_rate": win_rate}  # fmt: skip
+            "win_rate": [[1.0] * 4] * 4, "mean_probability": probability}  # fmt: skip
 
 
 def test_the_judges_of_a_training_are_drawn_over_its_kl_in_order(tmp_path, monkeypatch):

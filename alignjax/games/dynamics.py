@@ -197,14 +197,14 @@ def nash_ema(h: float, beta: float) -> Dynamic:
 
 
 def fictitious_play() -> Dynamic:
-    """Returns smooth fictitious play: pi_avg' = (t pi_avg + BR_tau(pi_avg)) / (t + 1).
+    """Returns smooth fictitious play: pi_avg' = ((t + 1) pi_avg + BR_tau(pi_avg)) / (t + 2), t = 0, 1, ...
 
-    BR_tau is the best response in the regularised game.
+    BR_tau is the best response in the regularised game. The reference is the first policy of the average.
     """
 
     def update(wins: WinProbability, game: Game, t: Array, policy: Array, memory: Any) -> tuple[Array, Any]:
         response = _normalise(game.log_mu + wins(policy) / game.tau)
-        weight = 1 / (t + 2).astype(policy.dtype)  # the reference is the first policy of the average
+        weight = 1 / (t + 2).astype(policy.dtype)
         return _normalise(jnp.logaddexp(policy + jnp.log1p(-weight), response + jnp.log(weight))), memory
 
     return Dynamic(_no_memory, update)

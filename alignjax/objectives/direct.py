@@ -49,9 +49,9 @@ class DirectAlignment:
     meanings: ClassVar[dict[str, str]] = {**_PAIR_MEANINGS, "kl": f"{KL_MEANING}, where the policy wrote them"}
 
     def __post_init__(self) -> None:
-        if self.of_reference not in ((), (0,), (1,), (0, 1)):
-            raise UserError(f"DirectAlignment.of_reference={self.of_reference!r} must name responses of the pair; "
-                            "give (1,), or () where anybody may have written them")  # fmt: skip
+        if self.of_reference not in ((), (1,), (0, 1)):
+            raise UserError(f"DirectAlignment.of_reference={self.of_reference!r} must be (1,), where the policy "
+                            "writes the first response, (0, 1), or () where anybody may have written them")  # fmt: skip
 
     @property
     def on_policy(self) -> tuple[int, ...]:

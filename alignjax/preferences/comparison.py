@@ -95,6 +95,7 @@ def best_reward_model(truth: np.ndarray) -> np.ndarray:
     """Returns P(y_i > y_j) by the rewards that fit the truth best, for each prompt alone, [N, K, K].
 
     They minimise the cross-entropy of the pairs of one prompt, so no reward model has a lower one on these replies.
+    Another reward may be right about more of the pairs.
     """
     from alignjax.games import game, zoo  # SciPy's optimisers: only the end of a run needs them
 

@@ -29,8 +29,8 @@ as judges and policies ask it.
 """
 _JUDGE_NOTE = """Accuracy, calibration error and cross-entropy (nats a pair) are against the judge's probabilities;
 accuracy is over the pairs that it does not tie. Reproduced: the share of the judge's circles that are circles of the
-model's too, in the same direction. The best reward is fitted to the judge's probabilities of the replies
-to each prompt: no reward model has a lower cross-entropy on them. The judge is {judge}.
+model's too, in the same direction. The best reward is fitted to the judge's probabilities of the replies to each
+prompt: no reward model has a lower cross-entropy on them, but one may be more accurate. The judge is {judge}.
 """
 
 
@@ -90,9 +90,8 @@ def comparison_picture(numbers: Mapping[str, Any]) -> Figure:
                 [b - v for v, b in zip(values, high, strict=True)],
             ]
             axis.errorbar(settings, values, reach, marker="o", capsize=3, linewidth=1, label=curve)
-        for who, style in (("judge", "--"), ("best_reward", ":")):
-            if numbers[who] and (level := numbers[who][panel]["value"]) is not None:
-                axis.axhline(level, color="k", linestyle=style, linewidth=1, label=f"the {who.replace('_', ' ')}")
+        if numbers["judge"] and (level := numbers["judge"][panel]["value"]) is not None:
+            axis.axhline(level, color="k", linestyle="--", linewidth=1, label="the judge")
         axis.set(title=_COLUMNS[panel])
         axis.legend(fontsize=7)
     return picture

@@ -56,11 +56,12 @@ def score_against_kl(path: Path, table: Mapping[str, Any]) -> bool:
 
 
 def judges_against_kl(path: Path, tables: Sequence[Mapping[str, Any]]) -> bool:
-    """Writes the win rate over the baseline, over the KL, as every judge of a tournament sees it.
+    """Writes P(policy > baseline), over the KL, as every judge of a tournament sees it.
 
-    Policies whose names differ only behind a space ("br 20", "br 40") make one curve. Where the curve of the model that
-    a policy was trained against rises and that of a held-out judge falls, the policy exploits its model. Returns
-    whether there are several judges and a curve.
+    It is the mean of each judge's probabilities. Votes would not compare: a model that is seldom at 1/2 makes a whole
+    vote of a small margin, and people's ties count half. Policies whose names differ only behind a space ("br 20",
+    "br 40") make one curve. Where the curve of the model that a policy was trained against rises and that of a held-out
+    judge falls, the policy exploits its model. Returns whether there are several judges and a curve.
     """
     from matplotlib.figure import Figure
 
@@ -78,10 +79,10 @@ def judges_against_kl(path: Path, tables: Sequence[Mapping[str, Any]]) -> bool:
     for color, (curve, points) in enumerate(curves.items()):
         for table, line in zip(tables, ("-", "--", ":", "-.") * len(tables), strict=False):
             baseline = table["policies"].index(table["baseline"])
-            rates = [table["win_rate"][number][baseline] for _, number in points]
-            axes.plot([kl for kl, _ in points], rates, line, color=f"C{color}", marker="o", markersize=3,
+            means = [table["mean_probability"][number][baseline] for _, number in points]
+            axes.plot([kl for kl, _ in points], means, line, color=f"C{color}", marker="o", markersize=3,
                       label=f"{curve}, by {table['judge']}")  # fmt: skip
-    axes.set(xlabel=f"KL to {first['reference']}, nats a response", ylabel=f"win rate over {first['baseline']}")
+    axes.set(xlabel=f"KL to {first['reference']}, nats a response", ylabel=f"mean probability over {first['baseline']}")
     axes.legend(fontsize=8)
     write_picture(path, figure)
     return True

@@ -72,11 +72,21 @@ def _interval_note(rated: RatedPool) -> str:
     if (found := rated.intervals) is None:
         if rated.pool.comparisons is None:
             return "No intervals: the number of comparisons is not known.\n"
+        if rated.pool.comparisons.min() < 2:
+            return "No intervals: a cell has one comparison.\n"
         return "No intervals were asked for.\n"
     how = "the prompts, the same for all cells" if found.is_paired else "each cell on its own, as a binomial"
-    return (
-        f"In brackets: 95% bootstrap intervals, {found.replicates} resamples of {how}, seed {found.seed}. A mass\n"
-        "jumps where a win rate crosses 1/2, so its interval can be wide. Condorcet winner: in that share of them.\n"
+    note = (
+        f"In brackets, of {found.replicates} resamples of {how}, seed {found.seed}:\n"
+        "Elo's 95% interval; the middle 95% of lottery and Nash average, which is no interval, because they jump\n"
+        "where policies are nearly equal. Exploitability: an interval of at least 95%, from exact ones of all its\n"
+        "cells at once. Condorcet winner: in that share of the resamples.\n"
+    )
+    if found.is_paired or len(rated.pool.policies) < 3:
+        return note
+    return note + (
+        "The cells are taken to share no prompt and no reply. Those of a Tournament share both, and Elo's intervals\n"
+        "are then too narrow: give the Tournament's folder, which has the votes.\n"
     )
 
 

@@ -32,7 +32,7 @@ def write_report(workdir: Path, records: Mapping[str, Mapping[str, Any]]) -> str
         if plots.score_against_kl(workdir / f"{name}-score.png", judged[0]):
             sections.append(f"![score by the task over KL]({name}-score.png)\n")
         if plots.judges_against_kl(workdir / f"{name}-judges.png", judged):
-            sections.append(f"![win rate by every judge over KL]({name}-judges.png)\n")
+            sections.append(f"![mean probability by every judge over KL]({name}-judges.png)\n")
     for name in records:
         if section := read_text(workdir / name / "section.md"):
             sections.append(section)

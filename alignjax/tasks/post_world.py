@@ -57,8 +57,8 @@ class PostWorld:
     """Sizes of the world, who annotates and who writes. Raises UserError out of range.
 
     The last ``doubtful`` of a post's ``facts`` are doubtful. A writer of the corpus has one of ``STYLES``, each equally
-    likely, or, with probability ``sloppy``, tells any of the facts, hedged or not, one of them perhaps twice. The
-    ``query`` is one of a ``summary.Post``.
+    likely, and with probability ``sloppy`` tells one of the facts twice, which no annotator likes. The ``query`` is one
+    of a ``summary.Post``.
     """
 
     people: int = len(PEOPLE)
@@ -110,10 +110,15 @@ def sample_prompt(world: PostWorld, rng: np.random.Generator) -> str:
     return fill_query(world.query, Post(_choose(rng, SUBREDDITS), _choose(rng, TITLES).format(who=who), post))
 
 
-def styled_summary(post: PostContent, style: str) -> str:
-    """Returns the summary of one of ``STYLES``: sure facts first, in the order of the post."""
+def styled_claims(post: PostContent, style: str) -> list[tuple[str, bool]]:
+    """Returns what a summary of one of ``STYLES`` tells, (fact, whether hedged): sure facts first, as in the post."""
     doubtful = () if style == "terse" else post.doubtful
-    return write_summary(post.who, [*((f, False) for f in post.sure), *((f, style == "careful") for f in doubtful)])
+    return [*((fact, False) for fact in post.sure), *((fact, style == "careful") for fact in doubtful)]
+
+
+def styled_summary(post: PostContent, style: str) -> str:
+    """Returns the summary of one of ``STYLES``."""
+    return write_summary(post.who, styled_claims(post, style))
 
 
 def style_of(prompt: str, summary: str) -> str:
@@ -147,13 +152,11 @@ def _preferred_share(masses: tuple[float, ...], first: SummaryReading, second: S
 def write_as(world: PostWorld, prompt: str, rng: np.random.Generator) -> str:
     """Returns a summary by a writer of the corpus."""
     post = read_post(prompt)
-    if rng.random() >= world.sloppy:
-        return styled_summary(post, _choose(rng, STYLES))
-    facts = [*post.sure, *post.doubtful]
-    kept = [facts[i] for i in rng.permutation(len(facts))[: rng.integers(1, len(facts) + 1)]]
-    if rng.random() < 0.5:
-        kept.append(kept[0])
-    return write_summary(post.who, [(fact, bool(rng.random() < 0.5)) for fact in kept])
+    is_sloppy = rng.random() < world.sloppy
+    claims = styled_claims(post, _choose(rng, STYLES))
+    if is_sloppy:
+        claims.append(claims[rng.integers(len(claims))])
+    return write_summary(post.who, claims)
 
 
 def post_summaries(world: PostWorld, count: int, seed: int) -> list[tuple[str, str]]:

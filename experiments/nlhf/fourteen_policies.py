@@ -21,6 +21,7 @@ paper's for Nash-MD, and the same for ``rlhf``, whose reward is in nats.
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -28,65 +29,30 @@ import alignjax as aj
 from alignjax.preferences.statistics import mean_interval
 from alignjax.reporting.tables import markdown_table
 from alignjax.tasks import post_world
-from alignjax.tasks.summary import PLAIN_QUERY
 
-POST, SUMMARY = 40, 16  # tokens
-TAU = 0.02
-STEPS, BATCH, EVERY = 120, 48, 24
+SUMMARY = 16  # tokens
+STEPS, EVERY = 175, 35  # of training, and between the points of a curve
 DECAYS = (1 - 10 / STEPS, 1 - 5 / STEPS)  # .999 and .9995 of 10,000 steps
 EXPLOITED = ("sft", "rlhf", "sp", "md1", "br", "ema1")
 
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study; ``small`` is a short form of it."""
-    world, steps = post_world.PostWorld(facts=2, sloppy=0.4, query=PLAIN_QUERY), 6 if small else STEPS
-    every = steps // 3 if small else EVERY
-    writing = aj.Writing(max_new_tokens=SUMMARY, buckets=(POST,), batch=128)
-    base = aj.Pretrain(
-        model=aj.TransformerConfig(vocab_size=512, width=96, layers=2, heads=4, kv_heads=4, head_dim=24, hidden=288),
-        documents=4000,
-        row=96,
-        adam=aj.Adam(lr=2e-3, warmup=5, weight_decay=0.01),
-        loop=aj.Loop(steps=20, batch=12),
-    )
-    sft = aj.FineTune(
-        start="base",
-        pairs="summaries",
-        adam=aj.Adam(lr=2e-3, warmup=50, weight_decay=0.01),
-        loop=aj.Loop(steps=1000, batch=16),
-        row=96,
-    )
-    pairs = aj.Label(
-        generator="sft", method=aj.Judged(aj.Oracle("annotators")), split="train", prompts=4000, writing=writing
-    )
-    preference = aj.FitPreference(
-        start="sft",
-        pairs="pairs",
-        truth="truth",
-        adam=aj.Adam(lr=1e-3),
-        loop=aj.Loop(steps=400, batch=32),
-        buckets=(POST,),
-        response=SUMMARY,
-    )
-    nash_md = aj.TrainPolicy(
-        start="sft",
-        reference="sft",
-        objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=TAU)),
-        data=aj.OnlineData(preference="preference", samplers=(aj.policy, aj.mixture(beta=1 / 8)), prompts=5000),
-        adam=aj.Adam(lr=1e-4, warmup=5, b1=0.0, schedule="constant"),
-        loop=aj.Loop(steps=steps, batch=BATCH),
-        buckets=(POST,),
+    why = aj.load_module(Path(__file__).with_name("why_nash.py"))
+    stages = why.get_config(small).stages
+    world = replace(why.WORLD, sloppy=0.3)
+    steps, every, prompts = (6, 2, 32) if small else (STEPS, EVERY, 1000)
+    sft, pairs, preference, nash_md = (stages[name] for name in ("sft", "pairs", "preference", "nash_md_0"))
+    writing = replace(pairs.writing, max_new_tokens=SUMMARY)
+    pairs = replace(pairs, prompts=96 if small else 6000, writing=writing)
+    preference = replace(preference, loop=replace(preference.loop, steps=6 if small else 600), response=SUMMARY)
+    nash_md = replace(
+        nash_md,
+        data=replace(nash_md.data, samplers=(aj.policy, aj.mixture(beta=1 / 8))),
+        loop=replace(nash_md.loop, steps=steps),
         max_new_tokens=SUMMARY,
+        keep_at=(),
     )
-    prompts = 1000
-    if small:
-        base = replace(base, loop=aj.Loop(steps=20, batch=8))
-        sft = replace(sft, loop=aj.Loop(steps=60, batch=16))
-        writing = replace(writing, batch=16)
-        pairs = replace(pairs, prompts=96, writing=writing)
-        preference = replace(preference, loop=aj.Loop(steps=6, batch=16))
-        nash_md = replace(nash_md, loop=aj.Loop(steps=steps, batch=16), data=replace(nash_md.data, prompts=96))
-        prompts = 32
 
     def against(opponent: aj.Sampler) -> aj.TrainPolicy:
         """Returns the arm whose second response the opponent writes."""
@@ -95,7 +61,7 @@ def get_config(small: bool = False) -> aj.Experiment:
     arms = {
         "rlhf": replace(
             nash_md,
-            objective=aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=TAU), bound=5.0),
+            objective=stages["rlhf_0"].objective,
             data=replace(nash_md.data, preference="reward", samplers=(aj.policy, aj.policy)),
         ),
         "sp": against(aj.policy),
@@ -115,15 +81,15 @@ def get_config(small: bool = False) -> aj.Experiment:
         judges={"annotators": aj.Oracle("annotators"), "held_out": aj.ModelJudge("judge")},
         prompts=prompts,
         writing=writing,
-        tau=TAU,
+        tau=why.TAU,
     )
     answered = {name: name for name in EXPLOITED} | {f"against {name}": f"against_{name}" for name in EXPLOITED}
     return aj.Experiment(
         task=post_world.post_task(world),
         stages={
-            "base": base,
+            "base": stages["base"],
             "summaries": aj.TaskReplies(1000 if small else 16_000),
-            "sft": sft,
+            "sft": sft if small else replace(sft, loop=replace(sft.loop, steps=1000)),
             "pairs": pairs,
             "truth": replace(pairs, split="validation", prompts=prompts),
             "judge_pairs": replace(pairs, seed=1),

@@ -14,24 +14,24 @@ from pathlib import Path
 import alignjax as aj
 from alignjax.pipeline.experiment import ancestors
 
-TAU, BETA = 0.02, 0.25
 SHOWN = ("sft", "rlhf", "md1")  # of the fourteen
 
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the arms."""
     study = aj.load_module(Path(__file__).with_name("fourteen_policies.py")).get_config(small)
+    why = aj.load_module(Path(__file__).with_name("why_nash.py"))
     md1 = study.stages["md1"]
 
     def arm(objective: aj.DirectAlignment | aj.IterativeAlignment | aj.OpponentAlignment, *samplers: aj.Sampler):
         """Returns another objective on what these samplers write."""
         return replace(md1, objective=objective, data=replace(md1.data, samplers=samplers), keep_at=())
 
-    online_ipo = aj.DirectAlignment(partial(aj.losses.online_ipo, tau=TAU))
+    online_ipo = aj.DirectAlignment(partial(aj.losses.online_ipo, tau=why.TAU))
     iterations = replace(md1.loop, epochs=2, minibatches=2)
     arms = {
         "online_ipo": arm(online_ipo, aj.policy, aj.policy),
-        "ipo_md": arm(online_ipo, aj.mixture(BETA), aj.mixture(BETA)),
+        "ipo_md": arm(online_ipo, aj.mixture(why.BETA), aj.mixture(why.BETA)),
         "online_dpo": arm(aj.DirectAlignment(partial(aj.losses.dpo, beta=0.1)), aj.policy, aj.policy),
         "xpo": arm(
             aj.DirectAlignment(partial(aj.losses.xpo, beta=0.1, alpha=1e-3), of_reference=(1,)),
@@ -39,14 +39,15 @@ def get_config(small: bool = False) -> aj.Experiment:
             aj.reference,
         ),
         "inpo": replace(
-            arm(aj.IterativeAlignment(4, partial(aj.losses.inpo, tau=TAU, eta=0.1), True), *(aj.policy,) * 4),
+            arm(aj.IterativeAlignment(4, partial(aj.losses.inpo, tau=why.TAU, eta=0.1), True), *(aj.policy,) * 4),
             loop=iterations,
         ),
         "sppo": replace(
             arm(aj.IterativeAlignment(4, partial(aj.losses.sppo, eta=5.0), False), *(aj.policy,) * 4), loop=iterations
         ),
         "egpo": replace(
-            arm(aj.OpponentAlignment(partial(aj.losses.opponent_ipo, tau=TAU)), *(aj.policy,) * 3), extragradient=True
+            arm(aj.OpponentAlignment(partial(aj.losses.opponent_ipo, tau=why.TAU)), *(aj.policy,) * 3),
+            extragradient=True,
         ),
     }
     stages = {**study.stages, **arms}

@@ -45,7 +45,8 @@ P_TAU: Cells = {
 def table_1(title: str, paper: Cells, n: int, runs: Sequence[RunResults], tau: float) -> aj.Finding:
     """Returns P of the column's policy over the row's: of each row the paper's cells, then those of each run's judges.
 
-    With ``tau`` it is P_tau(pi > pi') = P(pi > pi') - tau KL(pi, mu) + tau KL(pi', mu) (Eq. 2), KL in nats.
+    With ``tau`` it is P_tau(pi > pi') = P(pi > pi') - tau KL(pi, mu) + tau KL(pi', mu) (Eq. 2), KL in nats. P is the
+    share of the judge's votes, as in the paper's tables; the P_tau of a Tournament is of mean probabilities.
     """
     rows: list[list[str]] = []
     for row in ROWS:

@@ -22,9 +22,8 @@ cell, the preference model's question with its answers 1 and 2, the comparisons 
 Ours, where the paper does not say: Adam at a constant 3e-5 and batches of 32, as in 2403.08635 for the same algorithm
 (which uses Adafactor); the query, and posts cut so that it has at most 512 tokens, as in 2009.01325; summaries of at
 most 64, temperature 1; the preference models' rate and one epoch; the fine-tuning's rate, batch and one epoch; of the
-held-out comparisons those of the split valid2. The arms whose result is an average of the weights (EMA1*, EMA2*) are
-left out. The paper's judge is a larger language model; here it is Flan-T5-XXL, asked in both orders without training.
-Batches of 32 divide over 16 devices; with more devices, --set mesh.tensor=4.
+held-out comparisons those of the split valid2. The paper's judge is a larger language model; here it is Flan-T5-XXL,
+asked in both orders without training. Batches of 32 divide over 16 devices; with more devices, --set mesh.tensor=4.
 """
 
 from dataclasses import replace
@@ -108,6 +107,7 @@ def get_config(
             for i, decay in ((1, 0.999), (2, 0.9995))
         },
     }
+    averages = {f"ema{i}_avg": aj.KeptPolicy(policy=f"ema{i}", at="average") for i in (1, 2)}  # EMA1*, EMA2*
     return aj.Experiment(
         task=summary.summary_task(train, test=test, query=query),
         mesh=aj.Mesh(data=1, fsdp=-1, tensor=1),
@@ -124,8 +124,9 @@ def get_config(
             "preference": fit,
             "reward": replace(fit, form=aj.bradley_terry),
             **arms,
+            **averages,
             "table": aj.Tournament(
-                policies={name: name for name in ("sft", *arms)},
+                policies={name: name for name in ("sft", *arms, *averages)},
                 reference="sft",
                 judges={"rater": aj.LanguageModelJudge("rater", summary.RATER_QUESTION)},
                 prompts=2000,

@@ -1,6 +1,6 @@
 """Why a Nash policy and not the best policy for a reward (2312.00886, section 3.2), with language models.
 
-    alignjax run experiments/nlhf/why_nash.py --workdir runs/why_nash               # 12 minutes on two busy cores
+    alignjax run experiments/nlhf/why_nash.py --workdir runs/why_nash               # 6 minutes on two cores
     alignjax run experiments/nlhf/why_nash.py --workdir runs/small --set small=True
 
 A policy summarises posts of the small world ``alignjax.tasks.post_world``. The annotators' majority is a cycle: the
@@ -35,11 +35,11 @@ from alignjax.tasks.summary import PLAIN_QUERY
 POST, SUMMARY = 40, 12  # tokens
 BETA, TAU = 0.25, 0.03  # of Nash-MD; tau is RLHF's too
 STEPS, EVERY = 175, 25  # of training, and between the points of a curve
+WORLD = post_world.PostWorld(facts=2, doubtful=1, sloppy=0.0, query=PLAIN_QUERY)
 
 
 def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study."""
-    world = post_world.PostWorld(facts=2, doubtful=1, sloppy=0.0, query=PLAIN_QUERY)
     steps, every, seeds = (12, 6, 1) if small else (STEPS, EVERY, 3)
     writing = aj.Writing(max_new_tokens=SUMMARY, buckets=(POST,), batch=128)
     base = aj.Pretrain(
@@ -95,7 +95,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             points[f"{arm} {seed} {step}"] = f"{name}_{step}"
         points[f"{arm} {seed} {steps}"] = name
     return aj.Experiment(
-        task=post_world.post_task(world),
+        task=post_world.post_task(WORLD),
         stages={
             "base": base,
             "summaries": aj.TaskReplies(1000 if small else 12_000),
@@ -107,7 +107,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             **stages,
             "course": aj.ReplyStudy(
                 policies=points,
-                function=partial(course, masses=world.masses),
+                function=partial(course, masses=WORLD.masses),
                 prompts=48 if small else 500,
                 writing=writing,
             ),
