@@ -119,7 +119,7 @@ def test_a_win_rate_table_shows_rates_intervals_and_what_was_not_measured():
 
 
 def judged(judge, means, kls=(0.0, 2.0, 1.0, 5.0)):
-    """A table of a tournament whose policies have these mean probabilities over its baseline; its votes are all wins."""
+    """A table of a tournament: these mean probabilities of its policies over its baseline, and votes that all win."""
     names = ["sft", "br 40", "br 20", "rlhf"]
     probability = [[0.5 if i == j else mean for j in range(4)] for i, mean in enumerate(means)]
     return {"policies": names, "judge": judge, "baseline": "sft", "reference": "base", "kl_to_reference": list(kls),
