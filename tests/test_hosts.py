@@ -306,3 +306,21 @@ def test_a_run_continues_with_fewer_processes_and_devices_and_loses_no_step(pret
     assert [row["step"] for row in resumed] == list(range(120))
     for a, b in zip(expected, resumed, strict=True):
         np.testing.assert_allclose(b["nll"], a["nll"], rtol=2e-3)
+
+
+def test_two_processes_go_on_together_after_a_stage_that_fails(environment, tmp_path):
+    """The stages of tests/test_keep_going.py, the command of two hosts: both skip, both run, both end with status 2."""
+    (tmp_path / "b.error").write_text("user")
+    words = ["run", str(ROOT / "tests" / "test_keep_going.py"), "--workdir", str(tmp_path), "--keep-going"]
+    launch = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    argv = [sys.executable, "-m", "alignjax", *words, *launch]
+    running = [subprocess.Popen([*argv, str(me)], env=environment(1), cwd=ROOT, **pipes) for me in range(2)]
+    try:
+        ends = [exited(process) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [status for status, *_ in ends] == [2, 2]
+    assert ends[0][2][-1].startswith("alignjax: failed: b; skipped: c;")
+    assert {path.parent.name for path in tmp_path.glob("*/stage.json")} == {"a", "d", "e"}

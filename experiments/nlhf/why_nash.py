@@ -123,7 +123,7 @@ class Point(NamedTuple):
     step: int
     shares: list[float]  # of its summaries, by style
     exploitability: float  # what the best style wins against it: max over styles of P(style > policy) - 1/2
-    interval: tuple[float, float]
+    interval: tuple[float, float]  # Student's, of the style that is the best on these prompts
 
 
 class ExactGame(NamedTuple):
