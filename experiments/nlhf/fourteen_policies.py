@@ -10,15 +10,19 @@ fitted to the same pairs: ``sp`` is self-play, ``md1`` to ``md6`` Nash-MD with b
 response to ``sft``, ``ema1`` and ``ema2`` Nash-EMA, ``ema1_avg`` and ``ema2_avg`` their averaged weights. All arms
 share their prompts and random numbers.
 
-``table``: the annotators judge (P*), and ``held_out``, a preference model fitted to other pairs. ``game`` rates the
-pool. ``exploited``: what a best response wins that is trained against a policy. ``hacking``: ``br`` and ``md1`` over
-their training, by the preference model that they are trained against and by the annotators.
+The stages up to the two models are those of ``why_nash.py``, with more pairs, longer fits, and writers of whom three in
+ten tell a fact twice. A policy has something to learn from every annotator there, and beats ``sft``.
 
-The decays of the averages are the paper's in units of the training, which has 10,000 steps there. tau is 2.5 times the
-paper's for Nash-MD, and the same for ``rlhf``, whose reward is in nats.
+``table``: the annotators judge (P*), and ``held_out``, a preference model fitted to other pairs. ``game`` rates the
+pool. ``exploited``: what the best single style wins against a policy, and what a best response does that is trained
+against it for as many steps. ``hacking``: ``br`` and ``md1`` over their training, by the preference model that they are
+trained against and by the annotators.
+
+The decays of the averages are the paper's in units of the training, which has 10,000 steps there. tau is that of
+``why_nash.py`` for all arms; the reward of ``rlhf`` is in nats.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +38,7 @@ SUMMARY = 16  # tokens
 STEPS, EVERY = 175, 35  # of training, and between the points of a curve
 DECAYS = (1 - 10 / STEPS, 1 - 5 / STEPS)  # .999 and .9995 of 10,000 steps
 EXPLOITED = ("sft", "rlhf", "sp", "md1", "br", "ema1")
+StyleWins = Callable[[Sequence[float], Sequence[str], Sequence[str]], np.ndarray]
 
 
 def get_config(small: bool = False) -> aj.Experiment:
@@ -74,7 +79,7 @@ def get_config(small: bool = False) -> aj.Experiment:
     averages = {f"ema{i}_avg": aj.KeptPolicy(policy=f"ema{i}", at="average") for i in (1, 2)}
     policies = ("sft", *arms, *averages)
     courses = {f"{arm}_{step}": aj.KeptPolicy(policy=arm, at=step) for arm in ("br", "md1") for step in followed}
-    exploiters = {f"against_{name}": exploiter(nash_md, name, steps // 3) for name in EXPLOITED}
+    exploiters = {f"against_{name}": exploiter(nash_md, name) for name in EXPLOITED}
     table = aj.Tournament(
         policies={name: name for name in policies},
         reference="sft",
@@ -103,7 +108,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             **exploiters,
             "exploited": aj.ReplyStudy(
                 policies=answered,
-                function=partial(exploitation, masses=world.masses),
+                function=partial(exploitation, masses=world.masses, best_style_wins=why.best_style_wins),
                 prompts=prompts,
                 writing=writing,
             ),
@@ -121,7 +126,7 @@ def get_config(small: bool = False) -> aj.Experiment:
     )
 
 
-def exploiter(nash_md: aj.TrainPolicy, policy: str, steps: int) -> aj.TrainPolicy:
+def exploiter(nash_md: aj.TrainPolicy, policy: str) -> aj.TrainPolicy:
     """Returns the training of a best response to a policy, which it begins as; no KL holds it back."""
     return replace(
         nash_md,
@@ -129,19 +134,27 @@ def exploiter(nash_md: aj.TrainPolicy, policy: str, steps: int) -> aj.TrainPolic
         reference=policy,  # the opponent
         objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=0.0)),
         data=replace(nash_md.data, samplers=(aj.policy, aj.reference)),
-        loop=replace(nash_md.loop, steps=steps),
     )
 
 
-def exploitation(prompts: Sequence[str], replies: Mapping[str, Sequence[str]], masses: Sequence[float]) -> aj.Finding:
-    """Returns what the annotators say of a policy and of the best response that was trained against it."""
+def exploitation(
+    prompts: Sequence[str], replies: Mapping[str, Sequence[str]], masses: Sequence[float], best_style_wins: StyleWins
+) -> aj.Finding:
+    """Returns what the annotators say of a policy against one style and against the response trained to beat it."""
     rows, numbers = [], {}
     for name in EXPLOITED:
         pairs = zip(prompts, replies[f"against {name}"], replies[name], strict=True)
-        p = np.array([post_world.annotators_prefer(masses, *pair) for pair in pairs])
-        low, high = mean_interval(p, (0, 1))
-        numbers[name] = {"mean_probability": float(p.mean()), "low": low, "high": high, "n": len(p)}
-        rows.append([name, f"{p.mean():.3f} [{low:.3f}, {high:.3f}]"])
-    text = markdown_table(["policy", "P(its best response > policy)"], rows)
-    note = "The best response begins as the policy and learns from the preference model. The annotators judge.\n"
-    return aj.Finding(f"## What a trained best response wins\n\n{text}\n{note}", {}, numbers)
+        trained = np.array([post_world.annotators_prefer(masses, *pair) for pair in pairs])
+        found = {"best_style": best_style_wins(masses, prompts, replies[name]), "trained": trained}
+        cells, numbers[name] = [], {"n": len(prompts)}
+        for who, p in found.items():
+            low, high = mean_interval(p, (0, 1))
+            numbers[name][who] = {"mean_probability": float(p.mean()), "low": low, "high": high}
+            cells.append(f"{p.mean():.3f} [{low:.3f}, {high:.3f}]")
+        rows.append([name, *cells])
+    text = markdown_table(["policy", "P(best style > policy)", "P(trained response > policy)"], rows)
+    note = (
+        "The best style: every summary is bold, or every one careful, or terse, whichever wins most here. The trained\n"
+        "response begins as the policy and learns from the preference model to beat it. The annotators judge.\n"
+    )
+    return aj.Finding(f"## How far a policy can be exploited\n\n{text}\n{note}", {}, numbers)

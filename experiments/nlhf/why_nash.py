@@ -153,18 +153,20 @@ def read_point(masses: Sequence[float], name: str, prompts: Sequence[str], repli
     """Returns what annotators see in a policy's replies; the name is "arm seed step"."""
     arm, seed, step = name.split()
     styles = [post_world.style_of(x, y) for x, y in zip(prompts, replies, strict=True)]
-    wins = np.array(
-        [
-            [
-                post_world.annotators_prefer(masses, x, post_world.styled_summary(read_post(x), style), y)
-                for style in STYLES
-            ]
-            for x, y in zip(prompts, replies, strict=True)
-        ]
-    )
-    best = wins[:, np.argmax(wins.mean(0))] - 0.5
     shares = [styles.count(style) / len(styles) for style in STYLES]
+    best = best_style_wins(masses, prompts, replies) - 0.5
     return Point(arm, int(seed), int(step), shares, float(best.mean()), mean_interval(best, (-0.5, 0.5)))
+
+
+def best_style_wins(masses: Sequence[float], prompts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    """Returns P(summary of one style > reply) for each prompt [N], of the style that wins most over these replies."""
+    pairs = list(zip(prompts, replies, strict=True))
+    styled = [[post_world.styled_summary(read_post(x), style) for x in prompts] for style in STYLES]
+    wins = [
+        [post_world.annotators_prefer(masses, x, best, y) for best, (x, y) in zip(texts, pairs, strict=True)]
+        for texts in styled
+    ]
+    return np.array(max(wins, key=sum))
 
 
 def total_variation(shares: Sequence[float], policy: np.ndarray) -> float:
