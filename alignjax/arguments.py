@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import alignjax
+from alignjax.errors import UserError
 
 OUTPUT_FORMATS = ("alpaca_eval", "arena_hard", "mt_bench")
 """The formats of ``alignjax outputs`` (``reporting.exchange.FORMATS``)."""
 _STAGE_OR_FOLDER = "a Hugging Face folder, or the folder WORKDIR/NAME of a finished stage"
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed command line. Ends the process after --help without a FILE, and on wrong usage."""
+    arguments = build_parser().parse_args(argv)
+    if vars(arguments).get("file", "") is None:
+        if arguments.help:
+            arguments.parser.print_help()
+            sys.exit(0)
+        arguments.parser.error("FILE is missing; give an experiment, such as experiments/quickstart.py")
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,15 +74,18 @@ def _add_table(commands: Any) -> None:
 def _add_experiment_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     """Adds a command on an experiment file. Its --help shows the file's own settings (``show_settings``)."""
     parser = commands.add_parser(name, help=summary, description=summary, add_help=False)
-    _add_experiment(parser)
-    parser.add_argument("-h", "--help", action="store_true", help="show the settings of the experiment file")
+    parser.set_defaults(parser=parser)
+    _add_experiment(parser, nargs="?")
+    parser.add_argument("-h", "--help", action="store_true", help="with FILE: show the settings of the experiment")
     parser.add_argument("--workdir", metavar="WORKDIR", help="the folder that everything is written to")
     return parser
 
 
-def _add_experiment(parser: argparse.ArgumentParser) -> None:
-    """Adds the experiment file and --set."""
-    parser.add_argument("file", metavar="FILE", help="an experiment: a Python file that defines get_config()")
+def _add_experiment(parser: argparse.ArgumentParser, **options: Any) -> None:
+    """Adds the experiment file, with options of argparse, and --set."""
+    parser.add_argument(
+        "file", metavar="FILE", help="an experiment: a Python file that defines get_config()", **options
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="change a value of the experiment; repeatable"
     )
@@ -161,7 +179,8 @@ def _add_rate(commands: Any) -> None:
     parser.add_argument(
         "file", metavar="FILE",
         help='the folder WORKDIR/NAME of a finished Tournament, its win_rates.json, JSON {"policies": [...], '
-        '"win_rate": [[...]], "n": optional}, or a CSV matrix with names in its first row and column',
+        '"win_rate": [[...]], "n": optional}, or a CSV matrix with names in its first row and column; '
+        "a cell says how often its row's policy beats its column's",
     )  # fmt: skip
     parser.add_argument(
         "--bootstrap", type=int, default=1000, metavar="N", help="intervals from N resamples (1000); 0: none"
@@ -170,7 +189,7 @@ def _add_rate(commands: Any) -> None:
     parser.add_argument(
         "--probabilities", action="store_true", help="rate the means of the judge's probabilities, not its votes"
     )
-    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE as JSON, another than the input")
     parser.set_defaults(command="rate")
 
 
@@ -192,3 +211,30 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         "--stop", metavar="TEXT", help="end a reply at TEXT too, not only at the tokenizer's end tokens"
     )
     parser.add_argument("--chat", action="store_true", help="put prompts into the tokenizer's chat template")
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Returns the settings that --set gives, path -> text."""
+    return dict(_split_setting(text) for text in arguments.set)
+
+
+def _split_setting(text: str) -> tuple[str, str]:
+    """Returns (path, text) of PATH=VALUE. Raises UserError when it has another form."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"--set {text!r} is not PATH=VALUE; write, for example, --set nash_md.adam.lr=1e-4")
+    return name, value
+
+
+def json_target(text: str | None, source: Path) -> Path | None:
+    """Returns the file of --json. Raises UserError where it is the input, or cannot be written."""
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(
+            f"--json={text} is {'a folder' if path.is_dir() else 'in no folder that is there'}; name a file"
+        )
+    if path.resolve() == source.resolve():
+        raise UserError(f"--json={text} is the file that is read; name another")
+    return path

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignjax.arguments import build_parser
+from alignjax.arguments import json_target, parse_arguments, settings_of
 from alignjax.errors import RUN_AGAIN, RunAgain, UserError, one_line
 from alignjax.pipeline import config
 from alignjax.terminal import prepare_terminal, require_encodable
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     continues the work."""
     prepare_terminal()
     try:
-        arguments = build_parser().parse_args(require_encodable(sys.argv[1:] if argv is None else argv))
+        arguments = parse_arguments(require_encodable(sys.argv[1:] if argv is None else argv))
         status = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()  # here, where a full disk or a closed pipe is answered
         return status
@@ -63,7 +63,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 def run_command(arguments: argparse.Namespace) -> int:
     """Runs an experiment's stages that are not finished, as one process or as one of several."""
     if arguments.help:
-        return show_settings(arguments.file, _settings(arguments))
+        return show_settings(arguments.file, settings_of(arguments))
     workdir = _workdir(arguments)
     from alignjax.distributed import storage
     from alignjax.distributed.hosts import Launch, connect
@@ -72,7 +72,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     hosts = connect(Launch(arguments.coordinator, arguments.processes, arguments.process))
     try:
         with storage.bucket_errors(workdir):
-            experiment = load_experiment(arguments.file, _settings(arguments))
+            experiment = load_experiment(arguments.file, settings_of(arguments))
             run.run(experiment, workdir, arguments.only, arguments.redo, hosts, arguments.keep_going)
     except (UserError, RunAgain, OSError) as error:
         _end_processes(hosts, workdir, error)
@@ -105,12 +105,12 @@ def _exit_status(error: Exception) -> int:
 def table_command(arguments: argparse.Namespace) -> int:
     """Shows the tables of a finished run and writes its report again."""
     if arguments.help:
-        return show_settings(arguments.file, _settings(arguments))
+        return show_settings(arguments.file, settings_of(arguments))
     from alignjax.distributed import sharding, storage
     from alignjax.pipeline import run
 
     sharding.available_devices()  # raises UserError where there are none
-    experiment, workdir = load_experiment(arguments.file, _settings(arguments)), _workdir(arguments)
+    experiment, workdir = load_experiment(arguments.file, settings_of(arguments)), _workdir(arguments)
     with storage.bucket_errors(workdir):
         run.show_report(experiment, workdir, arguments.keep_going)
     return 0
@@ -120,9 +120,10 @@ def plan_command(arguments: argparse.Namespace) -> int:
     """Compiles an experiment's stages for the given topologies and prints what they need."""
     from alignjax.planning import plan, topology
 
+    target = json_target(arguments.json, Path(arguments.file))
     topology.prepare_environment(shape for name in arguments.topology for shape in plan.expand_topology(name))
     meshes = [plan.parse_mesh(text) for text in arguments.mesh]
-    experiment = load_experiment(arguments.file, _settings(arguments))
+    experiment = load_experiment(arguments.file, settings_of(arguments))
     rows = []
     for row in plan.plan(experiment, arguments.topology, meshes, arguments.only, arguments.every_bucket):
         rows.append(row)
@@ -130,8 +131,8 @@ def plan_command(arguments: argparse.Namespace) -> int:
     print(plan.plan_table(rows), plan.smallest_fit(rows), sep="\n\n")
     if arguments.largest:
         print(plan.largest_arrays(rows))
-    if arguments.json:
-        plan.write_plan(Path(arguments.json).expanduser(), rows)
+    if target:
+        plan.write_plan(target, rows)
     return 0
 
 
@@ -203,11 +204,12 @@ def rate_command(arguments: argparse.Namespace) -> int:
         if not 0 <= (value := vars(arguments)[name]) <= high:
             raise UserError(f"--{name}={value} must be at least 0 and at most {high}")
     path = storage.parse_path(arguments.file)
+    target = json_target(arguments.json, path)
     with storage.bucket_errors(path):
         pools = read_pools(path, arguments.probabilities)
     rated = [rate_fully(title, pool, arguments.bootstrap, arguments.seed) for title, pool in pools]
-    if arguments.json:
-        storage.write_json(Path(arguments.json).expanduser(), list(map(rating_numbers, rated)))
+    if target:
+        storage.write_json(target, list(map(rating_numbers, rated)))
     print("\n".join(map(rating_section, rated)))
     return 0
 
@@ -266,19 +268,6 @@ def show_settings(path: str, settings: Mapping[str, str]) -> int:
     for name, value in config.leaves(load_experiment(path, settings)):
         print(f"  {name.removeprefix('stages.')} = {config.display(value)}")
     return 0
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, str]:
-    """Returns the settings that --set gives, path -> text."""
-    return dict(_split_setting(text) for text in arguments.set)
-
-
-def _split_setting(text: str) -> tuple[str, str]:
-    """Returns (path, text) of PATH=VALUE. Raises UserError when it has another form."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"--set {text!r} is not PATH=VALUE; write, for example, --set nash_md.adam.lr=1e-4")
-    return name, value
 
 
 def _workdir(arguments: argparse.Namespace) -> Path:

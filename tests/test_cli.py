@@ -159,7 +159,7 @@ def test_a_file_that_defines_no_experiment_is_refused(capfd, tmp_path, text, mes
         ("base.loop.batch=4008", "base: 4000 examples do not fill one batch of 4008"),
         ("nash_md.data.samplers.1.beta=2", "nash_md.data.samplers.1.beta=2: Sampler.beta=2.0 must be in [0, 1]"),
         ("nash_md.data.samplers.1.beta=-1", "Sampler.beta=-1.0 must be in [0, 1]"),
-        ("nash_md.objective.loss.tau=-1", "nash_md.objective: tau=-1.0 must not be negative"),
+        ("nash_md.objective.loss.tau=-1", "nash_md.objective: tau=-1.0 must be finite and not negative"),
         ("truth.method.judge.name=none", "truth: task 'sandbox-harmless' has no oracle 'none'; it has oracle, "),
         ("annotated.method.error=1.5", "Judged.error=1.5 must be in [0, 1]"),
         ("task.template.answer=", "task 'sandbox-harmless' has no template.answer"),
@@ -566,3 +566,14 @@ def test_a_tokenizer_that_is_not_read_for_its_config_names_that(checkpoint):
     edit(checkpoint / "config.json", tie_word_embeddings="no")
     with pytest.raises(UserError, match=r"config\.json has an invalid value .*tie_word_embeddings.*; correct it"):
         huggingface.read_tokenizer(checkpoint)
+
+
+def test_help_without_a_file_is_that_of_the_command(capfd):
+    for command in ("run", "table"):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        out = capfd.readouterr().out
+        assert end.value.code == 0 and f"usage: alignjax {command}" in out and "--keep-going" in out
+        with pytest.raises(SystemExit) as end:
+            main([command])
+        assert end.value.code == 2 and "FILE is missing; give an experiment" in capfd.readouterr().err

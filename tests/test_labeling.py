@@ -267,3 +267,29 @@ def test_a_prompt_too_long_to_answer_is_left_out_and_not_asked_again():
     pairs, tries = rlcd(writer, TASK, PLAIN[:8], range(8), 0)
     assert len(pairs) == 7 and long not in {pair.prompt for pair in pairs}
     assert len([asked for asked in writer.asked if asked[1] == 3]) == 2 and tries == len(writer.asked) - 2
+
+
+@pytest.mark.parametrize(
+    ("oracle", "words"),
+    [
+        (lambda *_: 1.5, "said 1.5 of 'b' and 'a'; let it return"),
+        (lambda *_: float("nan"), "said nan of"),
+        (lambda *_: "0.9", "said '0.9' of"),
+        (lambda *_: None, "said None of"),
+        (lambda *_: True, "said True of"),
+        (
+            lambda x, y, z: 0.9 if y > z else 0.3,
+            "said 0.9 of 'b' and 'a', and 0.3 of them exchanged; let both sum to 1",
+        ),
+    ],
+)
+def test_an_oracle_that_is_no_preference_is_refused_by_name(oracle, words):
+    with pytest.raises(UserError, match=r"^the oracle <lambda> said") as error:
+        oracle_judge(oracle)(["x", "x"], ["b", "c"], ["a", "a"])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_oracle_judges_each_pair_of_its_prompt():
+    judge = oracle_judge(lambda x, y, z: 0.5 + 0.5 * (np.sign(y.count(x) - z.count(x))))
+    assert judge(["a", "b", "a"], ["aa", "a", "b"], ["a", "b", "b"]).tolist() == [1.0, 0.0, 0.5]
+    assert judge([], [], []).shape == (0,)

@@ -163,23 +163,23 @@ def test_next_token_is_the_mean_over_real_tokens():
 def test_weights_out_of_range_are_refused():
     zeros = jnp.zeros((1, 1))
     for loss in (losses.nash_md, losses.regularized_policy_gradient):
-        for tau in (-1, float("nan")):
-            with pytest.raises(UserError, match=f"tau={tau} must not be negative"):
+        for tau in (-1, float("nan"), float("inf")):
+            with pytest.raises(UserError, match=f"tau={tau} must be finite and not negative"):
                 loss(zeros, zeros, zeros > 0, zeros[0], tau=tau)
-    for weight in (0.0, -1.0, float("nan")):
-        with pytest.raises(UserError, match=f"beta={weight} must be positive"):
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"beta={weight} must be finite and positive"):
             losses.dpo(zeros[0], zeros[0], zeros[0], beta=weight)
         for loss in (losses.ipo, losses.online_ipo):
-            with pytest.raises(UserError, match=f"tau={weight} must be positive"):
+            with pytest.raises(UserError, match=f"tau={weight} must be finite and positive"):
                 loss(zeros[0], zeros[0], zeros[0], tau=weight)
-        with pytest.raises(UserError, match=f"tau={weight} must be positive"):
+        with pytest.raises(UserError, match=f"tau={weight} must be finite and positive"):
             losses.opponent_ipo(zeros[0], zeros[0], zeros[0], zeros[0], tau=weight)
-        with pytest.raises(UserError, match=f"eta={weight} must be positive"):
+        with pytest.raises(UserError, match=f"eta={weight} must be finite and positive"):
             losses.inpo(zeros, zeros[None], zeros, tau=0.1, eta=weight)
-        with pytest.raises(UserError, match=f"eta={weight} must be positive"):
+        with pytest.raises(UserError, match=f"eta={weight} must be finite and positive"):
             losses.sppo(zeros, zeros[None], eta=weight)
-    for weight in (-1.0, float("nan")):
-        with pytest.raises(UserError, match=f"alpha={weight} must not be negative"):
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=f"alpha={weight} must be finite and not negative"):
             losses.xpo(zeros[0], zeros[0], zeros[0], beta=0.1, alpha=weight)
         with pytest.raises(UserError, match=f"tau={weight} must be in"):
             losses.inpo(zeros, zeros[None], zeros, tau=weight, eta=0.1)

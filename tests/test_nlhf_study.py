@@ -10,7 +10,7 @@ import alignjax as aj
 from alignjax.distributed import sharding, storage
 from alignjax.errors import UserError
 from alignjax.pipeline import config
-from alignjax.pipeline.experiment import Context, ancestors
+from alignjax.pipeline.experiment import Context, ancestors, order
 from alignjax.pipeline.run import run
 from alignjax.tasks import post_world
 from alignjax.tasks.post_grammar import read_post
@@ -21,6 +21,16 @@ from tests.test_wiring import experiment, policy_stage
 FOURTEEN, WHY = (ROOT / "experiments" / "nlhf" / f"{name}.py" for name in ("fourteen_policies", "why_nash"))
 POLICIES = ["sft", "rlhf", "sp", "md1", "md2", "md3", "md4", "md5", "md6", "br", "ema1", "ema2"]
 POLICIES += ["ema1_avg", "ema2_avg"]
+
+
+@pytest.mark.parametrize("small", ["False", "True"])
+@pytest.mark.parametrize("name", ["why_nash", "fourteen_policies", "objectives", "taus", "preference_models"])
+def test_nothing_that_can_be_known_to_fail_is_in_the_studies(name, small, tmp_path):
+    whole = config.load(ROOT / "experiments" / "nlhf" / f"{name}.py", {"small": small})
+    mesh = sharding.make_mesh(aj.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    assert order(whole.stages) == list(whole.stages)
+    for stage in whole.stages:
+        whole.stages[stage].check(Context(whole, tmp_path, stage, mesh))
 
 
 # --- the arms ---
@@ -59,7 +69,7 @@ def test_an_exploiter_s_win_is_its_own_and_not_the_policy_s():
     styled = {style: [post_world.styled_summary(read_post(x), style) for x in prompts] for style in post_world.STYLES}
     replies = {name: styled["terse"] for name in fourteen.EXPLOITED}
     replies |= {f"against {name}": styled["careful"] for name in fourteen.EXPLOITED}
-    numbers = fourteen.exploitation(prompts, replies, world.masses, wins).numbers
+    numbers = fourteen.exploitation(prompts, replies, post_world.MASSES, wins).numbers
     assert {round(found["trained"]["mean_probability"], 6) for found in numbers.values()} == {0.66}
     assert {round(found["best_style"]["mean_probability"], 6) for found in numbers.values()} == {0.66}
 
@@ -103,6 +113,12 @@ def test_a_task_without_writers_is_refused(tmp_path):
 # --- why Nash ---
 
 
+def test_the_annotators_who_label_are_those_of_the_study():
+    whole = config.load(WHY, {"masses": "(0.5, 0.3, 0.2)"})
+    assert whole.stages["course"].function.keywords["masses"] == (0.5, 0.3, 0.2)
+    assert whole.task.oracles["annotators"].args == ((0.5, 0.3, 0.2),)
+
+
 @pytest.fixture(scope="module")
 def why():
     return config.load_module(WHY)
@@ -111,14 +127,14 @@ def why():
 def point_of(why, style, prompts):
     """What is read of a policy that writes one style always."""
     replies = [post_world.styled_summary(read_post(x), style) for x in prompts]
-    return why.read_point(post_world.PostWorld().masses, f"rlhf 2 {STEP}", prompts, replies)
+    return why.read_point(post_world.MASSES, f"rlhf 2 {STEP}", prompts, replies)
 
 
 STEP = 50
 
 
 def test_a_policy_of_one_style_is_exploited_by_the_style_that_beats_it(why):
-    complete, brief, faithful = post_world.PostWorld().masses
+    complete, brief, faithful = post_world.MASSES
     prompts = post_world.PostWorld(facts=2).prompts("test", 20, 0)
     for style, beaten_by in (("bold", brief + faithful), ("careful", complete + brief), ("terse", complete + faithful)):
         point = point_of(why, style, prompts)
@@ -130,7 +146,7 @@ def test_a_policy_of_one_style_is_exploited_by_the_style_that_beats_it(why):
 def test_the_exact_game_is_that_of_the_three_styles(why):
     world = post_world.PostWorld(facts=2)
     mu = np.array([0.5, 0.3, 0.2])
-    exact = why.solve_game(world.masses, world.prompts("test", 1, 0)[0], 0.9 * mu)
+    exact = why.solve_game(post_world.MASSES, world.prompts("test", 1, 0)[0], 0.9 * mu)
     np.testing.assert_allclose(exact.nash, np.array([0.16, 0.12, 0.22]) / 0.5, atol=1e-5)
     links = np.array([[0.5, 0.72, 0.38], [0.28, 0.5, 0.66], [0.62, 0.34, 0.5]])  # of bold, careful, terse
     ends = mu * np.exp(links @ exact.mixture / (why.TAU / (1 - why.BETA)))  # where Nash-MD-PG's mixture is stationary

@@ -189,7 +189,7 @@ def drawn_by(*samplers):
     ({"objective": inpo(2), "data": drawn_by(aj.policy, aj.mixture(0.5))}, r"samplers\[1\] is not the policy"),
     ({"objective": inpo(2), "data": aj.OfflineData("labels")}, "responses that the policy has just written"),
     ({"objective": inpo(3, eta=0.1)}, r"wrong\.objective: tau=0\.3 must be in \[0, eta=0\.1\]"),
-    ({"objective": sppo(3, eta=0.0)}, r"eta=0\.0 must be positive"),
+    ({"objective": sppo(3, eta=0.0)}, r"eta=0\.0 must be finite and positive"),
     ({"objective": direct(losses.xpo, (1,), beta=0.1, alpha=0.1), "data": drawn_by(aj.policy, aj.policy)},
      r"samplers\[1\] is not the reference, .* put aj\.reference there"),
     ({"objective": direct(losses.xpo, (1,), beta=0.1, alpha=0.1), "data": drawn_by(aj.reference, aj.reference)},

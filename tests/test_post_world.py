@@ -12,6 +12,7 @@ from alignjax.games import solve
 from alignjax.tasks.post_grammar import PEOPLE, PostContent, SummaryReading, read_post, read_summary, write_summary
 from alignjax.tasks.post_world import (
     INVALID,
+    MASSES,
     OTHER,
     STYLES,
     PostWorld,
@@ -24,7 +25,6 @@ from alignjax.tasks.post_world import (
 )
 from alignjax.tasks.summary import PLAIN_QUERY, T5_QUERY, TLDR_QUERY
 
-MASSES = PostWorld().masses
 POST = (
     "SUBREDDIT: r/family\n\nTITLE: About my boss\n\nPOST: Then my boss lied. I think my boss fell. "
     "What now? My boss quit.\n\nTL;DR:"
@@ -114,7 +114,7 @@ def test_the_nash_policy_over_every_summary_plays_the_three_styles_alone(world):
     post = read_post(prompt)
     styled = [styled_summary(post, style) for style in STYLES]
     texts = [*styled, *(text for text in canonical_summaries(post) if style_of(prompt, text) == OTHER)]
-    p = [[annotators_prefer(world.masses, prompt, a, b) for b in texts] for a in texts]
+    p = [[annotators_prefer(MASSES, prompt, a, b) for b in texts] for a in texts]
     masses = solve.nash(games.from_matrix(p)).policy[0]
     a, b, c = (p[i][j] - 0.5 for i, j in ((0, 1), (1, 2), (2, 0)))
     np.testing.assert_allclose(masses[:3], np.array([b, c, a]) / (a + b + c), atol=1e-9)
@@ -162,8 +162,6 @@ def test_prompts_are_distinct_repeatable_and_split():
         ({"facts": 1}, "facts"),
         ({"facts": 9, "known": 9}, "facts"),
         ({"doubtful": 3}, "doubtful"),
-        ({"masses": (0.5, 0.5, 0.5)}, "masses"),
-        ({"masses": (0.5, 0.5)}, "masses"),
         ({"sloppy": 1.5}, "sloppy"),
         ({"query": "no place"}, "query"),
     ],
@@ -171,6 +169,18 @@ def test_prompts_are_distinct_repeatable_and_split():
 def test_a_world_out_of_range_is_refused(settings, words):
     with pytest.raises(UserError, match=words):
         PostWorld(**settings)
+
+
+@pytest.mark.parametrize("masses", [(0.5, 0.5, 0.5), (0.5, 0.5), (1.5, -0.5, 0.0)])
+def test_annotators_that_are_no_three_shares_are_refused(masses):
+    with pytest.raises(UserError, match=r"masses=.* must be three that are not negative and sum to 1"):
+        post_task(masses=masses)
+
+
+def test_the_oracle_is_the_annotators_of_the_given_masses():
+    bold, terse = (styled_summary(READ, style) for style in ("bold", "terse"))
+    assert post_task(masses=(0.6, 0.3, 0.1)).oracles["annotators"](POST, bold, terse) == pytest.approx(0.6)
+    assert post_task().oracles["annotators"](POST, bold, terse) == pytest.approx(MASSES[0])
 
 
 def test_a_world_that_is_too_small_and_an_unknown_split_are_refused():

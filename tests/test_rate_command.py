@@ -111,24 +111,29 @@ BAD_FILES = {
     "": "is empty",
     " \n ": "is empty",
     "a\0b": "is no text",
-    b"\x89PNG\xff\xfe": "is no text",
+    b"\x89PNG\xff\xfe": "is no UTF-8 text",
+    ";a;b\na;.5;.6\nb;.4;.5": "separate its cells with commas, not ';'",
+    "\ta\tb\na\t.5\t.6": "its first row names no policy",
     "hello": "its first row names no policy",
     ",a\na,0.5": "a pool needs two policies, and this one has 1",
     ",a,b\na,.5,.6": "names ['a'] and the first row ['a', 'b']",
-    ",a,b\na,.5,.6\nb,.4": "row 3 has 2 cells and the first has 3; make it square",
+    ",a,b\na,.5,.6\nb,.4": "line 3 has 2 cells and the first has 3; make it square",
+    ",a,b\n\na,.5,.6\n\nb,.4": "line 5 has 2 cells and the first has 3; make it square",
+    ",a,b\na,.5,.61\nb,.41,.5": "P(a > b) = 0.61 and P(b > a) = 0.41 do not sum to 1; correct one of them",
     ",a,b\na,.5,.6\nc,.4,.5": "the first column names ['a', 'c'] and the first row ['a', 'b']",
     ",a,b\na,.5,.6\nb,.5,.5": "P(a > b) = 0.6 and P(b > a) = 0.5 do not sum to 1; correct one of them",
-    ",a,b\na,.5,60\nb,40,.5": "P(a > b) = 60 is not in [0, 1]",
+    ",a,b\na,.5,60\nb,40,.5": "P(a > b) = 60 is not in [0, 1]; a percentage? divide by 100",
     ",a,b\na,.5,nan\nb,.5,.5": "P(a > b) = nan is not in [0, 1]",
     ",a,b\na,.5,-\nb,.5,.5": "P(a > b) is '-', which is no number",
     ",a,b\na,.6,.5\nb,.5,.5": "P(a > a) = 0.6, and a policy ties with itself; write 0.5",
     ",a,a\na,.5,.6\na,.4,.5": "two policies are named 'a'",
     ",a,\na,.5,.6\n,.4,.5": "'' is no name of a policy",
     "[]": "it holds no table",
-    "[1]": 'it has no "policies" and "win_rate"',
+    "[1]": 'it has no "policies"; give',
     "{": "it is no JSON",
     "[" * 20000: "nested too deeply",
-    "{}": 'it has no "policies" and "win_rate"',
+    "{}": 'it has no "policies"; give',
+    NAMES + '"rate": [[0.5, 0.6], [0.4, 0.5]]}': 'it has no "win_rate"; give',
     '{"policies": 3, "win_rate": [[0.5]]}': '"policies" is 3; give a list',
     '{"policies": ["a", 2], "win_rate": [[0.5, 0.6], [0.4, 0.5]]}': "2 is no name",
     NAMES + '"win_rate": [[0.5, 0.6], [0.4]]}': "has rows of different lengths",
@@ -137,7 +142,7 @@ BAD_FILES = {
     NAMES + '"win_rate": [[0.5, [0.6]], [[0.4], 0.5]]}': "holds [0.6], which is no number",
     NAMES + '"win_rate": [[0.5, NaN], [0.4, 0.5]]}': "P(a > b) = nan is not in [0, 1]",
     NAMES + '"win_rate": [[0.5, null], [0.4, 0.5]]}': "holds None, which is no number",
-    NAMES + '"win_rate": [[0.5, 0.6], [0.4, 0.5]], "n": 0}': "n of a and b is 0",
+    NAMES + '"win_rate": [[0.5, 0.6], [0.4, 0.5]], "n": 0}': "n of a and b is 0; give",
     NAMES + '"win_rate": [[0.5, 0.6], [0.4, 0.5]], "n": [[1, 2], [3, 1]]}': "n of a and b is 2, the other way round 3",
     NAMES + '"win_rate": [[0.5, 0.6], [0.4, 0.5]], "n": [1, 2, 3]}': "n has shape [3]",
     NAMES + '"win_rate": [[0.5, 0.6], [0.4, 0.5]], "n": 1e400}': "n of a and b is inf",
@@ -161,7 +166,16 @@ def test_other_mistakes_of_the_command(capfd, tmp_path):
     assert "--bootstrap=-1 must be" in refused(capfd, "rate", a, "--bootstrap", "-1")
     assert "--seed=-1 must be" in refused(capfd, "rate", a, "--seed", "-1")
     assert "leave --probabilities out" in refused(capfd, "rate", a, "--probabilities")
-    assert "No such file" in refused(capfd, "rate", a, "--json", str(tmp_path / "no" / "out.json"))
+    assert "in no folder that is there; name a file" in refused(capfd, "rate", a, "--json", f"{tmp_path}/no/out.json")
+    assert "is a folder; name a file" in refused(capfd, "rate", a, "--json", str(tmp_path))
+    assert "is the file that is read; name another" in refused(capfd, "rate", a, "--json", a)
+    assert (tmp_path / "a.csv").read_text() == CSV
+
+
+def test_rates_that_were_rounded_take_the_mean_of_both(tmp_path):
+    (tmp_path / "a.csv").write_text(",a,b\na,,.67\nb,.34,\n")
+    [(_, found)] = read_pools(tmp_path / "a.csv", soft=False)
+    np.testing.assert_allclose(found.rate, [[0.5, 0.665], [0.335, 0.5]])
 
 
 def test_a_csv_may_be_written_by_a_spreadsheet(tmp_path):

@@ -477,7 +477,7 @@ def test_prompts_that_are_too_long_are_not_trained_on(line):
     ({"data": OnlineData(samplers=(aj.policy,), prompts=10, preference="asked")}, "writes 1 responses"),
     ({"data": aj.OfflineData("file")}, "responses that the policy has just written"),
     ({"objective": aj.RewardGradient(partial(aj.losses.regularized_policy_gradient, tau=0.1), bound=1.0)}, None),
-    ({"objective": aj.PreferenceGradient(partial(aj.losses.nash_md, tau=-1.0))}, "must not be negative"),
+    ({"objective": aj.PreferenceGradient(partial(aj.losses.nash_md, tau=-1.0))}, "must be finite and not negative"),
 ])  # fmt: skip
 def test_data_that_an_objective_cannot_learn_from_is_refused_before_anything_runs(line, changes, words):
     context = Context(line[0].with_stages(wrong=policy_stage(**changes)), line[1], "wrong", mesh())

@@ -7,6 +7,8 @@ moved = log pi(y_k | x) - log pi_t(y_k | x), and preference [B, K, K] = P(y_i > 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,10 +105,10 @@ def sppo(moved: Array, preference: Array, *, eta: float) -> Array:
 
 
 def _check_not_negative(name: str, value: float) -> None:
-    if not value >= 0:
-        raise UserError(f"{name}={value} must not be negative")
+    if not 0 <= value < math.inf:
+        raise UserError(f"{name}={value} must be finite and not negative")
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"{name}={value} must be positive")
+    if not 0 < value < math.inf:
+        raise UserError(f"{name}={value} must be finite and positive")

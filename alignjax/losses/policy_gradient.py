@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -32,8 +34,8 @@ def regularized_policy_gradient(logp: Array, reference_logp: Array, mask: Array,
     and a token answers for the KL from its own place on (reward-to-go; 2312.00886 App. F.2): keeping only the term of
     the same token is a wrong gradient. Stationary at pi proportional to mu exp(gain / tau).
     """
-    if not tau >= 0:
-        raise UserError(f"tau={tau} must not be negative")
+    if not 0 <= tau < math.inf:
+        raise UserError(f"tau={tau} must be finite and not negative")
     log_ratio = jnp.where(mask, logp - reference_logp, 0.0)
     return reinforce(logp, gain[:, None] - tau * reward_to_go(log_ratio), mask)
 

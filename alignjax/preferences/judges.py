@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 
 from alignjax.distributed import sharding
-from alignjax.errors import UserError
+from alignjax.errors import UserError, short_repr
 from alignjax.models.tokenizer import Tokenizer, encode_continuation, pad
 from alignjax.preferences.preference_models import probability
 from alignjax.tasks.task import ExactPreference, Format, reply_text
@@ -54,9 +56,35 @@ def judge_figures(judge: Judge | None, counts: Iterable[Mapping[str, float]]) ->
     return judge.figures(total) if isinstance(judge, CountingJudge) else {}
 
 
+def exact_preferences(
+    oracle: ExactPreference, prompts: Sequence[str], replies: Sequence[str], others: Sequence[str]
+) -> np.ndarray:
+    """Returns the oracle's P(reply > other), [N].
+
+    Raises UserError when an answer is no probability, or when P and P' of the first replies do not sum to 1.
+    """
+    rows = list(zip(prompts, replies, others, strict=True))
+    answers = [oracle(*row) for row in rows]
+    for p, (_, reply, other) in zip(answers, rows, strict=True):
+        if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
+            raise UserError(f"the oracle {oracle_name(oracle)} said {p!r} of {short_repr(reply)} and "
+                            f"{short_repr(other)}; let it return P(reply > other) in [0, 1]")  # fmt: skip
+    if rows:
+        prompt, reply, other = rows[0]
+        if not math.isclose(back := oracle(prompt, other, reply), 1 - answers[0], abs_tol=1e-6):
+            raise UserError(f"the oracle {oracle_name(oracle)} said {answers[0]!r} of {short_repr(reply)} and "
+                            f"{short_repr(other)}, and {back!r} of them exchanged; let both sum to 1")  # fmt: skip
+    return np.array(answers, np.float64)
+
+
+def oracle_name(oracle: ExactPreference) -> str:
+    """Returns what an oracle's function is called in its file."""
+    return str(getattr(getattr(oracle, "func", oracle), "__name__", type(oracle).__name__))
+
+
 def oracle_judge(oracle: ExactPreference) -> Judge:
-    """Returns the judge of a task's exact oracle."""
-    return lambda prompts, replies, others: np.array(list(map(oracle, prompts, replies, others)))
+    """Returns the judge of a task's exact oracle. Errors: those of ``exact_preferences``."""
+    return functools.partial(exact_preferences, oracle)
 
 
 def model_judge(

@@ -18,7 +18,7 @@ from alignjax.games.nash_face import mass_ranges, maximal_lottery, nash_face
 from alignjax.games.solve import certified_gap
 from alignjax.preferences.elo import BradleyTerryFit, fit_bradley_terry
 
-_ROUNDING = 1e-6  # P + P' = 1 up to this, as in ``games.from_matrix``
+_ROUNDING = 0.01 + 1e-6  # P + P' = 1 up to this: published tables have two decimals
 
 
 class Pool(NamedTuple):
@@ -33,8 +33,9 @@ class Pool(NamedTuple):
 def make_pool(policies: Sequence[str], rate: Any, count: Any = None) -> Pool:
     """Returns the pool of a matrix [P, P] and of the number of comparisons of each cell: one number, or [P, P].
 
-    Raises UserError, which names the cell, on a matrix that is not square, has an entry that is no probability, or is
-    not antisymmetric around 1/2 to 1e-6; on fewer than two policies, and on names that are empty or not unique; and on
+    Where P + P' is not 1 because both were rounded, each takes half of the difference. Raises UserError, which names
+    the cell, on a matrix that is not square, has an entry that is no probability, or a P + P' that is more than 0.01
+    away from 1; on fewer than two policies, and on names that are empty or not unique; and on
     a count that is not symmetric, positive and whole.
     """
     names, p = tuple(policies), np.asarray(rate, np.float64)
@@ -45,7 +46,8 @@ def make_pool(policies: Sequence[str], rate: Any, count: Any = None) -> Pool:
     for i, j in itertools.product(range(len(names)), repeat=2):
         cell = f"P({names[i]} > {names[j]}) = {p[i, j]:g}"
         if not 0 <= p[i, j] <= 1:
-            raise UserError(f"{cell} is not in [0, 1]; correct that cell")
+            percent = "; a percentage? divide by 100" if 1 < p[i, j] <= 100 else "; correct that cell"
+            raise UserError(f"{cell} is not in [0, 1]{percent}")
         if i == j and abs(p[i, i] - 0.5) > _ROUNDING:
             raise UserError(f"{cell}, and a policy ties with itself; write 0.5")
         if abs(p[i, j] + p[j, i] - 1) > _ROUNDING:
@@ -72,7 +74,8 @@ def _checked_count(names: Sequence[str], count: Any) -> np.ndarray:
     np.fill_diagonal(n, 1.0)
     for i, j in itertools.product(range(len(names)), repeat=2):
         if not 1 <= n[i, j] < 2**53 or n[i, j] != math.floor(n[i, j]) or n[i, j] != n[j, i]:
-            raise UserError(f"n of {names[i]} and {names[j]} is {n[i, j]:g}, the other way round {n[j, i]:g}; "
+            back = "" if n[i, j] == n[j, i] else f", the other way round {n[j, i]:g}"
+            raise UserError(f"n of {names[i]} and {names[j]} is {n[i, j]:g}{back}; "
                             "give a positive whole number, the same both ways")  # fmt: skip
     np.fill_diagonal(n, n.max())
     return n

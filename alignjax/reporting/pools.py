@@ -32,7 +32,7 @@ def read_pools(path: Path, soft: bool) -> list[tuple[str, Pool]]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"{path} is no text; give {_FORMS}") from None
+        raise UserError(f"{path} is no UTF-8 text; give {_FORMS}") from None
     if "\0" in text or not text.strip():
         raise UserError(f"{path} is {'no text' if text.strip() else 'empty'}; give {_FORMS}")
     try:
@@ -129,8 +129,11 @@ def _title(table: Any, name: str, number: int, count: int) -> str:
 def _table_pool(table: Any, soft: bool) -> Pool:
     """Returns the pool of {"policies": [...], "win_rate": [[...]], "n": optional}."""
     key = "mean_probability" if soft else "win_rate"
-    if not isinstance(table, dict) or not {"policies", key} <= table.keys():
-        raise UserError(f'it has no "policies" and "{key}"; give {_FORMS}')
+    if not isinstance(table, dict) or "policies" not in table:
+        raise UserError(f'it has no "policies"; give {_FORMS}')
+    if key not in table:
+        mend = "leave --probabilities out" if soft else f"give {_FORMS}"
+        raise UserError(f'it has no "{key}"; {mend}')
     policies = table["policies"]
     if not isinstance(policies, list):
         raise UserError(f'"policies" is {short_repr(policies)}; give a list of names')
@@ -156,16 +159,19 @@ def _csv_pool(text: str, soft: bool) -> Pool:
     if soft:
         raise UserError("a CSV matrix says not whether its rates are of votes; leave --probabilities out")
     try:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if any(map(str.strip, row))]
+        reader = csv.reader(io.StringIO(text))
+        rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
         raise UserError(f"it is no CSV ({one_line(error)}); give {_FORMS}") from None
-    header, *body = rows
-    names = header[1:]
+    (_, header), *numbered = rows
+    names, body = header[1:], [row for _, row in numbered]
     if not names:
-        raise UserError(f"its first row names no policy; give {_FORMS}")
-    for number, row in enumerate(body, 2):
+        found = next((mark for mark in (";", "\t", "|") if mark in header[0]), None)
+        mend = f"separate its cells with commas, not {found!r}" if found else f"give {_FORMS}"
+        raise UserError(f"its first row names no policy; {mend}")
+    for number, row in numbered:
         if len(row) != len(header):
-            raise UserError(f"row {number} has {len(row)} cells and the first has {len(header)}; make it square")
+            raise UserError(f"line {number} has {len(row)} cells and the first has {len(header)}; make it square")
     if [row[0] for row in body] != names:
         raise UserError(f"the first column names {_short(row[0] for row in body)} and the first row {_short(names)}; "
                         "name the same policies in the same order")  # fmt: skip

@@ -18,7 +18,7 @@ _TRIPLES, _CELLS = 12, 3  # the most that the text names; the JSON has all
 _NOTE = """Lottery: the mixture of the pool's policies that none of them beats (Nash; a maximal lottery). Nash average:
 P(row beats the lottery) - 1/2, which is 0 for every policy that the lottery plays. Elo: a Bradley-Terry fit. 400 points
 are odds of 10 to 1, the pool's mean is 0, and cycles are not seen. Exploitability: P - 1/2 of the policy of the pool
-that beats the row most often.
+that beats the row most often. Win rates are those of the row over the column.
 """
 
 
@@ -71,7 +71,7 @@ def _interval_note(rated: RatedPool) -> str:
     """Returns what the intervals are of."""
     if (found := rated.intervals) is None:
         if rated.pool.comparisons is None:
-            return "No intervals: the number of comparisons is not known.\n"
+            return 'No intervals: the number of comparisons is not known; a JSON file may have it as "n".\n'
         if rated.pool.comparisons.min() < 2:
             return "No intervals: a cell has one comparison.\n"
         return "No intervals were asked for.\n"

@@ -42,6 +42,8 @@ from alignjax.tasks.task import EOS, SPLITS, Format, Task, Template, is_in_split
 
 STYLES = ("bold", "careful", "terse")
 """What a summary may do with doubtful facts, beside telling every sure one: tell them, hedge them, leave them out."""
+MASSES = (0.38, 0.34, 0.28)
+"""Of the complete, brief and faithful annotators."""
 INVALID, OTHER = "invalid", "other"
 """Styles of what is no summary of the post, and of every other summary."""
 _RANKS: tuple[Callable[[SummaryReading], tuple[int, int, int]], ...] = (
@@ -54,7 +56,7 @@ _RANKS: tuple[Callable[[SummaryReading], tuple[int, int, int]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class PostWorld:
-    """Sizes of the world, who annotates and who writes. Raises UserError out of range.
+    """Sizes of the world and who writes. Raises UserError out of range.
 
     The last ``doubtful`` of a post's ``facts`` are doubtful. A writer of the corpus has one of ``STYLES``, each equally
     likely, and with probability ``sloppy`` tells one of the facts twice, which no annotator likes. The ``query`` is one
@@ -66,7 +68,6 @@ class PostWorld:
     facts: int = 3  # of a post
     doubtful: int = 1
     sloppy: float = 0.2
-    masses: tuple[float, float, float] = (0.38, 0.34, 0.28)  # of the complete, brief and faithful annotators
     query: str = TLDR_QUERY  # how a post stands in a prompt
 
     def __post_init__(self) -> None:
@@ -78,9 +79,7 @@ class PostWorld:
         if not 1 <= self.doubtful < self.facts:
             raise UserError(f"PostWorld.doubtful={self.doubtful} must be in 1 .. facts - 1 = {self.facts - 1}")
         fill_query(self.query, Post("", "", ""))
-        check_range(self, 0, 1, "sloppy", "masses")
-        if len(self.masses) != len(_RANKS) or not math.isclose(sum(self.masses), 1, abs_tol=1e-6):
-            raise UserError(f"PostWorld.masses={self.masses} must be three that sum to 1")
+        check_range(self, 0, 1, "sloppy")
 
     def prompts(self, split: str, count: int, seed: int) -> list[str]:
         """Returns ``count`` distinct prompts, all of the split.
@@ -177,14 +176,19 @@ def _choose(rng: np.random.Generator, options: Sequence[str]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def post_task(world: PostWorld = PostWorld()) -> Task:
-    """Returns the task of summarising the posts of the world; ``annotators`` is its truth."""
+def post_task(world: PostWorld = PostWorld(), masses: Sequence[float] = MASSES) -> Task:
+    """Returns the task of summarising the posts of the world; ``annotators``, of three masses, is its truth.
+
+    Raises UserError on masses that are negative or do not sum to 1.
+    """
+    if len(masses) != len(_RANKS) or min(masses) < 0 or not math.isclose(sum(masses), 1, abs_tol=1e-6):
+        raise UserError(f"masses={masses} must be three that are not negative and sum to 1")
     return Task(
         name="posts",
         source=world,
         format=Format(before=" ", end="", stop=(EOS,)),
         template=Template(before="", between=" Or:", question=" Better: ", answer="1", other="2"),
-        oracles={"annotators": partial(annotators_prefer, world.masses)},
+        oracles={"annotators": partial(annotators_prefer, tuple(masses))},
         corpus_of_source=post_corpus,
         replies_of_source=post_summaries,
     )

@@ -108,7 +108,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             **exploiters,
             "exploited": aj.ReplyStudy(
                 policies=answered,
-                function=partial(exploitation, masses=world.masses, best_style_wins=why.best_style_wins),
+                function=partial(exploitation, masses=post_world.MASSES, best_style_wins=why.best_style_wins),
                 prompts=prompts,
                 writing=writing,
             ),

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import alignjax as aj
-from alignjax.pipeline.experiment import ancestors
+from alignjax.pipeline.experiment import ancestors, order
 
 SHOWN = ("sft", "rlhf", "md1")  # of the fourteen
 
@@ -48,9 +48,10 @@ def get_config(small: bool = False) -> aj.Experiment:
         "egpo": replace(
             arm(aj.OpponentAlignment(partial(aj.losses.opponent_ipo, tau=why.TAU)), *(aj.policy,) * 3),
             extragradient=True,
+            loop=replace(md1.loop, steps=md1.loop.steps // 2 * 2),  # two batches are one extragradient step
         ),
     }
     stages = {**study.stages, **arms}
     stages["table"] = replace(stages["table"], policies={name: name for name in (*SHOWN, *arms)})
     kept = ancestors(stages, ["game"])
-    return replace(study, stages={name: stage for name, stage in stages.items() if name in kept})
+    return replace(study, stages={name: stages[name] for name in order(stages) if name in kept})

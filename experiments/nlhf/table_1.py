@@ -13,10 +13,12 @@ The paper's numbers are those that its readers quote: they were not read off the
 seen to quote is empty.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import alignjax as aj
+from alignjax.errors import UserError
 from alignjax.labeling.statistics import Share
 from alignjax.pipeline import results
 from alignjax.pipeline.results import RunResults, WinRate
@@ -48,6 +50,8 @@ def table_1(title: str, paper: Cells, n: int, runs: Sequence[RunResults], tau: f
     With ``tau`` it is P_tau(pi > pi') = P(pi > pi') - tau KL(pi, mu) + tau KL(pi', mu) (Eq. 2), KL in nats. P is the
     share of the judge's votes, as in the paper's tables; the P_tau of a Tournament is of mean probabilities.
     """
+    if not 0 <= tau < math.inf:
+        raise UserError(f"tau={tau} must be finite and not negative; set p_tau.function.tau, e.g. 0.008")
     rows: list[list[str]] = []
     for row in ROWS:
         cells = [paper.get((row, column), "") for column in COLUMNS]

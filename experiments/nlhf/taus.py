@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import alignjax as aj
-from alignjax.pipeline.experiment import ancestors
+from alignjax.pipeline.experiment import ancestors, order
 
 RLHF, NASH_MD = (0.01, 0.02, 0.05, 0.1, 0.2), (0.005, 0.008, 0.01, 0.02)
 
@@ -29,7 +29,10 @@ def get_config(small: bool = False) -> aj.Experiment:
         )
     for i, tau in enumerate(NASH_MD, 1):
         loss = partial(aj.losses.nash_md, tau=tau)
-        names[f"md1 {tau}"], arms[f"md1_{i}"] = f"md1_{i}", replace(md1, objective=aj.PreferenceGradient(loss))
+        names[f"md1 {tau}"], arms[f"md1_{i}"] = (
+            f"md1_{i}",
+            replace(md1, objective=aj.PreferenceGradient(loss), keep_at=()),
+        )
     stages = {**study.stages, **arms, "table": replace(table, policies=names, tau=None)}
     kept = ancestors(stages, ["table"])
-    return replace(study, stages={name: stage for name, stage in stages.items() if name in kept})
+    return replace(study, stages={name: stages[name] for name in order(stages) if name in kept})

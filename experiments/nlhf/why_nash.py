@@ -38,8 +38,8 @@ STEPS, EVERY = 175, 25  # of training, and between the points of a curve
 WORLD = post_world.PostWorld(facts=2, doubtful=1, sloppy=0.0, query=PLAIN_QUERY)
 
 
-def get_config(small: bool = False) -> aj.Experiment:
-    """Returns the study."""
+def get_config(small: bool = False, masses: tuple[float, float, float] = post_world.MASSES) -> aj.Experiment:
+    """Returns the study; ``masses`` are those of the three types of annotators."""
     steps, every, seeds = (12, 6, 1) if small else (STEPS, EVERY, 3)
     writing = aj.Writing(max_new_tokens=SUMMARY, buckets=(POST,), batch=128)
     base = aj.Pretrain(
@@ -95,7 +95,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             points[f"{arm} {seed} {step}"] = f"{name}_{step}"
         points[f"{arm} {seed} {steps}"] = name
     return aj.Experiment(
-        task=post_world.post_task(WORLD),
+        task=post_world.post_task(WORLD, masses),
         stages={
             "base": base,
             "summaries": aj.TaskReplies(1000 if small else 12_000),
@@ -107,7 +107,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             **stages,
             "course": aj.ReplyStudy(
                 policies=points,
-                function=partial(course, masses=WORLD.masses),
+                function=partial(course, masses=masses),
                 prompts=48 if small else 500,
                 writing=writing,
             ),

@@ -138,7 +138,8 @@ def oracle_agreement(task: Task, pairs: Sequence[LabeledPair]) -> dict[str, floa
     if not task.oracles:
         return {}
     oracle = next(iter(task.oracles.values()))
-    truth = np.array([oracle(pair.prompt, pair.first, pair.second) for pair in pairs])
+    prompts, first, second = ([getattr(pair, name) for pair in pairs] for name in ("prompt", "first", "second"))
+    truth = judges.exact_preferences(oracle, prompts, first, second)
     labels, decided = np.array([pair.p for pair in pairs]), truth != 0.5
     agrees = (labels > 0.5)[decided] == (truth > 0.5)[decided]
     return {

@@ -68,7 +68,7 @@ class Pretrain:
         """Returns documents of the task. Raises UserError when it has no corpus."""
         if context.task.corpus is None:
             raise UserError(f"{context.name}: task {context.task.name!r} has no corpus to pretrain on; "
-                            "start from a LoadCheckpoint stage")  # fmt: skip
+                            "give Task.corpus_of_source, or start from a LoadCheckpoint stage")  # fmt: skip
         return list(context.task.corpus(count, context.seed(self.seed)))
 
     def learner(self, context: Context) -> Learner:
