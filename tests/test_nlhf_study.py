@@ -60,18 +60,15 @@ def test_a_trained_best_response_plays_against_the_policy_that_it_begins_as():
 
 
 def test_an_exploiter_s_win_is_its_own_and_not_the_policy_s():
-    fourteen, wins, world = (
-        config.load_module(FOURTEEN),
-        config.load_module(WHY).best_style_wins,
-        post_world.PostWorld(),
-    )
+    fourteen, why, world = config.load_module(FOURTEEN), config.load_module(WHY), post_world.PostWorld()
     prompts = world.prompts("test", 5, 0)
     styled = {style: [post_world.styled_summary(read_post(x), style) for x in prompts] for style in post_world.STYLES}
     replies = {name: styled["terse"] for name in fourteen.EXPLOITED}
     replies |= {f"against {name}": styled["careful"] for name in fourteen.EXPLOITED}
-    numbers = fourteen.exploitation(prompts, replies, post_world.MASSES, wins).numbers
+    numbers = fourteen.exploitation(prompts, replies, post_world.MASSES, why.read_point).numbers
     assert {round(found["trained"]["mean_probability"], 6) for found in numbers.values()} == {0.66}
     assert {round(found["best_style"]["mean_probability"], 6) for found in numbers.values()} == {0.66}
+    assert all(found["shares"] == {"bold": 0, "careful": 0, "terse": 1} for found in numbers.values())
 
 
 def test_beta_0_is_self_play_and_beta_1_the_best_response_bit_for_bit(tmp_path):

@@ -87,6 +87,11 @@ def test_every_logged_metric_has_a_panel_with_a_line_for_each_stage_that_logged_
         "late": {"a": [[1.0, 3.0]]},
         "kl": {"b": [[0.0, 0.0]]},
     }
+    looks = {(line.get_label(), line.get_color(), line.get_linestyle()) for panel in panels.values() for line in panel}
+    assert len(looks) == 2 and len({look[1:] for look in looks}) == 2  # a stage looks alike in all panels
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
+    assert all(axes.get_legend() is None for axes in figures[0].axes)
 
 
 def test_an_objective_s_own_metrics_have_their_meanings_in_the_record_of_its_stage():

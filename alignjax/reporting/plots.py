@@ -8,6 +8,8 @@ from typing import Any
 
 from alignjax.distributed.storage import write_picture
 
+_LINES, _LEGEND_COLUMNS = ("-", "--", ":", "-."), 8
+
 
 def win_rate_heat_map(path: Path, table: Mapping[str, Any]) -> None:
     """Writes one judge's win rates as a heat map; ``table`` is what a Tournament writes (win_rates.json)."""
@@ -77,7 +79,7 @@ def judges_against_kl(path: Path, tables: Sequence[Mapping[str, Any]]) -> bool:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for color, (curve, points) in enumerate(curves.items()):
-        for table, line in zip(tables, ("-", "--", ":", "-.") * len(tables), strict=False):
+        for table, line in zip(tables, _LINES * len(tables), strict=False):
             baseline = table["policies"].index(table["baseline"])
             means = [table["mean_probability"][number][baseline] for _, number in points]
             axes.plot([kl for kl, _ in points], means, line, color=f"C{color}", marker="o", markersize=3,
@@ -101,15 +103,20 @@ def training_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]
     panels = logged_metrics(runs)
     columns = min(4, len(panels))
     grid = (-(-len(panels) // columns), columns)
-    figure = Figure(figsize=(3.4 * grid[1], 2.6 * grid[0]), layout="constrained")
+    legend_rows = -(-len(runs) // _LEGEND_COLUMNS)
+    figure = Figure(figsize=(3.4 * grid[1], 2.6 * grid[0] + 0.2 * legend_rows), layout="constrained")
     axes = figure.subplots(*grid, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    lines = {}  # a stage looks alike in all panels
     for axis, metric in zip(axes.flat, panels, strict=False):
-        for name, rows in runs.items():
+        for number, (name, rows) in enumerate(runs.items()):
             points = [(row["step"], row[metric]) for row in rows if metric in row]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
+                style = {"color": f"C{number % 10}", "linestyle": _LINES[number // 10 % len(_LINES)]}
+                (lines[name],) = axis.plot(*zip(*points, strict=True), label=name, linewidth=1, **style)
         axis.set(title=metric, xlabel="step")
-        axis.legend(fontsize=7)
+    figure.legend(
+        [*lines.values()], [*lines], loc="outside lower center", ncols=min(_LEGEND_COLUMNS, len(lines)), fontsize=7
+    )
     write_picture(path, figure)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ SUMMARY = 16  # tokens
 STEPS, EVERY = 175, 35  # of training, and between the points of a curve
 DECAYS = (1 - 10 / STEPS, 1 - 5 / STEPS)  # .999 and .9995 of 10,000 steps
 EXPLOITED = ("sft", "rlhf", "sp", "md1", "br", "ema1")
-StyleWins = Callable[[Sequence[float], Sequence[str], Sequence[str]], np.ndarray]
+ReadPoint = Callable[[Sequence[float], str, Sequence[str], Sequence[str]], Any]  # why_nash.read_point
 
 
 def get_config(small: bool = False) -> aj.Experiment:
@@ -108,7 +109,7 @@ def get_config(small: bool = False) -> aj.Experiment:
             **exploiters,
             "exploited": aj.ReplyStudy(
                 policies=answered,
-                function=partial(exploitation, masses=post_world.MASSES, best_style_wins=why.best_style_wins),
+                function=partial(exploitation, masses=post_world.MASSES, read_point=why.read_point),
                 prompts=prompts,
                 writing=writing,
             ),
@@ -138,23 +139,38 @@ def exploiter(nash_md: aj.TrainPolicy, policy: str) -> aj.TrainPolicy:
 
 
 def exploitation(
-    prompts: Sequence[str], replies: Mapping[str, Sequence[str]], masses: Sequence[float], best_style_wins: StyleWins
+    prompts: Sequence[str], replies: Mapping[str, Sequence[str]], masses: Sequence[float], read_point: ReadPoint
 ) -> aj.Finding:
-    """Returns what the annotators say of a policy against one style and against the response trained to beat it."""
+    """Returns the styles of the policies, and what one style and a response trained to beat them win against them."""
     rows, numbers = [], {}
     for name in EXPLOITED:
+        point = read_point(masses, f"{name} 0 0", prompts, replies[name])
         pairs = zip(prompts, replies[f"against {name}"], replies[name], strict=True)
-        trained = np.array([post_world.annotators_prefer(masses, *pair) for pair in pairs])
-        found = {"best_style": best_style_wins(masses, prompts, replies[name]), "trained": trained}
-        cells, numbers[name] = [], {"n": len(prompts)}
-        for who, p in found.items():
-            low, high = mean_interval(p, (0, 1))
-            numbers[name][who] = {"mean_probability": float(p.mean()), "low": low, "high": high}
-            cells.append(f"{p.mean():.3f} [{low:.3f}, {high:.3f}]")
-        rows.append([name, *cells])
-    text = markdown_table(["policy", "P(best style > policy)", "P(trained response > policy)"], rows)
+        wins = np.array([post_world.annotators_prefer(masses, *pair) for pair in pairs])
+        bounds = mean_interval(wins, (0, 1))
+        best, trained = 0.5 + point.exploitability, float(wins.mean())
+        best_bounds = [0.5 + end for end in point.interval]
+        rows.append(
+            [
+                name,
+                *(f"{share:.3f}" for share in point.shares),
+                _interval(best, best_bounds),
+                _interval(trained, bounds),
+            ]
+        )
+        numbers[name] = {
+            "n": len(prompts),
+            "shares": dict(zip(post_world.STYLES, point.shares, strict=True)),
+            "best_style": {"mean_probability": best, "low": best_bounds[0], "high": best_bounds[1]},
+            "trained": {"mean_probability": trained, "low": bounds[0], "high": bounds[1]},
+        }
+    header = ["policy", *post_world.STYLES, "P(best style > policy)", "P(trained response > policy)"]
     note = (
         "The best style: every summary is bold, or every one careful, or terse, whichever wins most here. The trained\n"
         "response begins as the policy and learns from the preference model to beat it. The annotators judge.\n"
     )
-    return aj.Finding(f"## How far a policy can be exploited\n\n{text}\n{note}", {}, numbers)
+    return aj.Finding(f"## How far a policy can be exploited\n\n{markdown_table(header, rows)}\n{note}", {}, numbers)
+
+
+def _interval(value: float, bounds: Sequence[float]) -> str:
+    return f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
