@@ -19,6 +19,8 @@ from alignjax.reporting.tables import markdown_table
 
 def sweep(points: int, tau: float) -> aj.Finding:
     """Returns Nash, regularised Nash and the Bradley-Terry optimum at ``points`` values of eps inside [-1/3, 1/3]."""
+    if points < 1:
+        raise aj.UserError(f"points={points} must be at least 1")
     rows, policies = [], []
     for epsilon in np.linspace(-1 / 3, 1 / 3, points + 2)[1:-1]:
         played = zoo.diversity(epsilon, tau=tau)

@@ -1,7 +1,7 @@
 """Table 1 of Nash learning from human feedback (2312.00886) in a small world: fourteen policies and one matrix.
 
     alignjax run experiments/nlhf/fourteen_policies.py --workdir runs/fourteen   # 35 minutes on two busy cores
-    alignjax run experiments/nlhf/fourteen_policies.py --workdir runs/small --set small=True
+    alignjax run experiments/nlhf/fourteen_policies.py --workdir runs/small --set small=True   # learns nothing
     ... --only md3                                                                 # an arm as a job of its own
 
 Policies summarise posts of ``alignjax.tasks.post_world``, whose annotators' majority is a cycle. ``sft`` is the start
@@ -18,8 +18,8 @@ pool. ``exploited``: what the best single style wins against a policy, and what 
 against it for as many steps. ``hacking``: ``br`` and ``md1`` over their training, by the preference model that they are
 trained against and by the annotators.
 
-The decays of the averages are the paper's in units of the training, which has 10,000 steps there. tau is that of
-``why_nash.py`` for all arms; the reward of ``rlhf`` is in nats.
+A moving average reaches back over the same share of the training as in the paper, where that has 10,000 steps. tau is
+that of ``why_nash.py`` for all arms, RLHF's too.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,10 +1,11 @@
 """Further objectives beside Nash-MD (2312.00886), on one set of pairs, prompts and random numbers, in the small world.
 
     alignjax run experiments/nlhf/objectives.py --workdir runs/objectives
+    alignjax run experiments/nlhf/objectives.py --workdir runs/small --set small=True
 
-The arms are rows on the machinery of ``fourteen_policies.py``, whose stages before them these are: online IPO and
-IPO-MD (2403.08635), online DPO (2402.04792), XPO (2405.21046), INPO (2407.00617), SPPO (2405.00675) and EGPO
-(2503.08942). ``inpo``, ``sppo`` and ``egpo`` draw four, four and three responses to a prompt, the others two.
+The arms are online IPO and IPO-MD (2403.08635), online DPO (2402.04792), XPO (2405.21046), INPO (2407.00617), SPPO
+(2405.00675) and EGPO (2503.08942). All stages before them are those of ``fourteen_policies.py``. ``inpo`` and ``sppo``
+draw four responses to a prompt, ``egpo`` three, the others two. tau and beta are those of ``why_nash.py``.
 """
 
 from dataclasses import replace

@@ -11,8 +11,8 @@ same pairs with the annotators' probabilities, over networks of three widths, as
     reward    a Bradley-Terry reward model
 
 The widest network writes several summaries of each test post, and all models compare every two of them. The table has
-how right each is by the annotators, its position bias, and how many of the annotators' cycles it reproduces. No reward
-has a lower cross-entropy than the best reward of the table, which is fitted to the annotators' probabilities.
+how right each is by the annotators, its position bias, and how many of the annotators' cycles it reproduces. "The best
+reward" is fitted to the annotators' probabilities of these summaries, so that no reward has a lower cross-entropy.
 """
 
 from dataclasses import replace

@@ -1,9 +1,11 @@
 """The sweeps of tau of Nash learning from human feedback (2312.00886): RLHF's and Nash-MD's, in the small world.
 
     alignjax run experiments/nlhf/taus.py --workdir runs/taus
+    alignjax run experiments/nlhf/taus.py --workdir runs/small --set small=True
 
-The arms are those of ``fourteen_policies.py`` at the paper's values of tau, which it chose .05 and .008 from.
-``table-judges.png`` shows the win rate over ``sft`` against the KL, one curve for each arm and judge.
+The arms are ``rlhf`` and ``md1`` of ``fourteen_policies.py``, at each tau that the paper tried. It chose .05 for RLHF
+and .008 for Nash-MD.
+``table-judges.png`` shows P(policy > ``sft``) against the KL, one curve for each arm and judge.
 """
 
 from dataclasses import replace

@@ -78,6 +78,9 @@ def race(
 
     With ``batch``, an evaluation is estimated from that many sampled opponents; figures are medians over seeds.
     """
+    if evaluations < 2 or min(records, seeds) < 1 or batch < 0:
+        raise aj.UserError(f"evaluations={evaluations} must be at least 2, records={records} and seeds={seeds} at least "
+                           f"1, batch={batch} not negative")  # fmt: skip
     keys = jax.random.split(jax.random.key(0), seeds)
     rows, numbers = [], {}
     figures = {"kl": "KL to the regularised Nash, nats", "gap": "duality gap", "exploitability": "exploitability"}
@@ -137,6 +140,8 @@ def mixtures(seeds: int, scale: float) -> aj.Finding:
     The world has three tokens and length three. The figures, total variation and KL(sequences, tokens), are means over
     random policies.
     """
+    if seeds < 1:
+        raise aj.UserError(f"seeds={seeds} must be at least 1")
     world, rows = text.enumerate_completions(3, 3, eos=2), []
     prompt, log_prob = Prompt(np.zeros((1, 1), np.int32), np.ones((1, 1), bool)), text.tabular_log_prob(world)
     rng = np.random.default_rng(0)

@@ -1,7 +1,7 @@
 """Why a Nash policy and not the best policy for a reward (2312.00886, section 3.2), with language models.
 
     alignjax run experiments/nlhf/why_nash.py --workdir runs/why_nash               # 6 minutes on two cores
-    alignjax run experiments/nlhf/why_nash.py --workdir runs/small --set small=True
+    alignjax run experiments/nlhf/why_nash.py --workdir runs/small --set small=True   # learns nothing
 
 A policy summarises posts of the small world ``alignjax.tasks.post_world``. The annotators' majority is a cycle: the
 bold summary beats the careful one, that beats the terse one, and that beats the bold one. One set of pairs, labelled by
@@ -10,7 +10,8 @@ is Nash-MD on the preference model. Each is trained with three seeds.
 
 ``course-styles.png`` shows, over training, how often the policies write each style, and what a summary of one style
 wins against them (their exploitability). The dashed lines are the exact Nash policy of the game of the three styles,
-by ``alignjax.games``.
+by ``alignjax.games``. The distance in the table is to that policy, in total variation. Nash-MD's own limit is a little
+another one, the row "exact: policy", because tau and beta are not 0.
 """
 
 import itertools
