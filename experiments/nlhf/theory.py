@@ -79,8 +79,8 @@ def race(
     With ``batch``, an evaluation is estimated from that many sampled opponents; figures are medians over seeds.
     """
     if evaluations < 2 or min(records, seeds) < 1 or batch < 0:
-        raise aj.UserError(f"evaluations={evaluations} must be at least 2, records={records} and seeds={seeds} at least "
-                           f"1, batch={batch} not negative")  # fmt: skip
+        found = f"evaluations={evaluations}, records={records}, seeds={seeds}, batch={batch}"
+        raise aj.UserError(f"{found}: need at least 2 evaluations, 1 record, 1 seed and no negative batch")
     keys = jax.random.split(jax.random.key(0), seeds)
     rows, numbers = [], {}
     figures = {"kl": "KL to the regularised Nash, nats", "gap": "duality gap", "exploitability": "exploitability"}
