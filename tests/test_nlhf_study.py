@@ -154,13 +154,22 @@ def test_the_exact_game_is_that_of_the_three_styles(why):
     assert why.total_variation([0.0, 0.0, 0.0], exact.nash) == pytest.approx(1)
 
 
-def test_the_short_form_follows_both_arms_over_training(tmp_path):
-    run(config.load(WHY, {"small": "True"}), tmp_path)
-    numbers = storage.read_json(tmp_path / "course" / "numbers.json")
-    steps = {arm: [p["step"] for p in numbers["points"] if p["arm"] == arm] for arm in ("sft", "rlhf", "nash_md")}
-    assert steps["sft"] == [0] and steps["rlhf"] == steps["nash_md"] and len(steps["rlhf"]) >= 2
-    assert all(abs(p["exploitability"]) <= 0.5 for p in numbers["points"])
-    assert (tmp_path / "course-styles.png").stat().st_size > 1000
+def test_the_course_follows_both_arms_over_training_beside_the_exact_game(why):
+    """The careful sft; rlhf turns bold with both seeds, nash_md stays careful; terse beats bold, bold beats careful."""
+    prompts = post_world.PostWorld(facts=2).prompts("test", 6, 0)
+    styled = {style: [post_world.styled_summary(read_post(x), style) for x in prompts] for style in post_world.STYLES}
+    replies = {"sft 0 0": styled["careful"]}
+    for seed in range(2):
+        replies |= {f"rlhf {seed} 25": styled["careful"], f"rlhf {seed} 50": styled["bold"]}
+        replies |= {f"nash_md {seed} 25": styled["careful"], f"nash_md {seed} 50": styled["careful"]}
+    found = why.course(prompts, replies, masses=post_world.MASSES)
+    assert "Mean exploitability: rlhf 0.120, nash_md 0.220, 0.5 times as much." in found.text
+    assert found.text.count("| rlhf ") == found.text.count("| nash_md ") == 2  # the ends alone
+    bold, *_, exploitability = found.pictures["styles"].axes
+    rlhf, nash_md, *others = (line.get_xydata().tolist() for line in bold.lines)
+    assert rlhf == others[0] == [[0, 0], [25, 0], [50, 1]] and nash_md == others[1] == [[0, 0], [25, 0], [50, 0]]
+    np.testing.assert_allclose(exploitability.lines[0].get_ydata(), [0.22, 0.22, 0.12], atol=1e-9)
+    assert bold.lines[-1].get_ydata()[0] == pytest.approx(0.32, abs=1e-5)  # the exact Nash policy
 
 
 # --- the fourteen, in short ---
