@@ -4,7 +4,8 @@
     alignjax run experiments/nlhf/preference_models.py --workdir runs/small --set small=True
 
 In the world of posts (``alignjax.tasks.post_world``) the annotators' majority is a cycle. Three forms are fitted to the
-same pairs with the annotators' probabilities, over networks of three widths, as in ``why_nash.py``:
+same pairs with the annotators' probabilities, over networks of three widths. There are more pairs than in
+``why_nash.py``, and the fits are twice as long:
 
     pairwise  the logit of one token, in one order less that in the other: antisymmetric by construction
     paper     the paper's form: the logit of one token, each pair shown once; judges ask it in both orders
@@ -28,6 +29,8 @@ def get_config(small: bool = False) -> aj.Experiment:
     """Returns the study; ``small`` is a short form of one width that learns little."""
     study = aj.load_module(Path(__file__).with_name("why_nash.py")).get_config(small)
     base, sft, pairs, fit, course = (study.stages[n] for n in ("base", "sft", "pairs", "preference", "course"))
+    if not small:
+        pairs, fit = replace(pairs, prompts=6000), replace(fit, loop=replace(fit.loop, steps=800))
     widths = WIDTHS[:1] if small else WIDTHS
     writer = f"sft{widths[-1]}"
 

@@ -54,7 +54,7 @@ def get_config(small: bool = False, masses: tuple[float, float, float] = post_wo
         start="base",
         pairs="summaries",
         adam=aj.Adam(lr=2e-3, warmup=50, weight_decay=0.01),
-        loop=aj.Loop(steps=60 if small else 800, batch=16),
+        loop=aj.Loop(steps=160 if small else 800, batch=16),
         row=96,
     )
     pairs = aj.Label(
@@ -73,7 +73,9 @@ def get_config(small: bool = False, masses: tuple[float, float, float] = post_wo
         start="sft",
         reference="sft",
         objective=aj.PreferenceGradient(partial(aj.losses.nash_md, tau=TAU)),
-        data=aj.OnlineData(preference="preference", samplers=(aj.policy, aj.mixture(beta=BETA)), prompts=6000),
+        data=aj.OnlineData(
+            preference="preference", samplers=(aj.policy, aj.mixture(beta=BETA)), prompts=400 if small else 6000
+        ),
         adam=aj.Adam(lr=1e-4, warmup=5, b1=0.0),
         loop=aj.Loop(steps=steps, batch=48),
         buckets=(POST,),
@@ -85,6 +87,8 @@ def get_config(small: bool = False, masses: tuple[float, float, float] = post_wo
         data=replace(nash_md.data, preference="reward", samplers=(aj.policy, aj.policy)),
     )
     if small:
+        tiny = replace(base.model, width=48, layers=1, head_dim=12, hidden=96)
+        base = replace(base, model=tiny, documents=500)
         pairs = replace(pairs, prompts=128)
         preference = replace(preference, loop=aj.Loop(steps=10, batch=16))
     stages, points = {}, {"sft 0 0": "sft"}  # a point of a curve is called "arm seed step"
