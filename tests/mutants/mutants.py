@@ -570,6 +570,27 @@ MUTANTS = (
         "wins = n * rate +", "wins = n.max() * rate +", RATINGS,
     ),
     Mutant(
+        "exploitability is bounded as if one cell were looked at", "alignjax/preferences/rating_intervals.py",
+        "each = 1 - (1 - level) / (size - 1)", "each = level", RATINGS,
+    ),
+    Mutant(
+        "exploitability is of whom a policy beats", "alignjax/preferences/rating_intervals.py",
+        "return ends.max(0) - 0.5", "return ends.max(1) - 0.5", RATINGS,
+    ),
+    Mutant(
+        "an oracle may prefer both", "alignjax/preferences/judges.py",
+        "oracle(prompt, other, reply), 1 - answers[0]", "oracle(prompt, reply, other), answers[0]",
+        ("tests/test_labeling.py",),
+    ),
+    Mutant(
+        "the judges' curves are of votes", "alignjax/reporting/plots.py",
+        'means = [table["mean_probability"]', 'means = [table["win_rate"]', ("tests/test_report.py",),
+    ),
+    Mutant(
+        "a sloppy writer tells nothing twice", "alignjax/tasks/post_world.py",
+        "    if is_sloppy:\n", "    if not is_sloppy:\n", ("tests/test_post_world.py",),
+    ),
+    Mutant(
         "each cell is resampled on its own, whatever the prompts say", "alignjax/preferences/rating_intervals.py",
         "if pool.votes is not None:\n        columns", "if pool.votes is None:\n        columns", RATINGS,
     ),
