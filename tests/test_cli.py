@@ -47,7 +47,7 @@ def refused(capfd, *argv):
     [
         (["--set", "nash_md.objective.loss.tua=0.1"], "did you mean nash_md.objective.loss.tau"),
         (["--set", "lr=0.1"], "adam.lr"),
-        (["--set", "nash_md.objective.loss.tau=big"], "is not a float"),
+        (["--set", "nash_md.objective.loss.tau=big"], "is not a number"),
         (["--set", "nonsense"], "is not PATH=VALUE"),
         (["--set", "nash_md.data.samplers.1.role=judge"], "choose one of POLICY, REFERENCE, AVERAGE"),
         (["--only", "nash"], "unknown stage 'nash'; this experiment has base, pairs"),
@@ -122,6 +122,10 @@ STAGE = "import alignjax as aj\ndef get_config():\n    return aj.Experiment(task
         ("get_config = 5\n", "get_config has the type int and must be a function"),
         ("get_config = dict\n", "get_config has the type type and must be a function"),
         (STAGE.format(stages="[1]"), "line 3: Experiment.stages is a list; give it a dict"),
+        (
+            STAGE.format(stages="{}").replace("task=None", "task=3"),
+            "line 3: Experiment.task is a int; give it a Task, whose source that may be",
+        ),
         (STAGE.format(stages="{}, mesh=None"), "line 3: Experiment.mesh is a NoneType; give it a Mesh"),
         (STAGE.format(stages="{}, seed='x'"), "line 3: Experiment.seed is a str; give it a int"),
         (STAGE.format(stages="{}"), "the experiment has no stages"),
@@ -154,7 +158,7 @@ def test_a_file_that_defines_no_experiment_is_refused(capfd, tmp_path, text, mes
             "stage 'nash_md' needs a preference model as data.preference, and 'base' makes a policy",
         ),
         ("nash_md.loop.batch=12", "nash_md.loop.batch=12 does not divide over data*fsdp=8"),
-        ("nash_md.average_decay=high", "is not a float or None"),
+        ("nash_md.average_decay=high", "is not a number or None"),
         ("nash_md.loop.batch=128", "nash_md: 64 examples do not fill one batch of 128"),
         ("base.loop.batch=4008", "base: 4000 examples do not fill one batch of 4008"),
         ("nash_md.data.samplers.1.beta=2", "nash_md.data.samplers.1.beta=2: Sampler.beta=2.0 must be in [0, 1]"),

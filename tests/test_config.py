@@ -155,11 +155,15 @@ def test_what_is_no_leaf_cannot_be_set(quickstart, path):
         config.override(quickstart, {path: "1"})
 
 
+WHOLE = "a whole number"
+
+
 @pytest.mark.parametrize(("path", "text", "kind"), [
-    ("nash_md.loop.steps", "many", "int"), ("nash_md.loop.steps", "1.5", "int"), ("nash_md.loop.steps", "True", "int"),
-    ("nash_md.adam.lr", "fast", "float"), ("nash_md.adam.lr", "True", "float"), ("nash_md.adam.lr", "(1,)", "float"),
-    ("nash_md.data.unfinished_loses", "1", "bool"), ("nash_md.data.unfinished_loses", "yes", "bool"),
-    ("nash_md.loop.steps", "{[1]: 2}", "int"), ("nash_md.data.samplers.0.role", "0", "POLICY, REFERENCE, AVERAGE"),
+    ("nash_md.loop.steps", "many", WHOLE), ("nash_md.loop.steps", "1.5", WHOLE), ("nash_md.loop.steps", "True", WHOLE),
+    ("nash_md.adam.lr", "fast", "a number"), ("nash_md.adam.lr", "True", "a number"),
+    ("nash_md.adam.lr", "(1,)", "a number"), ("nash_md.loop.steps", "{[1]: 2}", WHOLE),
+    ("nash_md.data.unfinished_loses", "1", "True or False"), ("nash_md.data.unfinished_loses", "yes", "True or False"),
+    ("nash_md.data.samplers.0.role", "0", "POLICY, REFERENCE, AVERAGE"),
 ])  # fmt: skip
 def test_a_value_of_another_type_is_refused(quickstart, path, text, kind):
     with refused(path, kind):
@@ -213,7 +217,7 @@ def test_tuples_are_set_whole():
     settings = {"buckets": "(8,16,24)", "stop": "</s>", "rates": "[1, 2]", "none": "(1,)"}
     want = {"buckets": (8, 16, 24), "stop": ("</s>",), "rates": (1.0, 2.0), "none": (1,)}
     assert config.override(tree, settings) == want and config.override(tree, {"buckets": "7"})["buckets"] == (7,)
-    with refused("buckets='x' is not a int"):
+    with refused("buckets='x' is not a whole number"):
         config.override(tree, {"buckets": "(8,'x')"})
 
 
@@ -222,13 +226,19 @@ class Optional:
     decay: float | None = None
     truth: str | None = "stage"
     plain: str = "text"
+    at: int | str = 1
+
+
+def test_a_number_or_a_word_is_set_as_what_it_is():
+    assert config.override(Optional(), {"at": "average"}).at == "average"
+    assert config.override(Optional(at="average"), {"at": "3"}).at == 3
 
 
 def test_what_may_be_none_is_set_and_unset_and_its_kind_is_known():
     set_once = config.override(Optional(), {"decay": "1", "truth": "None", "plain": "None"})
     assert set_once == Optional(1.0, None, "None") and isinstance(set_once.decay, float)
     assert config.override(set_once, {"decay": "None", "truth": "7"}) == Optional(None, "7", "None")
-    with refused("decay='high' is not a float or None"):
+    with refused("decay='high' is not a number or None"):
         config.override(Optional(), {"decay": "high"})
 
 
@@ -432,9 +442,9 @@ def test_a_parameter_of_get_config_has_its_defaults_type(file, text, value):
     path = file("def get_config(small: bool = False, size: int = 3):\n    return {'small': small, 'size': size}\n")
     assert config.load(path, {"small": text}) == {"small": value, "size": 3}
     assert config.override({"small": not value}, {"small": text}) == {"small": value}
-    with refused("small='no' is not a bool"):
+    with refused("small='no' is not True or False"):
         config.load(path, {"small": "no"})
-    with refused("size='x' is not a int"):
+    with refused("size='x' is not a whole number"):
         config.load(path, {"size": "x"})
 
 

@@ -187,6 +187,8 @@ def test_what_is_not_kept_is_refused_before_anything_runs(line, kept, words):
 
 
 def test_steps_that_cannot_be_are_refused(line):
+    with pytest.raises(UserError, match=r"TrainPolicy\.keep_at=\(2, 2\) names a step twice"):
+        dataclasses.replace(TRAINED, keep_at=(2, 2))
     with pytest.raises(UserError, match=r"TrainPolicy\.keep_at=\(2, 4\) must be in \[1, 3\]"):
         dataclasses.replace(TRAINED, keep_at=(2, 4))
     with pytest.raises(UserError, match=r"KeptPolicy\.at='mean' is neither a step nor 'average'"):

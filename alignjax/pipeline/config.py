@@ -192,11 +192,11 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _optional_types(tree: Any, names: list[str]) -> list[str]:
-    """Returns the types that a dataclass declares for a field that may be None, as ["float", "None"]; else nothing."""
+    """Returns the types that a dataclass declares for a field of several, as ["float", "None"]; else nothing."""
     parent = functools.reduce(lambda node, name: (_named_parts(node) or {})[name], names[:-1], tree)
     fields = dataclasses.fields(parent) if dataclasses.is_dataclass(parent) else ()
     types = next((str(field.type).split(" | ") for field in fields if field.name == names[-1]), [])
-    return types if "None" in types else []
+    return types if {*types} <= _WORDS.keys() and len(types) > 1 else []
 
 
 def _convert(path: str, text: str, old: Any, types: Sequence[str] = ()) -> Any:
@@ -213,11 +213,19 @@ def _convert(path: str, text: str, old: Any, types: Sequence[str] = ()) -> Any:
         return tuple(_convert(path, str(part), old[0]) for part in parts)
     if "float" in types and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if "str" in types and not (value is None and "None" in types):
-        value = _expand_home(text if not isinstance(value, str) else value)
-    if types and ("None" if value is None else type(value).__name__) not in types:
-        raise UserError(f"{path}={value!r} is not a {' or '.join(types)}; its value now is {old!r}")
+    if "str" in types and (isinstance(value, str) or _type_name(value) not in types):
+        value = _expand_home(value if isinstance(value, str) else text)
+    if types and _type_name(value) not in types:
+        kinds = " or ".join(_WORDS.get(name, f"a {name}") for name in types)
+        raise UserError(f"{path}={value!r} is not {kinds}; its value now is {old!r}")
     return value
+
+
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "str": "a text", "None": "None"}
+
+
+def _type_name(value: Any) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 def _convert_enum(path: str, text: str, kind: type[enum.Enum]) -> enum.Enum:

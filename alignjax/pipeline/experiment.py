@@ -40,6 +40,10 @@ class Experiment:
         for name, kind in {"stages": dict, "mesh": sharding.Mesh, "seed": int}.items():
             if not isinstance(value := getattr(self, name), kind):
                 raise UserError(f"Experiment.{name} is a {type(value).__name__}; give it a {kind.__name__}")
+        if not isinstance(self.task, Task | None):
+            raise UserError(
+                f"Experiment.task is a {type(self.task).__name__}; give it a Task, whose source that may be"
+            )
 
     def with_stages(self, **stages: Any) -> Experiment:
         """Returns the experiment with stages added or replaced."""

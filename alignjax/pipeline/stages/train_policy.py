@@ -79,6 +79,8 @@ class TrainPolicy:
             check_range(self, 0, 1, "average_decay")
         if self.keep_at != ():
             check_range(self, 1, self.loop.steps, "keep_at")
+            if len(set(self.keep_at)) < len(self.keep_at):
+                raise UserError(f"TrainPolicy.keep_at={self.keep_at} names a step twice; name each once")
 
     @property
     def meanings(self) -> dict[str, str]:
