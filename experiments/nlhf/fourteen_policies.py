@@ -11,7 +11,7 @@ response to ``sft``, ``ema1`` and ``ema2`` Nash-EMA, ``ema1_avg`` and ``ema2_avg
 share their prompts and random numbers.
 
 The stages up to the two models are those of ``why_nash.py``, with more pairs, longer fits, and writers of whom three in
-ten tell a fact twice. A policy has something to learn from every annotator there, and beats ``sft``.
+ten tell a fact twice. No annotator likes that, so every arm can beat ``sft``.
 
 ``table``: the annotators judge (P*), and ``held_out``, a preference model fitted to other pairs. ``game`` rates the
 pool. ``exploited``: what the best single style wins against a policy, and what a best response does that is trained
@@ -150,14 +150,8 @@ def exploitation(
         bounds = mean_interval(wins, (0, 1))
         best, trained = 0.5 + point.exploitability, float(wins.mean())
         best_bounds = [0.5 + end for end in point.interval]
-        rows.append(
-            [
-                name,
-                *(f"{share:.3f}" for share in point.shares),
-                _interval(best, best_bounds),
-                _interval(trained, bounds),
-            ]
-        )
+        shares = [f"{share:.3f}" for share in point.shares]
+        rows.append([name, *shares, _interval(best, best_bounds), _interval(trained, bounds)])
         numbers[name] = {
             "n": len(prompts),
             "shares": dict(zip(post_world.STYLES, point.shares, strict=True)),
