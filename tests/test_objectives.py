@@ -340,7 +340,7 @@ def test_a_preference_model_learns_the_mean_loss_of_its_logits():
 
 def test_settings_out_of_range_are_refused():
     batch = all_pairs(tabular(2), intransitive())
-    with pytest.raises(UserError, match="tau=-1 must not be negative"):
+    with pytest.raises(UserError, match="tau=-1 must be finite and not negative"):
         nash_md(tau=-1)(tabular(1), batch, None, policy=as_policy(log_prob))
     for bound in (0.0, -1.0, float("nan")):
         with pytest.raises(UserError, match=r"RewardGradient\.bound"):

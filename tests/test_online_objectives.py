@@ -195,7 +195,7 @@ def drawn_by(*samplers):
     ({"objective": direct(losses.xpo, (1,), beta=0.1, alpha=0.1), "data": drawn_by(aj.reference, aj.reference)},
      r"samplers\[0\] is not the policy"),
     ({"objective": direct(losses.xpo, (1,), beta=0.1, alpha=-1.0), "data": drawn_by(aj.policy, aj.reference)},
-     r"alpha=-1\.0 must not be negative"),
+     r"alpha=-1\.0 must be finite and not negative"),
     ({"objective": opponent(), "data": drawn_by(aj.policy, aj.policy)}, "writes 2 responses"),
     ({"objective": opponent(), "data": drawn_by(aj.policy, aj.policy, aj.reference)}, r"samplers\[2\] is not the pol"),
     ({"extragradient": True, "loop": aj.Loop(steps=3, batch=8)}, r"wrong\.loop\.steps=3 ends at a half point"),
