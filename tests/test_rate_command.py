@@ -115,6 +115,8 @@ BAD_FILES = {
     ";a;b\na;.5;.6\nb;.4;.5": "separate its cells with commas, not ';'",
     "\ta\tb\na\t.5\t.6": "its first row names no policy",
     "hello": "its first row names no policy",
+    ",,\n,,": "its cells are all empty",
+    ",a,b": "the first column names [] and the first row ['a', 'b']",
     ",a\na,0.5": "a pool needs two policies, and this one has 1",
     ",a,b\na,.5,.6": "names ['a'] and the first row ['a', 'b']",
     ",a,b\na,.5,.6\nb,.4": "line 3 has 2 cells and the first has 3; make it square",

@@ -67,17 +67,17 @@ def exact_preferences(
     answers = [oracle(*row) for row in rows]
     for p, (_, reply, other) in zip(answers, rows, strict=True):
         if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
-            raise UserError(f"the oracle {oracle_name(oracle)} said {p!r} of {short_repr(reply)} and "
+            raise UserError(f"the oracle {_oracle_name(oracle)} said {p!r} of {short_repr(reply)} and "
                             f"{short_repr(other)}; let it return P(reply > other) in [0, 1]")  # fmt: skip
     if rows:
         prompt, reply, other = rows[0]
         if not math.isclose(back := oracle(prompt, other, reply), 1 - answers[0], abs_tol=1e-6):
-            raise UserError(f"the oracle {oracle_name(oracle)} said {answers[0]!r} of {short_repr(reply)} and "
+            raise UserError(f"the oracle {_oracle_name(oracle)} said {answers[0]!r} of {short_repr(reply)} and "
                             f"{short_repr(other)}, and {back!r} of them exchanged; let both sum to 1")  # fmt: skip
     return np.array(answers, np.float64)
 
 
-def oracle_name(oracle: ExactPreference) -> str:
+def _oracle_name(oracle: ExactPreference) -> str:
     """Returns what an oracle's function is called in its file."""
     return str(getattr(getattr(oracle, "func", oracle), "__name__", type(oracle).__name__))
 

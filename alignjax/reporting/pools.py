@@ -163,6 +163,8 @@ def _csv_pool(text: str, soft: bool) -> Pool:
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
         raise UserError(f"it is no CSV ({one_line(error)}); give {_FORMS}") from None
+    if not rows:
+        raise UserError(f"its cells are all empty; give {_FORMS}")
     (_, header), *numbered = rows
     names, body = header[1:], [row for _, row in numbered]
     if not names:
