@@ -277,6 +277,7 @@ def test_a_prompt_too_long_to_answer_is_left_out_and_not_asked_again():
         (lambda *_: "0.9", "said '0.9' of"),
         (lambda *_: None, "said None of"),
         (lambda *_: True, "said True of"),
+        (lambda x, y, z: 0.9 if y > z else None, "said None of 'a' and 'b'"),
         (
             lambda x, y, z: 0.9 if y > z else 0.3,
             "said 0.9 of 'b' and 'a', and 0.3 of them exchanged; let both sum to 1",

@@ -64,17 +64,23 @@ def exact_preferences(
     Raises UserError when an answer is no probability, or when P and P' of the first replies do not sum to 1.
     """
     rows = list(zip(prompts, replies, others, strict=True))
-    answers = [oracle(*row) for row in rows]
-    for p, (_, reply, other) in zip(answers, rows, strict=True):
-        if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
-            raise UserError(f"the oracle {_oracle_name(oracle)} said {p!r} of {short_repr(reply)} and "
-                            f"{short_repr(other)}; let it return P(reply > other) in [0, 1]")  # fmt: skip
+    answers = [_exact_preference(oracle, *row) for row in rows]
     if rows:
         prompt, reply, other = rows[0]
-        if not math.isclose(back := oracle(prompt, other, reply), 1 - answers[0], abs_tol=1e-6):
+        back = _exact_preference(oracle, prompt, other, reply)
+        if abs(answers[0] + back - 1) > 1e-6:
             raise UserError(f"the oracle {_oracle_name(oracle)} said {answers[0]!r} of {short_repr(reply)} and "
                             f"{short_repr(other)}, and {back!r} of them exchanged; let both sum to 1")  # fmt: skip
     return np.array(answers, np.float64)
+
+
+def _exact_preference(oracle: ExactPreference, prompt: str, reply: str, other: str) -> float:
+    """Returns the oracle's P(reply > other). Raises UserError when it is no probability."""
+    p = oracle(prompt, reply, other)
+    if isinstance(p, bool) or not isinstance(p, numbers.Real) or not 0 <= p <= 1:
+        raise UserError(f"the oracle {_oracle_name(oracle)} said {p!r} of {short_repr(reply)} and {short_repr(other)}; "
+                        "let it return P(reply > other) in [0, 1]")  # fmt: skip
+    return float(p)
 
 
 def _oracle_name(oracle: ExactPreference) -> str:

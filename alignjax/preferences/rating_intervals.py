@@ -117,8 +117,9 @@ def exploitability_intervals(pool: Pool, level: float = 0.95) -> np.ndarray:
     """Returns the interval [P, 2] of each policy's exploitability, max over j of P(j > i) - 1/2.
 
     Its ends are the largest lower and the largest upper end of the intervals of P(j > i), each at 1 - (1 - level) /
-    (P - 1), so that all hold at once, whatever the cells share (Bonferroni). It covers with at least ``level``.
-    Percentiles of resampled maxima do not: a maximum of noise is above the maximum of the truth.
+    (P - 1), so that all hold at once, whatever the cells share (Bonferroni). They are Clopper and Pearson's for votes,
+    which cover with at least ``level``, and Student's, which is approximate, for probabilities. Percentiles of
+    resampled maxima would not cover: a maximum of noise is above the maximum of the truth.
     """
     size = len(pool.policies)
     each = 1 - (1 - level) / (size - 1)

@@ -79,8 +79,8 @@ def _interval_note(rated: RatedPool) -> str:
     note = (
         f"In brackets, of {found.replicates} resamples of {how}, seed {found.seed}:\n"
         "Elo's 95% interval; the middle 95% of lottery and Nash average, which is no interval, because they jump\n"
-        "where policies are nearly equal. Exploitability: an interval of at least 95%, from exact ones of all its\n"
-        "cells at once. Condorcet winner: in that share of the resamples.\n"
+        "where policies are nearly equal. Exploitability: an interval of at least 95%, from those of all its cells\n"
+        "at once. Condorcet winner: in that share of the resamples.\n"
     )
     if found.is_paired or len(rated.pool.policies) < 3:
         return note

@@ -579,7 +579,7 @@ MUTANTS = (
     ),
     Mutant(
         "an oracle may prefer both", "alignjax/preferences/judges.py",
-        "oracle(prompt, other, reply), 1 - answers[0]", "oracle(prompt, reply, other), answers[0]",
+        "abs(answers[0] + back - 1) > 1e-6", "abs(answers[0] + back - 1) > 1",
         ("tests/test_labeling.py",),
     ),
     Mutant(
