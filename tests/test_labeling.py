@@ -16,6 +16,7 @@ from alignjax.labeling.judged import Judged
 from alignjax.labeling.method import LabeledPair, Labeler
 from alignjax.labeling.rlcd import RLCD
 from alignjax.pipeline.judges import Oracle
+from alignjax.pipeline.stages.label import oracle_agreement
 from alignjax.preferences.judges import oracle_judge
 from alignjax.sampling.generate import Reply
 from alignjax.tasks import sandbox
@@ -288,6 +289,14 @@ def test_an_oracle_that_is_no_preference_is_refused_by_name(oracle, words):
     with pytest.raises(UserError, match=r"^the oracle <lambda> said") as error:
         oracle_judge(oracle)(["x", "x"], ["b", "c"], ["a", "a"])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_oracle_agrees_with_labels_of_the_first_reply_over_the_second():
+    longer = oracle_from_score(lambda prompt, text: len(text))
+    task = dataclasses.replace(sandbox.sandbox_task(), oracles={"longer": longer})
+    pairs = [LabeledPair("x", "aaa", "a", 0.9, -1), LabeledPair("x", "a", "aaa", 0.2, -1)]
+    pairs += [LabeledPair("x", "aaa", "a", 0.1, -1), LabeledPair("x", "aa", "bb", 0.7, -1)]
+    assert oracle_agreement(task, pairs) == {"oracle_ties": 0.25, "label_accuracy": pytest.approx(2 / 3)}
 
 
 def test_an_oracle_judges_each_pair_of_its_prompt():

@@ -18,7 +18,8 @@ from alignjax.training import data
 from tests.conftest import ROOT
 from tests.test_wiring import experiment, policy_stage
 
-FOURTEEN, WHY = (ROOT / "experiments" / "nlhf" / f"{name}.py" for name in ("fourteen_policies", "why_nash"))
+STUDIES = ROOT / "experiments" / "nlhf"
+FOURTEEN, WHY = (STUDIES / f"{name}.py" for name in ("fourteen_policies", "why_nash"))
 POLICIES = ["sft", "rlhf", "sp", "md1", "md2", "md3", "md4", "md5", "md6", "br", "ema1", "ema2"]
 POLICIES += ["ema1_avg", "ema2_avg"]
 
@@ -26,7 +27,7 @@ POLICIES += ["ema1_avg", "ema2_avg"]
 @pytest.mark.parametrize("small", ["False", "True"])
 @pytest.mark.parametrize("name", ["why_nash", "fourteen_policies", "objectives", "taus", "preference_models"])
 def test_nothing_that_can_be_known_to_fail_is_in_the_studies(name, small, tmp_path):
-    whole = config.load(ROOT / "experiments" / "nlhf" / f"{name}.py", {"small": small})
+    whole = config.load(STUDIES / f"{name}.py", {"small": small})
     mesh = sharding.make_mesh(aj.Mesh(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     assert order(whole.stages) == list(whole.stages)
     for stage in whole.stages:
@@ -49,6 +50,49 @@ def test_the_arms_differ_in_their_opponents_alone():
     assert stages["rlhf"].data.preference == "reward" and stages["reward"].pairs == stages["preference"].pairs
     assert stages["ema1"].average_decay < stages["ema2"].average_decay
     assert stages["judge"].pairs == "judge_pairs" != stages["preference"].pairs
+
+
+def test_averages_are_of_their_own_arms_and_the_curves_of_their_own_steps():
+    stages = config.load(FOURTEEN, {}).stages
+    for i in (1, 2):
+        assert stages[f"ema{i}_avg"] == aj.KeptPolicy("average", policy=f"ema{i}")
+    for arm in ("br", "md1"):
+        for step in stages[arm].keep_at:
+            assert stages[f"{arm}_{step}"] == aj.KeptPolicy(step, policy=arm)
+            assert stages["hacking"].policies[f"{arm} {step}"] == f"{arm}_{step}"
+
+
+def test_further_objectives_draw_from_their_own_samplers():
+    stages, why = config.load(STUDIES / "objectives.py", {}).stages, config.load_module(WHY)
+    mixed = aj.mixture(why.BETA)
+    drawn = {
+        "online_ipo": (aj.policy,) * 2, "ipo_md": (mixed,) * 2, "online_dpo": (aj.policy,) * 2,
+        "xpo": (aj.policy, aj.reference), "inpo": (aj.policy,) * 4, "sppo": (aj.policy,) * 4, "egpo": (aj.policy,) * 3,
+    }  # fmt: skip
+    assert {name: stages[name].data.samplers for name in drawn} == drawn
+    assert list(stages["table"].policies) == ["sft", "rlhf", "md1", *drawn]
+    losses = {name: (stages[name].objective.loss.func, stages[name].objective.loss.keywords) for name in drawn}
+    tau = why.TAU
+    assert losses["online_ipo"] == losses["ipo_md"] == (aj.losses.online_ipo, {"tau": tau})
+    assert losses["inpo"][0] is aj.losses.inpo and losses["inpo"][1]["tau"] == tau
+    assert losses["egpo"] == (aj.losses.opponent_ipo, {"tau": tau}) and losses["sppo"][0] is aj.losses.sppo
+    assert losses["online_dpo"][0] is aj.losses.dpo and losses["xpo"][0] is aj.losses.xpo
+    assert [name for name in drawn if stages[name].extragradient] == ["egpo"]
+    assert all(stages[name].start == stages[name].reference == "sft" for name in drawn)
+
+
+def test_the_taus_are_the_paper_s_and_stand_beside_their_names():
+    stages = config.load(STUDIES / "taus.py", {}).stages
+    taus = {name: stages[stage].objective.loss.keywords["tau"]
+            for name, stage in stages["table"].policies.items() if name != "sft"}  # fmt: skip
+    assert list(taus) == [f"rlhf {x}" for x in (0.01, 0.02, 0.05, 0.1, 0.2)] + [
+        f"md1 {x}" for x in (0.005, 0.008, 0.01, 0.02)
+    ]
+    assert all(float(name.split()[1]) == tau for name, tau in taus.items())
+    losses = {"rlhf": aj.losses.regularized_policy_gradient, "md1": aj.losses.nash_md}
+    for name, stage in stages["table"].policies.items():
+        if name != "sft":
+            assert stages[stage].objective.loss.func is losses[name.split()[0]]
 
 
 def test_a_trained_best_response_plays_against_the_policy_that_it_begins_as():
